@@ -1,0 +1,68 @@
+# Every target makes .venv itself. Settings of the service come from the environment (DVE_*) or from the flags below.
+# Reserved for the issues that bring them: worker, up, test-ui, test-ops, test-scale.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve test test-heavy check fmt demo bench
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+# A stamp is written last, so a broken-off step is done again; new pins or dependencies renew it.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo not there)." >&2; \
+	  echo "Name one that you have: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "$(PYTHON) has no venv module. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -m venv '$(VENV)'
+	@touch $@
+
+$(VENV)/.runtime: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (a few minutes the first time) ..."
+	@$(PIP) setuptools
+	@$(PIP) --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	@echo "installing the tools of the developer into $(VENV) ..."
+	@$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# flag(NAME,--flag): the flag, if NAME was given as `make serve NAME=value` (a shell may export HOST of its own).
+flag = $(if $(findstring command,$(origin $(1))),$(2) '$($(1))')
+
+install: $(VENV)/.runtime ## make .venv with what it takes to run
+	@echo "ready: $(BIN)/dve --help"
+
+serve: $(VENV)/.runtime ## serve the demo model [HOST=127.0.0.1] [PORT=8000] [MODEL=folder or hub id]
+	@exec $(BIN)/dve serve $(call flag,HOST,--host) $(call flag,PORT,--port) $(call flag,MODEL,--model)
+
+test: $(VENV)/.dev ## the default tests [ARGS="-k name"]
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-heavy: $(VENV)/.dev ## the long proofs
+	@$(BIN)/python -m pytest -m heavy --timeout 3600 $(ARGS)
+
+check: $(VENV)/.dev ## format, lint, types, import contracts
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+fmt: $(VENV)/.dev ## format, and mend what can be mended
+	@$(BIN)/ruff check --fix-only .
+	@$(BIN)/ruff format .
+
+demo: $(VENV)/.runtime ## build the demo model anew (long) [ARGS="..."]
+	@$(BIN)/dve demo build $(ARGS)
+
+IMAGE ?= $(firstword $(wildcard examples/*.png examples/*.jpg))
+QUESTION ?= what is this?
+bench: $(VENV)/.runtime ## time one answer, encoder by encoder [IMAGE=path] [QUESTION=text] [MODEL=..]
+	@test -n '$(IMAGE)' || { echo "no picture in examples/: name one, make bench IMAGE=path" >&2; exit 1; }
+	@$(BIN)/dve infer --image '$(IMAGE)' --question '$(QUESTION)' --benchmark $(call flag,MODEL,--model) $(ARGS)

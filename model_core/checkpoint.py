@@ -1,0 +1,259 @@
+"""A model and its processor as one folder, and back; or a new model from two public checkpoints.
+
+One folder: config, sharded safetensors, tokenizer, preprocessor settings, manifest written last. No
+pickle. Both ways of loading give the same `Loaded`, and everything else goes through them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, GenerationConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
+
+from model_core.config import DualVisionConfig
+from model_core.encoders.qwen import install_segment_attention
+from model_core.errors import (
+    CheckpointError,
+    CheckpointIncompleteError,
+    CheckpointMismatchError,
+    ConfigError,
+    HubUnreachableError,
+)
+from model_core.manifest import Manifest, verify_folder, write_folder
+from model_core.model import DualVisionModel
+from model_core.processing.processor import DualVisionProcessor
+
+MAX_SHARD_SIZE = "4GB"
+SECOND_ENCODERS = ("dinov2", "dinov2_with_registers")
+
+#: Lets transformers' Auto classes (and engines built on them) find our classes in a saved folder.
+_SHIM = '''"""Names this folder's classes for transformers' Auto classes. Needs `pip install dual-vision-encoder`."""
+
+from model_core.config import DualVisionConfig
+from model_core.model import DualVisionModel
+from model_core.processing.processor import DualVisionProcessor
+
+__all__ = ["DualVisionConfig", "DualVisionModel", "DualVisionProcessor"]
+'''
+_AUTO_MAP = {
+    "AutoConfig": "modeling_dual_vision.DualVisionConfig",
+    "AutoModel": "modeling_dual_vision.DualVisionModel",
+    "AutoModelForImageTextToText": "modeling_dual_vision.DualVisionModel",
+    "AutoProcessor": "modeling_dual_vision.DualVisionProcessor",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """fingerprint: of the weights as they were found; "" where the folder has no manifest."""
+
+    model: DualVisionModel
+    processor: DualVisionProcessor
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """device: "auto", "cpu", "cuda", "cuda:1"; dtype None is the checkpoint's own;
+    use_flash_attention None uses it where it is installed and the device is CUDA."""
+
+    device: str = "auto"
+    dtype: torch.dtype | str | None = None
+    use_flash_attention: bool | None = None
+
+    def resolve_device(self) -> torch.device:
+        if self.device in ("auto", "", None):
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise ConfigError("unknown device", value=self.device, allowed="auto, cpu, cuda, cuda:N") from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("no CUDA device was found", value=self.device, allowed="auto or cpu on this machine")
+        return device
+
+    def attention(self) -> str:
+        """transformers' name of the attention to use."""
+        from transformers.utils import is_flash_attn_2_available  # noqa: PLC0415  probes the CUDA driver
+
+        on_cuda = self.resolve_device().type == "cuda"
+        available = on_cuda and is_flash_attn_2_available()
+        if self.use_flash_attention and not available:
+            raise ConfigError(
+                "flash attention was asked for and can't be used",
+                value=f"device {self.resolve_device().type}, flash-attn installed: {is_flash_attn_2_available()}",
+                allowed="a CUDA device with flash-attn installed",
+                fix="pip install 'dual-vision-encoder[cuda]', or leave use_flash_attention out",
+            )
+        return "flash_attention_2" if available and self.use_flash_attention is not False else "sdpa"
+
+    def kwargs(self) -> dict[str, Any]:
+        dtype = self.dtype if self.dtype is not None else "auto"
+        if isinstance(dtype, str) and dtype != "auto":
+            found = getattr(torch, dtype, None)
+            if not isinstance(found, torch.dtype):
+                raise ConfigError("unknown dtype", value=dtype, allowed="float32, bfloat16, float16")
+            dtype = found
+        return {"dtype": dtype, "attn_implementation": self.attention()}
+
+
+def save_checkpoint(
+    model: DualVisionModel, processor: DualVisionProcessor, folder: str | Path, extra: Mapping[str, Any] | None = None,
+    write_more: Callable[[Path], None] | None = None,
+) -> None:  # fmt: skip
+    """Write the folder whole or not at all.
+
+    Args:
+        extra: goes into the manifest; write_more: adds files before the manifest is made.
+    """
+
+    def write(target: Path) -> None:
+        model.save_pretrained(target, max_shard_size=MAX_SHARD_SIZE)
+        processor.save_pretrained(target)
+        (target / "modeling_dual_vision.py").write_text(_SHIM)
+        config = json.loads((target / "config.json").read_text())
+        config["auto_map"] = _AUTO_MAP
+        (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if write_more is not None:
+            write_more(target)
+
+    write_folder(Path(folder), write, extra=dict(extra or {}))
+
+
+def load_checkpoint(name: str | Path, options: LoadOptions = LoadOptions(), **hub: Any) -> Loaded:
+    """A saved dual checkpoint, folder or hub id.
+
+    Raises:
+        CheckpointIncompleteError: no such folder, or a file is missing or cut.
+        CheckpointMismatchError: another architecture.
+        HubUnreachableError: a hub id that is neither cached nor reachable.
+    """
+    config = _read_config(name, "model", **hub)
+    if not isinstance(config, DualVisionConfig):
+        raise CheckpointMismatchError(
+            "this is not a dual vision checkpoint",
+            value=f"{name}: {getattr(config, 'model_type', '?')}",
+            allowed=DualVisionConfig.model_type,
+            fix="To combine public checkpoints name both: --qwen_model_name ... --dinov2_model_name ...",
+        )
+    manifest = verify_folder(Path(name), deep=False) if Path(name).is_dir() else None
+    model = _from_pretrained(DualVisionModel, name, config=config, **options.kwargs(), **hub)
+    processor = DualVisionProcessor.from_pretrained(name, config=config, **hub)
+    fingerprint = "" if manifest is None else _fingerprint(manifest)
+    return Loaded(model.to(options.resolve_device()).eval(), processor, fingerprint)
+
+
+def _fingerprint(manifest: Manifest) -> str:
+    """Of everything that can change an answer: weights, configuration, tokenizer, preprocessing."""
+    relevant = (".safetensors", "config.json", "tokenizer.json", "preprocessor_config.json", ".jinja")
+    parts = [f"{n}:{e.sha256}" for n, e in sorted(manifest.files.items()) if n.endswith(relevant)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def combine_checkpoints(
+    qwen_name: str | Path, dinov2_name: str | Path, options: LoadOptions = LoadOptions(), **fusion_settings: Any
+) -> Loaded:
+    """A fresh dual model from Qwen2.5-VL's and DINOv2's own checkpoints, hub ids or folders.
+
+    Args:
+        fusion_settings: fusion, common_dim, dropout, encoder, static_weights, dinov2_max_patches.
+    """
+    qwen_config = _read_config(qwen_name, "qwen_model_name")
+    if not isinstance(qwen_config, Qwen2_5_VLConfig) or isinstance(qwen_config, DualVisionConfig):
+        raise CheckpointMismatchError(
+            "qwen_model_name is not a Qwen2.5-VL checkpoint",
+            value=f"{qwen_name}: {qwen_config.model_type}",
+            allowed="qwen2_5_vl, such as Qwen/Qwen2.5-VL-7B-Instruct",
+        )
+    dinov2_config = _read_config(dinov2_name, "dinov2_model_name")
+    if fusion_settings.get("encoder", "dinov2") == "dinov2" and dinov2_config.model_type not in SECOND_ENCODERS:
+        raise CheckpointMismatchError(
+            "dinov2_model_name is not a DINOv2 checkpoint",
+            value=f"{dinov2_name}: {dinov2_config.model_type}",
+            allowed=", ".join(SECOND_ENCODERS) + ", such as facebook/dinov2-with-registers-base",
+        )
+    names = {"qwen_model_name": str(qwen_name), "dinov2_model_name": str(dinov2_name)}
+    config = DualVisionConfig.from_parts(qwen_config, dinov2_config, **names, **fusion_settings)
+    with torch.device("meta"):  # every setting is checked here, before gigabytes are read
+        DualVisionModel(config)
+    kwargs = options.kwargs()
+    qwen = _from_pretrained(Qwen2_5_VLForConditionalGeneration, qwen_name, **kwargs)
+    second = _from_pretrained(AutoModel, dinov2_name, dtype=qwen.dtype, attn_implementation=kwargs["attn_implementation"])
+    model = assemble(config, qwen, second).to(options.resolve_device()).eval()
+    processor = DualVisionProcessor.from_pretrained(qwen_name, config=config)
+    return Loaded(model, processor)
+
+
+def assemble(
+    config: DualVisionConfig, qwen: Qwen2_5_VLForConditionalGeneration, second: torch.nn.Module
+) -> DualVisionModel:
+    """Put loaded parts together without copying a weight; only fusion is made new."""
+    config.dtype = qwen.dtype
+    for part in (config, config.text_config, config.vision_config, config.dinov2_config):
+        part._attn_implementation = qwen.config._attn_implementation
+    with torch.device("meta"):
+        model = DualVisionModel(config)
+    backbone = model.model
+    backbone.language_model, backbone.visual = qwen.model.language_model, qwen.model.visual
+    install_segment_attention(backbone.visual)
+    setattr(backbone, backbone.second_name, second)
+    backbone.fusion = backbone.fusion.to_empty(device=qwen.device).to(qwen.dtype)
+    backbone.fusion.reset_parameters()
+    model.lm_head = qwen.lm_head
+    model.generation_config = qwen.generation_config or GenerationConfig.from_model_config(config)
+    model.tie_weights()
+    return model
+
+
+def _read_config(name: str | Path, param: str, **hub: Any) -> Any:
+    if Path(name).is_dir() and not (Path(name) / "config.json").exists():
+        raise CheckpointIncompleteError(
+            "the folder has no config.json", value=str(name), allowed="a folder that save_pretrained wrote", param=param
+        )
+    return _guarded(lambda: AutoConfig.from_pretrained(name, **hub), name, param)
+
+
+def _from_pretrained(cls: Any, name: str | Path, **kwargs: Any) -> Any:
+    def load() -> Any:
+        model, info = cls.from_pretrained(name, output_loading_info=True, **kwargs)
+        missing = [key for key in info["missing_keys"] if not key.endswith("mask_token")]
+        mismatched = list(info.get("mismatched_keys") or [])
+        if missing or mismatched:
+            raise CheckpointMismatchError(
+                "the weights don't fill this architecture",
+                value=", ".join(map(str, (missing or mismatched)[:3])) + f" and {len(missing + mismatched)} in all",
+                allowed="every tensor that the config names, in its shape",
+            )
+        return model
+
+    return _guarded(load, name, "model")
+
+
+def _guarded(load: Callable[[], Any], name: str | Path, param: str) -> Any:
+    """transformers' and the hub's many failures as three of ours."""
+    try:
+        return load()
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        if Path(name).is_dir():
+            raise CheckpointIncompleteError(
+                f"the checkpoint folder can't be read ({str(error).splitlines()[0]})", value=str(name), param=param,
+                allowed="a complete folder of safetensors and config.json", fix="Copy or download it again",
+            ) from error  # fmt: skip
+        if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
+            raise CheckpointIncompleteError("there is no such folder", value=str(name), param=param) from error
+        raise HubUnreachableError(
+            "the model is neither a folder nor in the local hub cache, and the hub did not give it",
+            value=str(name),
+            allowed="a hub id that this machine can reach (token set for gated ones), or a local folder",
+            fix="Download it where there is access and pass the folder",
+            param=param,
+        ) from error

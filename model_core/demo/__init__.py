@@ -1,0 +1,1 @@
+"""The small model `dve-demo`: its data, its recipe, its scores."""

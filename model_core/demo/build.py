@@ -1,0 +1,264 @@
+"""Trains `dve-demo` by its recipe: seeded, resumable, on two cores in about an hour or on a GPU in minutes.
+
+In: the recipe, the artwork, a work folder; out: a checkpoint folder. An interim trainer: it goes when
+the project's own can run this curriculum. Optimizer state is kept by parameter name in safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from model_core.demo.artwork import Artwork
+from model_core.demo.batches import Batch, SceneBatches
+from model_core.demo.recipe import Recipe, Stage, build_config
+from model_core.demo.scenes import CLASS_NAMES, COLOUR_NAMES
+from model_core.demo.tokenizer import build_tokenizer
+from model_core.model import DualVisionModel
+
+NUM_LETTERS = 27
+SAVE_EVERY_STEPS = 50
+Report = Callable[[str, int, int, dict[str, float]], None]
+
+
+class DenseHeads(nn.Module):
+    """Linear read-outs of each encoder's cells, for the first stage; never part of the checkpoint.
+
+    Letters are asked of Qwen's tower only, as in life: DINOv2 was never taught to read, so that the demo's
+    two eyes differ as the real ones do.
+    """
+
+    def __init__(self, dims: dict[str, int]) -> None:
+        super().__init__()
+        self.classes = nn.ModuleDict({n: nn.Linear(d, len(CLASS_NAMES)) for n, d in dims.items()})
+        self.colours = nn.ModuleDict({n: nn.Linear(d, len(COLOUR_NAMES) + 1) for n, d in dims.items()})
+        self.letters = nn.Linear(dims["qwen"], 2 * NUM_LETTERS)
+
+    def forward(self, features: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """features: (S, C_e) by encoder -> the summed loss and the share of object cells named right."""
+        losses, scores = [], {}
+        target, colour = batch.cell_class.flatten(), batch.cell_colour.flatten()
+        letters = batch.cell_letters.flatten(0, 2).flatten()
+        for name, x in features.items():
+            x = x.float()
+            logits = self.classes[name](x)
+            losses += [_weighted(logits, target), 0.5 * _weighted(self.colours[name](x), colour)]
+            is_object = target > 0
+            scores[f"cells_{name}"] = float((logits.argmax(-1) == target)[is_object].float().mean())
+            if name == "qwen":
+                read = self.letters(x).view(-1, NUM_LETTERS)
+                losses.append(_weighted(read, letters))
+                is_letter = letters > 0
+                if bool(is_letter.any()):
+                    scores["letters"] = float((read.argmax(-1) == letters)[is_letter].float().mean())
+        return torch.stack(losses).sum(), scores
+
+
+def _weighted(logits: Tensor, target: Tensor, background: float = 0.1) -> Tensor:
+    """Cross entropy in which class 0, the background, which is most of every picture, counts a tenth."""
+    weight = torch.ones(logits.shape[-1], device=logits.device)
+    weight[0] = background
+    return F.cross_entropy(logits, target, weight=weight)
+
+
+class Optimizers:
+    """Muon for the matrices inside blocks, AdamW for everything else; both at one learning rate."""
+
+    def __init__(self, named: dict[str, nn.Parameter], learning_rate: float) -> None:
+        def is_matrix(name: str, p: nn.Parameter) -> bool:
+            inside = any(key in name for key in (".blocks.", ".layers.", ".layer.", ".merger.mlp."))
+            return p.ndim == 2 and inside
+
+        self.named, self.base = named, learning_rate
+        matrices = [p for n, p in named.items() if is_matrix(n, p)]
+        rest = [p for n, p in named.items() if not is_matrix(n, p)]
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+        ]
+        if matrices:
+            muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+            self.parts.append(muon)
+
+    def step(self, scale: float) -> None:
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = self.base * scale
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """{parameter name / slot: tensor}, whichever optimizer holds it."""
+        names = {p: n for n, p in self.named.items()}
+        out = {}
+        for part in self.parts:
+            for parameter, slots in part.state.items():
+                for slot, value in slots.items():
+                    tensor = value if isinstance(value, Tensor) else torch.tensor(float(value))
+                    out[f"{names[parameter]}/{slot}"] = tensor.contiguous()
+        return out
+
+    def load_state(self, saved: dict[str, Tensor]) -> None:
+        owner = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
+        for key, value in saved.items():
+            name, slot = key.rsplit("/", 1)
+            parameter = self.named[name]
+            owner[parameter].state.setdefault(parameter, {})[slot] = value.to(parameter.device).clone()
+
+
+def component_of(name: str) -> str:
+    if ".visual." in name or ".dinov2." in name or name.startswith("heads."):
+        return "encoders"
+    return "fusion" if ".fusion." in name else "llm"
+
+
+class DemoBuilder:
+    """One build in one work folder. `run` continues where the folder says the last one stopped."""
+
+    def __init__(self, recipe: Recipe, artwork: Artwork, work: Path, device: str = "cpu") -> None:
+        self.recipe, self.artwork, self.work = recipe, artwork, work
+        self.device = torch.device(device)
+        self.tokenizer = build_tokenizer()
+        torch.manual_seed(recipe.seed)
+        self.model = DualVisionModel(build_config(recipe, self.tokenizer)).to(self.device)
+        backbone = self.model.model
+        self.heads = DenseHeads({n: e.output_dim for n, e in backbone.encoders.items()}).to(self.device)
+        self.stage_index, self.step, self.optimizers = 0, 0, None
+        self.work.mkdir(parents=True, exist_ok=True)
+
+    def run(self, report: Report, *, deadline_seconds: float = math.inf) -> bool:
+        """Train to the end. Returns False if the deadline came first; the folder can be resumed."""
+        start = time.monotonic()
+        self._resume()
+        while self.stage_index < len(self.recipe.stages):
+            stage = self.recipe.stages[self.stage_index]
+            self._begin(stage)
+            for batch in self._batches():
+                scores = self._train_step(stage, batch)
+                self.step += 1
+                report(stage.name, self.step, stage.steps, scores)
+                if self.step % SAVE_EVERY_STEPS == 0:
+                    self._save()
+                if time.monotonic() - start > deadline_seconds:
+                    self._save()
+                    return False
+            self.stage_index, self.step, self.optimizers = self.stage_index + 1, 0, None
+            self._save()
+        return True
+
+    def _begin(self, stage: Stage) -> None:
+        named = {f"model.{n}": p for n, p in self.model.named_parameters()}
+        named |= {f"heads.{n}": p for n, p in self.heads.named_parameters()}
+        for name, parameter in named.items():
+            parameter.requires_grad_(component_of(name) in stage.trains)
+        if self.optimizers is None:
+            self.optimizers = Optimizers({n: p for n, p in named.items() if p.requires_grad}, stage.learning_rate)
+            saved = self.work / "optimizer.safetensors"
+            if self.step and saved.exists():
+                self.optimizers.load_state(load_file(saved))
+        self.model.train()
+
+    def _batches(self) -> Iterator[Batch]:
+        layout = self.model.model.mrope_layout
+        data = SceneBatches(self.recipe, self.stage_index, self.artwork, self.tokenizer, layout)
+        workers = 1 if (os.cpu_count() or 1) > 1 and len(data) - self.step > 4 else 0
+        return iter(
+            DataLoader(data, batch_size=None, sampler=range(self.step, len(data)), num_workers=workers,
+                       prefetch_factor=4 if workers else None)
+        )  # fmt: skip
+
+    def _train_step(self, stage: Stage, batch: Batch) -> dict[str, float]:
+        pixel_values, grid = batch.pixel_values(self.device)
+        backbone, scores = self.model.model, {}
+        total = torch.zeros((), device=self.device)
+        names = list(backbone.encoders)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            with torch.set_grad_enabled("encoders" in stage.trains):
+                features = backbone.encode_images(pixel_values, grid, names)
+            if stage.dense_weight:
+                with torch.autocast(self.device.type, enabled=False):
+                    dense, scores = self.heads(features, batch)
+                total = total + stage.dense_weight * dense
+                scores["dense"] = float(dense.detach())
+            if stage.answer_weight:
+                answer, right = self._answer_loss(stage, batch, features, grid)
+                total = total + stage.answer_weight * answer
+                scores |= {"answer": float(answer.detach()), "tokens_right": right}
+        total.backward()
+        trained = [p for p in self.optimizers.named.values() if p.grad is not None]
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        self.optimizers.step(schedule(self.step, stage.steps))
+        return scores
+
+    def _answer_loss(
+        self, stage: Stage, batch: Batch, features: dict[str, Tensor], grid: Tensor
+    ) -> tuple[Tensor, float]:
+        from model_core.vision_tokens import cell_grids  # noqa: PLC0415  only this stage needs it
+
+        backbone = self.model.model
+        removed = self._encoder_dropout(len(grid), stage.encoder_dropout, len(features))
+        fused = backbone.fuse(features, cell_grids(grid, backbone.config.merge_size), removed=removed)
+        ids = batch.input_ids.to(self.device)
+        embeds = backbone.get_input_embeddings()(ids)
+        mask = (ids == backbone.config.image_token_id)[..., None]
+        embeds = embeds.masked_scatter(mask, fused.tokens.to(embeds.dtype))
+        hidden = backbone.language_model(
+            inputs_embeds=embeds,
+            position_ids=batch.position_ids.to(self.device),
+            attention_mask=batch.attention_mask.to(self.device),
+            use_cache=False,
+        ).last_hidden_state
+        labels = batch.labels.to(self.device)[:, 1:]
+        is_label = labels != -100
+        logits = self.model.lm_head(hidden[:, :-1][is_label]).float()  # the rows that carry a label, nothing else
+        loss = F.cross_entropy(logits, labels[is_label])
+        return loss, float((logits.argmax(-1) == labels[is_label]).float().mean())
+
+    def _encoder_dropout(self, num_images: int, chance: float, num_encoders: int) -> Tensor:
+        """(I, E): at most one encoder an image; a function of the seed, the stage and the step alone."""
+        generator = torch.Generator().manual_seed(self.recipe.seed + 1_000_003 * self.stage_index + self.step)
+        drop = torch.rand(num_images, generator=generator) < chance
+        which = torch.randint(num_encoders, (num_images,), generator=generator)
+        return F.one_hot(which, num_encoders).bool() & drop[:, None]
+
+    def _save(self) -> None:
+        """Whole state under temporary names, then renamed, the small index last."""
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items() if k != "lm_head.weight"}
+        tensors |= {f"heads.{k}": v for k, v in self.heads.state_dict().items()}
+        optimizer = self.optimizers.state() if self.optimizers else {}
+        for name, part in (("optimizer", optimizer), ("state", tensors)):
+            path = self.work / f"{name}.safetensors"
+            save_file({k: v.contiguous() for k, v in part.items()}, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+        index: dict[str, Any] = {"stage": self.stage_index, "step": self.step, "seed": self.recipe.seed}
+        (self.work / "progress.tmp").write_text(json.dumps(index))
+        (self.work / "progress.tmp").replace(self.work / "progress.json")
+
+    def _resume(self) -> None:
+        index_path = self.work / "progress.json"
+        if not index_path.exists():
+            return
+        index = json.loads(index_path.read_text())
+        self.stage_index, self.step = index["stage"], index["step"]
+        saved = load_file(self.work / "state.safetensors", device=str(self.device))
+        own = {k[6:]: v for k, v in saved.items() if k.startswith("model.")}
+        self.model.load_state_dict(own, strict=False)
+        self.heads.load_state_dict({k[6:]: v for k, v in saved.items() if k.startswith("heads.")})
+
+
+def schedule(step: int, steps: int, warmup: float = 0.04) -> float:
+    """Linear warm-up, then a cosine down to 5 % of the peak."""
+    if step < steps * warmup:
+        return (step + 1) / (steps * warmup + 1)
+    done = (step - steps * warmup) / max(1.0, steps * (1 - warmup))
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

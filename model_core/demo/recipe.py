@@ -1,0 +1,116 @@
+"""The recipe of `dve-demo`: its size, its three stages, and the seeds that make a build repeatable.
+
+Encoders first, on dense labels (which thing, colour and letter is in which cell); then fusion and the
+language model on their features; then everything together. Training all of it from scratch on answers
+alone does not take off in the time there is (ARCHITECTURE.md, decisions).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import Dinov2Config, PreTrainedTokenizerFast, Qwen2_5_VLConfig
+
+from model_core.config import DualVisionConfig
+
+MODEL_ID = "dve-demo"
+#: Pictures are scaled to 16 to 25 cells: what a small model can learn and two cores can serve.
+MIN_PIXELS, MAX_PIXELS = 112 * 112, 140 * 140
+CONTEXT_TOKENS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One part of the curriculum. `trains` names components; encoders that don't train run without grad.
+
+    dense_weight, answer_weight: weights of the per-cell loss and of the language loss.
+    encoder_dropout: chance that an image loses one encoder, as an arm does (never both).
+    """
+
+    name: str
+    steps: int
+    trains: tuple[str, ...]
+    learning_rate: float
+    dense_weight: float
+    answer_weight: float
+    encoder_dropout: float = 0.0
+    batch_size: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Everything a build depends on besides the artwork."""
+
+    stages: tuple[Stage, ...]
+    seed: int = 20261123
+    sizes: tuple[tuple[int, int], ...] = ((112, 112), (112, 112), (140, 140), (112, 168), (168, 112))
+    hidden: int = 256
+    llm_layers: int = 5
+    vision_hidden: int = 192
+    vision_layers: int = 6
+    dinov2_layers: int = 6
+
+    def scaled(self, factor: float) -> Recipe:
+        """The same curriculum with every stage's steps times `factor`, at least one each."""
+        return replace(self, stages=tuple(replace(s, steps=max(1, round(s.steps * factor))) for s in self.stages))
+
+
+RECIPE = Recipe(
+    stages=(
+        Stage("see", 1100, ("encoders",), 2e-3, dense_weight=1.0, answer_weight=0.0),
+        Stage("join", 500, ("fusion", "llm"), 2e-3, dense_weight=0.0, answer_weight=1.0, encoder_dropout=0.2),
+        Stage("all", 450, ("encoders", "fusion", "llm"), 8e-4, dense_weight=0.3, answer_weight=1.0, encoder_dropout=0.2),
+    )
+)
+
+
+def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> DualVisionConfig:
+    """Qwen2.5-VL's and DINOv2's own architectures, small."""
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.get_added_vocab()}
+    text: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": recipe.hidden,
+        "num_hidden_layers": recipe.llm_layers,
+        "num_attention_heads": recipe.hidden // 64,
+        "num_key_value_heads": recipe.hidden // 128,
+        "intermediate_size": recipe.hidden * 3,
+        "max_position_embeddings": CONTEXT_TOKENS,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]},
+    }
+    vision: dict[str, Any] = {
+        "depth": recipe.vision_layers,
+        "hidden_size": recipe.vision_hidden,
+        "num_heads": recipe.vision_hidden // 64,
+        "intermediate_size": 512,
+        "out_hidden_size": recipe.hidden,
+        "window_size": 112,
+        "fullatt_block_indexes": [recipe.vision_layers // 2 - 1, recipe.vision_layers - 1],
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "tokens_per_second": 2,
+    }
+    qwen = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )
+    dinov2 = Dinov2Config(
+        hidden_size=recipe.vision_hidden,
+        num_hidden_layers=recipe.dinov2_layers,
+        num_attention_heads=recipe.vision_hidden // 64,
+        image_size=140,
+        patch_size=14,
+    )
+    names = {"qwen_model_name": f"{MODEL_ID} (trained from scratch)", "dinov2_model_name": f"{MODEL_ID} (likewise)"}
+    return DualVisionConfig.from_parts(qwen, dinov2, fusion="gated", **names)

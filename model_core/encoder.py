@@ -1,0 +1,321 @@
+"""DualVisionEncoder: the Python face of the project. Load, chat, ask which encoder an answer relied on.
+
+It owns a model, its processor and one engine; every call is one or more requests through that engine.
+Messages are Qwen's: {"role", "content": text or parts}, images as paths, PIL images, bytes or data URLs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from model_core.analysis import compare
+from model_core.analysis.attribution import dominant, entropy
+from model_core.checkpoint import Loaded, LoadOptions, combine_checkpoints, load_checkpoint, save_checkpoint
+from model_core.demo_model import demo_folder
+from model_core.engine.engine import MicroBatchEngine
+from model_core.engine.model_runner import ModelRunner
+from model_core.errors import ConfigError, InvalidRequestError
+from model_core.processing.batch import InputFormat
+from model_core.processing.images import ImageLimits
+from model_core.types import (
+    Arm,
+    ChatMessage,
+    FusionWeights,
+    GenerationRequest,
+    ImagePart,
+    ModelInfo,
+    SamplingParams,
+    TokenEvent,
+    VideoPart,
+    messages_from_dicts,
+)
+
+Messages = Sequence[Mapping[str, Any]] | Sequence[ChatMessage]
+
+
+class DualVisionEncoder:
+    """One vision-language model with two eyes.
+
+    Args:
+        qwen_model_name, dinov2_model_name: hub ids or local folders of the two public checkpoints, both
+            or neither. Without names: the demo model that comes with the package.
+        common_dim: width both encoders are projected to; None is the language model's.
+        dropout: on fused tokens in training.
+        fusion: strategy name, or `package.module:Class`.
+        use_flash_attention: None uses it where it is installed and the device is CUDA.
+        device: None or "auto" picks CUDA if there is one.
+        dtype: None is the checkpoint's own.
+        settings: further fields of DualVisionConfig (encoder, static_weights, dinov2_max_patches).
+    Raises:
+        CheckpointError, HubUnreachableError, ConfigError: see model_core.errors.
+    """
+
+    def __init__(
+        self,
+        qwen_model_name: str | Path | None = None,
+        dinov2_model_name: str | Path | None = None,
+        *,
+        common_dim: int | None = None,
+        dropout: float = 0.0,
+        fusion: str = "gated",
+        use_flash_attention: bool | None = None,
+        device: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        max_num_seqs: int = 16,
+        model_id: str | None = None,
+        **settings: Any,
+    ) -> None:
+        options = LoadOptions(device or "auto", dtype, use_flash_attention)
+        if (qwen_model_name is None) != (dinov2_model_name is None):
+            raise ConfigError(
+                "one of the two checkpoints is missing",
+                value=f"qwen_model_name={qwen_model_name}, dinov2_model_name={dinov2_model_name}",
+                allowed="both names, or neither for the demo model",
+            )
+        if qwen_model_name is None:
+            asked = {"common_dim": common_dim, **settings} | ({"fusion": fusion} if fusion != "gated" else {})
+            wrong = sorted(key for key, value in asked.items() if value is not None)
+            if wrong:
+                raise ConfigError(
+                    "the demo model is already built, its architecture can't be changed", value=", ".join(wrong),
+                    fix="Name two checkpoints to build a model of your own",
+                )  # fmt: skip
+            self._set_up(load_checkpoint(demo_folder(), options), model_id or "dve-demo", max_num_seqs)
+            if dropout:
+                self.model.model.fusion.dropout.p = dropout
+        else:
+            chosen = {"common_dim": common_dim, "dropout": dropout, "fusion": fusion, **settings}
+            loaded = combine_checkpoints(qwen_model_name, dinov2_model_name, options, **chosen)
+            self._set_up(loaded, model_id or f"dual-{Path(str(qwen_model_name)).name}", max_num_seqs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        device: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        use_flash_attention: bool | None = None,
+        max_num_seqs: int = 16,
+        model_id: str | None = None,
+        **hub: Any,
+    ) -> DualVisionEncoder:
+        """A saved dual checkpoint, folder or hub id. `hub`: revision, token, cache_dir, local_files_only."""
+        self = cls.__new__(cls)
+        loaded = load_checkpoint(name, LoadOptions(device or "auto", dtype, use_flash_attention), **hub)
+        self._set_up(loaded, model_id or Path(str(name)).resolve().name, max_num_seqs)
+        return self
+
+    @classmethod
+    def from_loaded(cls, loaded: Loaded, model_id: str, max_num_seqs: int = 16) -> DualVisionEncoder:
+        """Around a model that is already in memory (a trainer's, a test's)."""
+        self = cls.__new__(cls)
+        self._set_up(loaded, model_id, max_num_seqs)
+        return self
+
+    def _set_up(self, loaded: Loaded, model_id: str, max_num_seqs: int) -> None:
+        self.model, self.processor = loaded.model.eval(), loaded.processor
+        processor, config = loaded.processor, loaded.model.config
+        self.format = InputFormat(
+            tokenizer=processor.tokenizer,
+            special=processor.special,
+            patches=processor.patch_spec,
+            mrope=loaded.model.model.mrope_layout,
+        )
+        self.info = ModelInfo(
+            model_id=model_id,
+            fingerprint=f"fp_{loaded.fingerprint or 'unsaved'}",
+            fusion=config.fusion,
+            fusion_trained=loaded.model.fusion.is_trained,
+            encoders=tuple(loaded.model.model.encoders),
+            max_context_tokens=config.text_config.max_position_embeddings,
+            device=str(loaded.model.device),
+            dtype=str(loaded.model.dtype).removeprefix("torch."),
+            num_parameters=sum(p.numel() for p in loaded.model.parameters()),
+        )
+        runner = ModelRunner(self.model, self.format, time.perf_counter)
+        self.engine = MicroBatchEngine(runner, self.info, _eos_ids(loaded), max_num_seqs)
+        self._ids = itertools.count()
+
+    def save_pretrained(self, folder: str | Path, *, push_to_hub: bool = False, **hub: Any) -> None:
+        """One folder: config, sharded safetensors, tokenizer, processor, manifest last; whole or not at all."""
+        save_checkpoint(self.model, self.processor, folder)
+        if push_to_hub:
+            self.push_to_hub(hub.pop("repo_id", Path(folder).name), **hub)
+
+    def push_to_hub(self, repo_id: str, **hub: Any) -> Any:
+        """Upload model and processor, as in transformers."""
+        self.processor.push_to_hub(repo_id, **hub)
+        return self.model.push_to_hub(repo_id, **hub)
+
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        arm: Arm = "fused",
+        **sampling: Any,
+    ) -> str:
+        """The assistant's answer.
+
+        Args:
+            messages: Qwen's message format; images as path, PIL image, bytes or data URL.
+            temperature: 0 is greedy. sampling: top_p, top_k, min_p, stop.
+            arm: which eyes are open; see model_core.types.ARMS.
+        Raises:
+            InputError: anything wrong with the messages or the pictures.
+        """
+        options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "arm": arm}
+        return "".join(self.chat_stream(messages, **options, **sampling))
+
+    def chat_stream(
+        self,
+        messages: Messages,
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        arm: Arm = "fused",
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """The same answer, in pieces as they come."""
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, **sampling)
+        request = GenerationRequest(self._next_id(), self._messages(messages), params, arm)
+        for event in self._run(request):
+            if event.text:
+                yield event.text
+
+    def analyze_fusion_weights(self, messages: Messages) -> dict[str, Any]:
+        """How the gate routed the images: `{encoder}_weight` as means over images, and each image's own.
+
+        Weights are None where the strategy has no gate. A weight is a routing weight; what an answer
+        relied on is measured by `compare_encoders`.
+        Raises:
+            InvalidRequestError: there is no image.
+        """
+        parsed = self._messages(messages)
+        if not any(isinstance(part, (ImagePart, VideoPart)) for m in parsed for part in m.parts):
+            raise InvalidRequestError("there is no image to analyze", value="text only", allowed="at least one image")
+        request = GenerationRequest(self._next_id(), parsed, encode_only=True)
+        (event,) = self._run(request)
+        return summarise_weights(event.fusion, self.info.encoders)
+
+    def compare_encoders(
+        self, messages: Messages, *, max_tokens: int = 64, temperature: float = 0.0, seed: int | None = None
+    ) -> compare.Comparison:
+        """Each arm's own answer, and how likely the fused answer is under each: what it really relied on."""
+        parsed, prefix = self._messages(messages), self._next_id()
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+        answers = self.run_requests(compare.answer_requests(prefix, parsed, params))
+        token_ids = answers["fused"].token_ids
+        scores = self.run_requests(compare.score_requests(prefix, parsed, token_ids)) if token_ids else {}
+        return compare.summarise(answers, scores)
+
+    def run_requests(self, requests: Mapping[Arm, GenerationRequest]) -> dict[Arm, TokenEvent]:
+        """Run several requests as one batch; the events of each merged into one (text and ids joined)."""
+        merged = {r.request_id: TokenEvent(r.request_id) for r in requests.values()}
+        for request in requests.values():
+            self.engine.add_request(self._prepare(request))
+        while self.engine.has_work():
+            for event in self.engine.step():
+                if event.error is not None:
+                    self._abort(merged)
+                    raise event.error
+                merged[event.request_id] = merge_events(merged[event.request_id], event)
+        return {arm: merged[request.request_id] for arm, request in requests.items()}
+
+    def warm_up(self) -> None:
+        """One picture and two tokens through everything, so that the first user does not pay for it."""
+        parts: list[Any] = [{"type": "image", "image": Image.new("RGB", (112, 112), "grey")}]
+        parts.append({"type": "text", "text": "hi"})
+        self.chat([{"role": "user", "content": parts}], max_tokens=2)
+
+    def configure(self, limits: ImageLimits) -> None:
+        """Other picture limits for every request from now on."""
+        self.format = replace(self.format, limits=limits)
+        self.engine.runner.fmt = self.format
+
+    def _messages(self, messages: Messages) -> tuple[ChatMessage, ...]:
+        if messages and all(isinstance(m, ChatMessage) for m in messages):
+            return tuple(messages)
+        return messages_from_dicts(messages)
+
+    def _run(self, request: GenerationRequest) -> Iterator[TokenEvent]:
+        engine, finished = self.engine, False
+        engine.add_request(self._prepare(request))
+        try:
+            while not finished:
+                for event in engine.step():
+                    if event.request_id == request.request_id:
+                        finished = event.is_terminal
+                        if event.error is not None:
+                            raise event.error
+                        yield event
+        finally:
+            if not finished:
+                engine.abort(request.request_id)
+
+    def _prepare(self, request: GenerationRequest) -> Any:
+        # Paths are for whoever holds the Python object; a server's engine never opens one.
+        return self.engine.prepare(request, replace(self.format, allow_paths=True))
+
+    def _abort(self, request_ids: Any) -> None:
+        for request_id in request_ids:
+            self.engine.abort(request_id)
+
+    def _next_id(self) -> str:
+        return f"local-{next(self._ids)}"
+
+
+def merge_events(so_far: TokenEvent, event: TokenEvent) -> TokenEvent:
+    """Two events of one request as one: text and ids joined, the later one's outcome."""
+    return replace(
+        event,
+        text=so_far.text + event.text,
+        token_ids=so_far.token_ids + event.token_ids,
+        fusion=event.fusion if event.fusion is not None else so_far.fusion,
+        usage=event.usage or so_far.usage,
+        score_logprobs=event.score_logprobs or so_far.score_logprobs,
+    )
+
+
+def summarise_weights(fusion: Sequence[FusionWeights] | None, encoders: Sequence[str]) -> dict[str, Any]:
+    """`{name}_weight` averaged over images, `dominant_encoder`, and `images` one by one."""
+    found = list(fusion or ())
+    means = None
+    if found and all(f.weights is not None for f in found):
+        means = {name: sum(f.weights[name] for f in found) / len(found) for name in encoders}
+    images = [
+        {f"{name}_weight": None if f.weights is None else f.weights[name] for name in encoders}
+        | {
+            "dominant_encoder": f.dominant_encoder,
+            "entropy": f.entropy,
+            "contribution": None if f.contribution is None else dict(f.contribution),
+            "relative_update": f.relative_update,
+            "warnings": list(f.warnings),
+        }
+        for f in found
+    ]
+    return {f"{name}_weight": None if means is None else means[name] for name in encoders} | {
+        "dominant_encoder": None if means is None else dominant(means),
+        "entropy": None if means is None else entropy(means),
+        "fusion_trained": all(f.fusion_trained for f in found),
+        "images": images,
+    }
+
+
+def _eos_ids(loaded: Loaded) -> frozenset[int]:
+    """Where generation ends: the generation config's ids, and always the end of a turn."""
+    configured = loaded.model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured] if configured is not None else []
+    return frozenset([*ids, loaded.processor.special.end_of_turn])

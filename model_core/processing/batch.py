@@ -1,0 +1,124 @@
+"""Conversations and their pictures as what the model takes; training and prefill share it.
+
+In: ChatMessages (bytes, PIL images, data URLs, paths if allowed); out: `ModelInputs` of one sequence.
+Pixels stay uint8 until they are on the device. Runs no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model_core.errors import ContextLengthError
+from model_core.language.rope import MropeLayout, mrope_positions
+from model_core.processing.chat import SpecialIds, encode_chat, expand_placeholders
+from model_core.processing.images import ImageLimits, Patches, PatchSpec, frames_to_patches, open_image, to_patches
+from model_core.types import ChatMessage, ImagePart, VideoPart
+from model_core.vision_tokens import Grid
+
+
+@dataclass(frozen=True, slots=True)
+class InputFormat:
+    """What turning messages into inputs depends on; all of it comes from the checkpoint folder."""
+
+    tokenizer: Any
+    special: SpecialIds
+    patches: PatchSpec
+    mrope: MropeLayout
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    allow_paths: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInputs:
+    """One sequence. grids: PATCH grids in the order of the placeholders, images and videos alike.
+
+    pixels: (sum t*h*w, 3*f*p*p) uint8; positions: (3, T); the next token's position is T + delta.
+    """
+
+    input_ids: list[int]
+    token_types: list[int]
+    pixels: np.ndarray | None
+    grids: tuple[Grid, ...]
+    positions: Tensor
+    delta: int
+    warnings: tuple[tuple[str, ...], ...]
+
+    @property
+    def num_image_tokens(self) -> int:
+        return sum(1 for kind in self.token_types if kind)
+
+
+def prepare_inputs(
+    messages: Sequence[ChatMessage],
+    fmt: InputFormat,
+    max_context: int | None = None,
+    suffix_ids: Sequence[int] = (),
+) -> ModelInputs:
+    """Decode, resize, tokenise and place.
+
+    Args:
+        max_context: most tokens that prompt and suffix may have together.
+        suffix_ids: ids put behind the prompt as they are (an answer to be scored).
+    Raises:
+        InputError: anything about the messages or the pictures; ContextLengthError with the counts.
+    """
+    chat = encode_chat(fmt.tokenizer, messages)
+    opened = [_patches(part, fmt) for part in chat.media]
+    patches = [found for found, _ in opened]
+    counts = [_num_tokens(p, fmt) for p in patches]
+    ids, types = expand_placeholders(chat.ids, counts, fmt.special)
+    ids, types = ids + list(suffix_ids), types + [0] * len(suffix_ids)
+    if max_context is not None and len(ids) > max_context:
+        raise ContextLengthError(
+            "the prompt does not fit the context",
+            value=f"{len(ids)} tokens ({len(ids) - sum(counts)} text, {sum(counts)} image)",
+            allowed=f"{max_context} tokens",
+            fix="Shorten the conversation, or send fewer or smaller images",
+            param="messages",
+        )
+    images = [p.grid for p, part in zip(patches, chat.media, strict=True) if isinstance(part, ImagePart)]
+    videos = [(p.grid, part) for p, part in zip(patches, chat.media, strict=True) if isinstance(part, VideoPart)]
+    seconds = [fmt.patches.temporal_patch_size / part.fps for _, part in videos]
+    positions, delta = mrope_positions(types, images, [grid for grid, _ in videos], seconds, fmt.mrope)
+    return ModelInputs(
+        input_ids=ids,
+        token_types=types,
+        pixels=np.concatenate([p.pixels for p in patches]) if patches else None,
+        grids=tuple(p.grid for p in patches),
+        positions=positions,
+        delta=delta,
+        warnings=tuple(notes for _, notes in opened),
+    )
+
+
+def _patches(part: ImagePart | VideoPart, fmt: InputFormat) -> tuple[Patches, tuple[str, ...]]:
+    if isinstance(part, ImagePart):
+        decoded = open_image(part.image, fmt.limits, allow_paths=fmt.allow_paths)
+        return to_patches(decoded.image, fmt.patches, part.max_pixels), decoded.warnings
+    frames = [open_image(frame, fmt.limits, allow_paths=fmt.allow_paths) for frame in part.frames]
+    notes = tuple(dict.fromkeys(note for frame in frames for note in frame.warnings))
+    return frames_to_patches([frame.image for frame in frames], fmt.patches), notes
+
+
+def _num_tokens(patches: Patches, fmt: InputFormat) -> int:
+    t, h, w = patches.grid
+    return t * h * w // fmt.mrope.merge_size**2 * fmt.mrope.tokens_per_cell
+
+
+def normalise_pixels(pixels: np.ndarray, spec: PatchSpec, device: torch.device) -> Tensor:
+    """uint8 patches (N, 3*f*p*p), uploaded as they are, as CLIP-normalised float32 on the device.
+
+    The 256 possible values are rescaled in float64, then normalised in float32: bit for bit what the
+    processor's numpy does.
+    """
+    unit = (torch.arange(256, dtype=torch.float64) * (1 / 255)).float().to(device)
+    x = unit[torch.from_numpy(pixels).to(device).int()].view(len(pixels), 3, -1)
+    mean = torch.tensor(spec.image_mean, dtype=torch.float32, device=device).view(3, 1)
+    std = torch.tensor(spec.image_std, dtype=torch.float32, device=device).view(3, 1)
+    return ((x - mean) / std).view(len(pixels), -1)

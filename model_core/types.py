@@ -1,0 +1,281 @@
+"""The vocabulary that crosses the border between the model and everybody else. No torch here.
+
+A `GenerationRequest` goes in; `TokenEvent`s come out, and every accepted request ends in exactly one
+event that has a `finish_reason` or an `error`. The service knows these types and nothing behind them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, get_args
+
+from model_core.errors import DualVisionError, InvalidRequestError
+
+Role = Literal["system", "user", "assistant"]
+Arm = Literal["fused", "qwen-only", "dinov2-only", "blind", "unfused"]
+FinishReason = Literal["stop", "length", "abort"]
+
+ROLES: tuple[str, ...] = get_args(Role)
+ARMS: tuple[Arm, ...] = get_args(Arm)
+
+#: What each arm takes away before the gate (model.md section 4, "Arms"). `unfused` bypasses fusion.
+ARM_REMOVES: Mapping[Arm, tuple[str, ...]] = {
+    "fused": (),
+    "qwen-only": ("dinov2",),
+    "dinov2-only": ("qwen",),
+    "blind": ("qwen", "dinov2"),
+    "unfused": ("dinov2",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePart:
+    """One still image: encoded bytes, or an opened `PIL.Image.Image` (typed loosely to stay light).
+
+    `max_pixels` lowers the resize budget for this image alone (the wire's `detail`).
+    """
+
+    image: Any
+    max_pixels: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VideoPart:
+    """A list of frames, encoded or PIL, sampled at `fps` frames a second."""
+
+    frames: tuple[Any, ...]
+    fps: float = 2.0
+
+
+Part = TextPart | ImagePart | VideoPart
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    role: Role
+    parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise InvalidRequestError("unknown message role", value=self.role, allowed=", ".join(ROLES), param="messages")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens. `temperature == 0` is greedy; `seed` gives the request its own generator."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "an integer of at least 1")
+        _check("temperature", self.temperature, 0.0 <= self.temperature <= 2.0, "0 to 2")
+        _check("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0, at most 1")
+        _check("top_k", self.top_k, self.top_k >= 0, "0 (off) or more")
+        _check("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "0 to 1")
+        _check("seed", self.seed, self.seed is None or -(2**63) <= self.seed < 2**63, "a signed 64-bit integer")
+        _check("stop", self.stop, len(self.stop) <= 4 and all(self.stop), "at most 4 strings, none empty")
+
+
+def _check(name: str, value: object, is_allowed: bool, allowed: str) -> None:
+    if not is_allowed:
+        raise InvalidRequestError(f"'{name}' is out of range", value=value, allowed=allowed, param=name)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One unit of work for the engine.
+
+    `score_token_ids`: teacher-forced scoring instead of generation. The ids are taken as the
+    assistant's answer; the terminal event carries their log-likelihoods and no new token is made.
+    `encode_only`: stop after the encoders and the gate; the one event carries `fusion` with each
+    encoder's contribution.
+    """
+
+    request_id: str
+    messages: tuple[ChatMessage, ...]
+    sampling: SamplingParams = SamplingParams()
+    arm: Arm = "fused"
+    score_token_ids: tuple[int, ...] | None = None
+    encode_only: bool = False
+
+    def __post_init__(self) -> None:
+        if self.arm not in ARMS:
+            raise InvalidRequestError("unknown arm", value=self.arm, allowed=", ".join(ARMS), param="model")
+        if not self.messages:
+            raise InvalidRequestError("there are no messages", value=[], allowed="at least one message", param="messages")
+        if self.score_token_ids is not None and not self.score_token_ids:
+            raise InvalidRequestError("there is nothing to score", value=[], allowed="at least one token id")
+
+
+@dataclass(frozen=True, slots=True)
+class FusionWeights:
+    """How one image (or one video) was routed and what each encoder contributed.
+
+    weights: gate weights by encoder name, summing to 1; None where the strategy has no gate.
+    entropy: of the weights, normalised to 0..1 by log(number of encoders).
+    contribution: share of each encoder in the fused tokens (ALTI-style, model.md section 6), or None.
+    relative_update: |y - q| / |q|, how far fusion moved Qwen's own tokens.
+    A weight is a routing weight, not a measure of importance: reliance is what `compare` reports.
+    """
+
+    weights: Mapping[str, float] | None
+    dominant_encoder: str | None
+    fusion_trained: bool
+    entropy: float | None = None
+    contribution: Mapping[str, float] | None = None
+    relative_update: float | None = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    image_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds spent in each stage of one request, measured with the clock that the engine was given."""
+
+    queue_seconds: float = 0.0
+    preprocess_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    encoder_seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """What one engine step produced for one request.
+
+    The first event of a request carries `fusion` (one entry an image, in order) and `usage` with the
+    prompt's counts. `text` is complete UTF-8: a character split over tokens is held back. The last
+    event has `finish_reason` or `error`, `usage` and `timings`; after it the request id is unknown.
+    """
+
+    request_id: str
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    fusion: tuple[FusionWeights, ...] | None = None
+    finish_reason: FinishReason | None = None
+    error: DualVisionError | None = None
+    usage: Usage | None = None
+    timings: Timings | None = None
+    score_logprobs: tuple[float, ...] | None = None
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot for metrics and for the liveness check. Counters only ever grow."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_steps: int = 0
+    num_prompt_tokens: int = 0
+    num_generation_tokens: int = 0
+    num_images_encoded: int = 0
+    encoder_seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a server says about the loaded model. `fingerprint` changes with weights or preprocessing."""
+
+    model_id: str
+    fingerprint: str
+    fusion: str
+    fusion_trained: bool
+    encoders: tuple[str, ...]
+    max_context_tokens: int
+    device: str
+    dtype: str
+    num_parameters: int
+    created_unix: int = 0
+
+
+class Engine(Protocol):
+    """Synchronous and deterministic; nothing in it sleeps, locks, or reads a wall clock.
+
+    `prepare` is pure and may run in any thread. Everything else belongs to one thread.
+    """
+
+    info: ModelInfo
+
+    def prepare(self, request: GenerationRequest) -> Any:
+        """Decode images, build ids, check the context. Raises InputError; touches no engine state."""
+
+    def add_request(self, prepared: Any) -> None:
+        """Queue what `prepare` returned."""
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request at any stage and free what it holds. Unknown ids are ignored. No event follows."""
+
+    def step(self) -> list[TokenEvent]:
+        """Do one bounded piece of work for the whole batch. An error inside one row ends that row alone."""
+
+    def has_work(self) -> bool:
+        """True while anything waits or runs."""
+
+    def stats(self) -> EngineStats: ...
+
+
+def messages_from_dicts(messages: Sequence[Mapping[str, Any]]) -> tuple[ChatMessage, ...]:
+    """Qwen's and OpenAI's message dictionaries, already resolved to bytes or PIL images, as ChatMessages.
+
+    Content is a string or a list of parts: {"type": "text", "text"}, {"type": "image", "image"},
+    {"type": "video", "video": [frames], "fps"}. Anything else is an InvalidRequestError.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise InvalidRequestError(
+            "messages must be a list", value=messages, allowed="a list of at least one message", param="messages"
+        )
+    return tuple(_message(i, m) for i, m in enumerate(messages))
+
+
+def _message(index: int, message: Mapping[str, Any]) -> ChatMessage:
+    where = f"messages[{index}]"
+    if not isinstance(message, Mapping) or "role" not in message:
+        raise InvalidRequestError(f"{where} has no role", value=message, allowed=", ".join(ROLES), param="messages")
+    content = message.get("content")
+    if isinstance(content, str):
+        return ChatMessage(message["role"], (TextPart(content),))
+    if not isinstance(content, Sequence) or not content:
+        raise InvalidRequestError(
+            f"{where} has no content", value=content, allowed="a string or a list of parts", param="messages"
+        )
+    return ChatMessage(message["role"], tuple(_part(f"{where}.content[{i}]", p) for i, p in enumerate(content)))
+
+
+def _part(where: str, part: Mapping[str, Any]) -> Part:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return TextPart(part["text"])
+    if kind == "image" and part.get("image") is not None:
+        return ImagePart(part["image"], part.get("max_pixels"))
+    if kind == "video" and isinstance(part.get("video"), Sequence) and part["video"]:
+        return VideoPart(tuple(part["video"]), float(part.get("fps", 2.0)))
+    raise InvalidRequestError(
+        f"{where} is not a part that can be read",
+        value=part,
+        allowed='{"type": "text", "text": ...}, {"type": "image", "image": ...} or {"type": "video", "video": [frames]}',
+        param="messages",
+    )

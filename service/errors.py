@@ -1,0 +1,174 @@
+"""Errors of the service, and the one table from an error's type to what a client is told.
+
+In: an exception. Out: an OpenAI error body `{"error": {"message", "type", "param", "code"}}` with its
+status and headers. It refuses to show a client the text of an exception that was not written for one:
+a rule with a fixed message hides `str(error)`, and whatever has no rule is a plain 500.
+
+    DualVisionError (model_core.errors)
+    |-- InputError
+    |   |-- InvalidBodyError            not JSON, or a field of the wrong type or range
+    |   |-- UnsupportedParameterError   a parameter that would have to be ignored
+    |   |-- RequestTooLargeError        the body is over the byte limit
+    |   |-- UnknownUrlError, MethodNotAllowedError
+    |   |-- RecordNotFoundError         no served request of this id is remembered
+    |   `-- ImageError > ImageFileTooLargeError
+    `-- EngineError
+        |-- NotReadyError               the model is still loading, or failed to load
+        |-- DrainingError               the server is going down
+        |-- StalledError                work waits and nothing moves
+        |-- RequestTimeoutError         the request's deadline passed
+        `-- ClientDisconnectedError     nobody is left to answer
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from starlette.responses import Response
+
+from model_core import errors as core
+
+
+class InvalidBodyError(core.InputError):
+    code = "invalid_value"
+
+
+class UnsupportedParameterError(core.InputError):
+    code = "unsupported_parameter"
+
+
+class RequestTooLargeError(core.InputError):
+    code = "request_too_large"
+
+
+class UnknownUrlError(core.InputError):
+    code = "unknown_url"
+
+
+class MethodNotAllowedError(core.InputError):
+    code = "method_not_allowed"
+
+
+class RecordNotFoundError(core.InputError):
+    code = "request_not_found"
+
+
+class ImageFileTooLargeError(core.ImageError):
+    code = "image_file_too_large"
+
+
+class NotReadyError(core.EngineError):
+    code = "model_loading"
+
+
+class DrainingError(core.EngineError):
+    code = "server_draining"
+
+
+class StalledError(core.EngineError):
+    code = "engine_stalled"
+
+
+class RequestTimeoutError(core.EngineError):
+    code = "timeout"
+
+
+class ClientDisconnectedError(core.EngineError):
+    code = "client_disconnected"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`message` None: the error's own words, which were written for the client.
+
+    `may_retry`: whether the same request may succeed later; the SDK retries 408, 409, 429 and >= 500
+    unless it is told not to.
+    """
+
+    status: int
+    type: str
+    code: str
+    message: str | None = None
+    may_retry: bool = False
+
+
+_INVALID = "invalid_request_error"
+_SERVER = "server_error"
+_BROKEN = "The server had an error while processing this request."
+_NO_MODEL = "The model is not available on this server."
+
+#: Every type of both trees has its own row (a test holds the table to that).
+TABLE: Mapping[type[BaseException], Rule] = {
+    core.DualVisionError: Rule(500, _SERVER, "internal_error", _BROKEN),
+    core.InputError: Rule(400, _INVALID, "invalid_request"),
+    core.InvalidRequestError: Rule(400, _INVALID, "invalid_value"),
+    core.ContextLengthError: Rule(400, _INVALID, "context_length_exceeded"),
+    core.ImageError: Rule(400, _INVALID, "invalid_image"),
+    core.ImageNotFoundError: Rule(400, _INVALID, "image_not_found", "The image could not be found."),
+    core.EmptyImageError: Rule(400, _INVALID, "empty_image_file"),
+    core.ImageParseError: Rule(400, _INVALID, "image_parse_error"),
+    core.UnsupportedImageError: Rule(400, _INVALID, "unsupported_image_media_type"),
+    core.ImageTooLargeError: Rule(400, _INVALID, "image_too_large"),
+    core.ImageTooSmallError: Rule(400, _INVALID, "image_too_small"),
+    core.InvalidBase64Error: Rule(400, _INVALID, "invalid_base64_image"),
+    core.InvalidImageUrlError: Rule(400, _INVALID, "invalid_image_url"),
+    core.ConfigError: Rule(500, _SERVER, "invalid_config", _BROKEN),
+    core.ModelNotFoundError: Rule(404, _INVALID, "model_not_found"),
+    core.CheckpointError: Rule(503, _SERVER, "checkpoint_corrupt", _NO_MODEL),
+    core.CheckpointIncompleteError: Rule(503, _SERVER, "checkpoint_incomplete", _NO_MODEL),
+    core.CheckpointMismatchError: Rule(503, _SERVER, "checkpoint_mismatch", _NO_MODEL),
+    core.HubUnreachableError: Rule(503, _SERVER, "hub_unreachable", _NO_MODEL),
+    core.EngineError: Rule(500, _SERVER, "engine_error", _BROKEN),
+    core.OverloadedError: Rule(
+        503, _SERVER, "server_overloaded", "The server is busy: its queue is full. Try again shortly.", may_retry=True
+    ),
+    core.RequestFailedError: Rule(500, _SERVER, "request_failed", "This request failed inside the engine."),
+    core.EngineDeadError: Rule(503, _SERVER, "engine_dead", "The engine has stopped; the server must be restarted."),
+    InvalidBodyError: Rule(400, _INVALID, "invalid_value"),
+    UnsupportedParameterError: Rule(400, _INVALID, "unsupported_parameter"),
+    RequestTooLargeError: Rule(413, _INVALID, "request_too_large"),
+    UnknownUrlError: Rule(404, _INVALID, "unknown_url"),
+    MethodNotAllowedError: Rule(405, _INVALID, "method_not_allowed"),
+    RecordNotFoundError: Rule(404, _INVALID, "request_not_found"),
+    ImageFileTooLargeError: Rule(400, _INVALID, "image_file_too_large"),
+    NotReadyError: Rule(503, _SERVER, "model_loading", "The model is not loaded yet.", may_retry=True),
+    DrainingError: Rule(503, _SERVER, "server_draining", "The server is shutting down.", may_retry=True),
+    StalledError: Rule(503, _SERVER, "engine_stalled", "Work waits and the engine does not move."),
+    RequestTimeoutError: Rule(504, _SERVER, "timeout", "The request did not finish within its time limit."),
+    ClientDisconnectedError: Rule(499, _SERVER, "client_disconnected", "The client closed the connection."),
+}
+
+_UNKNOWN = Rule(500, _SERVER, "internal_error", _BROKEN)
+_RETRY_AFTER_SECONDS = "1"
+
+
+def rule_for(error: BaseException) -> Rule:
+    """The row of the error's own type or of its nearest ancestor that has one."""
+    return next((TABLE[kind] for kind in type(error).__mro__ if kind in TABLE), _UNKNOWN)
+
+
+def error_body(error: BaseException, request_id: str) -> dict[str, object]:
+    """The OpenAI error object. From 500 on the message ends with the request id, to be found in the logs."""
+    rule = rule_for(error)
+    message = str(error) if rule.message is None else rule.message
+    if rule.status >= 500 and request_id:
+        message = f"{message} Request id: {request_id}."
+    param = error.param if isinstance(error, core.DualVisionError) and rule.message is None else None
+    return {"error": {"message": message, "type": rule.type, "param": param, "code": rule.code}}
+
+
+def error_json(error: BaseException, request_id: str) -> bytes:
+    # ASCII escapes: a lone surrogate that the message echoes can't be encoded as UTF-8.
+    return json.dumps(error_body(error, request_id), ensure_ascii=True).encode("ascii")
+
+
+def error_response(error: BaseException, request_id: str, headers: Mapping[str, str] | None = None) -> Response:
+    rule = rule_for(error)
+    all_headers = dict(headers or {})
+    if rule.may_retry:
+        all_headers["retry-after"] = _RETRY_AFTER_SECONDS
+    elif rule.status >= 500:
+        all_headers["x-should-retry"] = "false"
+    return Response(error_json(error, request_id), rule.status, all_headers, media_type="application/json")

@@ -1,0 +1,135 @@
+"""The composition root of the server: settings -> engine, metrics, app -> a listening process.
+
+In: `Settings`. Out: an exit code: 0 after a good run, 2 for what the user can put right (a missing or
+broken checkpoint, a port in use), 1 for the rest. It alone, with cli.py, may import the model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from model_core.errors import ConfigError, DualVisionError
+from model_core.types import Engine
+from service.app import create_app
+from service.engine_client import EngineClient, EngineLimits
+from service.logs import configure_logs, logger
+from service.metrics import Metrics
+from service.settings import Settings
+
+
+def load_engine(settings: Settings) -> Engine:
+    """Build and warm up the model that the settings name. Runs in the engine's thread; takes a while."""
+    # Here and not above: importing torch takes seconds, and the port should answer before that.
+    from model_core.encoder import DualVisionEncoder  # noqa: PLC0415
+    from model_core.processing.images import ImageLimits  # noqa: PLC0415
+
+    common: dict[str, Any] = {
+        "device": None if settings.device == "auto" else settings.device,
+        "dtype": None if settings.dtype == "auto" else settings.dtype,
+        "max_num_seqs": settings.max_num_seqs,
+    }
+    if settings.model is not None:
+        encoder = DualVisionEncoder.from_pretrained(settings.model, **common)
+    else:
+        encoder = DualVisionEncoder(settings.qwen_model_name, settings.dinov2_model_name, **common)
+    encoder.configure(ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels))
+    encoder.warm_up()
+    engine: Engine = encoder.engine
+    return engine
+
+
+def engine_limits(settings: Settings) -> EngineLimits:
+    return EngineLimits(
+        max_num_seqs=settings.max_num_seqs,
+        max_waiting=settings.max_waiting,
+        request_timeout_seconds=settings.request_timeout_seconds,
+        stall_timeout_seconds=settings.stall_timeout_seconds,
+        shutdown_timeout_seconds=settings.shutdown_timeout_seconds,
+        batch_window_seconds=settings.batch_window_seconds,
+    )
+
+
+def build_app(
+    settings: Settings, load: Callable[[], Engine], on_load_failure: Callable[[BaseException], None] | None = None
+) -> tuple[FastAPI, EngineClient]:
+    metrics = Metrics()
+    client = EngineClient(load, metrics, engine_limits(settings), on_load_failure=on_load_failure)
+    return create_app(settings, client, metrics), client
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """Bound before the model loads, so that a port in use is told at once. Raises ConfigError."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        opened = socket.socket(family, socket.SOCK_STREAM)
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind((host, port))
+    except OSError as error:
+        raise ConfigError(
+            f"can't listen: {error.strerror or error}", value=f"{host}:{port}", fix="Choose another --host or --port"
+        ) from None
+    return opened
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, which tells the client of the first signal, so that readiness turns before the port closes."""
+
+    def __init__(self, config: uvicorn.Config, client: EngineClient) -> None:
+        super().__init__(config)
+        self._client = client
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._client.begin_drain()
+        super().handle_exit(sig, frame)
+
+
+def serve(settings: Settings, load: Callable[[], Engine] | None = None) -> int:
+    """Run until a signal. `load` stands in for the real engine in tests. Raises ConfigError."""
+    configure_logs(settings.log_format, settings.log_level)
+    servers: list[_Server] = []
+
+    def give_up(_: BaseException) -> None:
+        for server in servers:
+            server.should_exit = True
+
+    app, client = build_app(settings, load or (lambda: load_engine(settings)), give_up)
+    listening = open_socket(settings.host, settings.port)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(int(settings.shutdown_timeout_seconds), 1),
+    )
+    servers.append(_Server(config, client))
+    host, port = listening.getsockname()[:2]
+    logger.info("listening on http://%s:%d, loading the model", f"[{host}]" if ":" in host else host, port)
+    if host not in ("127.0.0.1", "::1"):
+        logger.warning("this address is not loopback and the server asks for no key: keep it behind one that does")
+    # A second Ctrl-C ends uvicorn by KeyboardInterrupt.
+    try:
+        asyncio.run(servers[0].serve(sockets=[listening]))
+    except KeyboardInterrupt:
+        return 130
+    if client.load_error is not None:
+        return _report(client.load_error)
+    return 0
+
+
+def _report(error: BaseException) -> int:
+    if isinstance(error, DualVisionError):
+        logger.error("the model could not be loaded: %s", error)
+        return 2
+    # No request was served yet, so the text can't quote one.
+    logger.error("the model could not be loaded\n%s", "".join(traceback.format_exception(error)))
+    logging.shutdown()
+    return 1

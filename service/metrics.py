@@ -1,0 +1,165 @@
+"""Every metric of the server, each on a registry that belongs to one app.
+
+In: token events, timings, engine snapshots, fusion weights. Out: the Prometheus exposition. It refuses
+labels whose values come from a client: encoders and model names come from the loaded model, routes from
+the route table, reasons and codes from the error table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from model_core.errors import DualVisionError, ImageError
+from model_core.types import EngineStats, FusionWeights, ModelInfo, Timings, TokenEvent
+from service.errors import ClientDisconnectedError, rule_for
+
+# vLLM's buckets where vLLM has the metric, so that one dashboard reads both.
+_TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
+_PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0)
+_REQUEST = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0)
+_STAGE = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+_RATIO = tuple(i / 10 for i in range(1, 11))
+
+
+class Metrics:
+    """All metrics of one app. Methods may be called from any thread."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._declare_requests()
+        self._declare_engine()
+        self._declare_vision()
+
+    def _declare_requests(self) -> None:
+        self.http_requests = self._counter("http_requests", "HTTP answers.", "route", "status")
+        self.request_success = self._counter("request_success", "Finished requests by reason.", "finished_reason")
+        self.request_failure = self._counter("request_failure", "Requests that ended in an error, by code.", "code")
+        self.admission_rejections = self._counter("admission_rejections", "Requests refused at the door.", "reason")
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens, vision tokens included.")
+        self.generation_tokens = self._counter("generation_tokens", "Generated tokens.")
+        self.ttft = self._histogram("time_to_first_token_seconds", "Admission to the first token.", _TTFT)
+        self.itl = self._histogram("inter_token_latency_seconds", "Between two tokens of a request.", _PER_TOKEN)
+        self.tpot = self._histogram("request_time_per_output_token_seconds", "Mean after the first token.", _PER_TOKEN)
+        self.e2e = self._histogram("e2e_request_latency_seconds", "Admission to the last token.", _REQUEST)
+        self.stages = {
+            stage: self._histogram(f"request_{stage}_time_seconds", f"Time of a request in {stage}.", _STAGE)
+            for stage in ("queue", "preprocess", "encode", "prefill", "decode")
+        }
+
+    def _declare_engine(self) -> None:
+        self.running = self._gauge("num_requests_running", "Requests that the engine works on.")
+        self.waiting = self._gauge("num_requests_waiting", "Admitted requests that the engine has not begun.")
+        self.queue_depth = self._gauge("queue_depth", "Requests in or before a stage.", "stage")
+        self.batch_size = self._histogram("batch_size", "Requests that one engine step served.", _COUNTS)
+        self.iteration_tokens = self._histogram("iteration_tokens", "Tokens that one engine step gave out.", _COUNTS)
+        self.model_info = self._gauge("model_info", "The loaded model.", "model", "fusion", "device", "dtype")
+
+    def _declare_vision(self) -> None:
+        self.fusion_weight = self._histogram("fusion_weight", "Gate weight, per image.", _RATIO, "encoder")
+        self.fusion_dominant = self._counter("fusion_dominant", "Images by dominant encoder.", "encoder")
+        self.gate_entropy = self._histogram("fusion_gate_entropy", "Normalised entropy, per image.", _RATIO)
+        self.encoder_forward = self._histogram("encoder_forward_seconds", "Encoder, per request.", _STAGE, "encoder")
+        self.visual_tokens = self._histogram("visual_tokens", "Vision tokens of a request with images.", _COUNTS)
+        self.media_rejected = self._counter("media_rejected", "Images refused, by error code.", "reason")
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"dve_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"dve_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        return Histogram(f"dve_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+    def exposition(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def set_model(self, info: ModelInfo) -> None:
+        self.model_info.labels(info.model_id, info.fusion, info.device, info.dtype).set(1)
+
+    def set_engine(self, stats: EngineStats, num_preparing: int) -> None:
+        """Gauges of a scrape: the last snapshot of the engine, and what the preprocess pool holds."""
+        self.running.set(stats.num_running)
+        self.waiting.set(stats.num_waiting + num_preparing)
+        self.queue_depth.labels("preprocess").set(num_preparing)
+        self.queue_depth.labels("prefill").set(stats.num_waiting)
+        self.queue_depth.labels("decode").set(stats.num_running)
+
+    def observe_step(self, events: Sequence[TokenEvent]) -> None:
+        self.batch_size.observe(len({event.request_id for event in events}))
+        self.iteration_tokens.observe(sum(len(event.token_ids) for event in events))
+
+    def count_error(self, error: DualVisionError) -> None:
+        """An error on its way to a client; images are counted by what was wrong with them."""
+        if isinstance(error, ImageError):
+            self.media_rejected.labels(rule_for(error).code).inc()
+
+    def _observe_fusion(self, weights: FusionWeights) -> None:
+        for encoder, weight in (weights.weights or {}).items():
+            self.fusion_weight.labels(encoder).observe(weight)
+        if weights.weights is not None:
+            self.fusion_dominant.labels(weights.dominant_encoder or "tie").inc()
+        if weights.entropy is not None:
+            self.gate_entropy.observe(weights.entropy)
+
+    def _observe_timings(self, timings: Timings) -> None:
+        for stage, histogram in self.stages.items():
+            histogram.observe(getattr(timings, f"{stage}_seconds"))
+        for encoder, seconds in timings.encoder_seconds.items():
+            self.encoder_forward.labels(encoder).observe(seconds)
+
+
+class RequestRecorder:
+    """Watches the events of one request. `finish` is called once, whatever ended it.
+
+    `is_fused`: only then do its weights count as the gate's routing; an arm's gate saw a stand-in.
+    """
+
+    def __init__(self, metrics: Metrics, clock: Callable[[], float], *, is_fused: bool) -> None:
+        self._metrics, self._clock, self._is_fused = metrics, clock, is_fused
+        self._start = clock()
+        self._first: float | None = None
+        self._last = self._start
+        self._num_tokens = 0
+        self._end: TokenEvent | None = None
+
+    def observe(self, event: TokenEvent) -> None:
+        now = self._clock()
+        if event.token_ids:
+            if self._first is None:
+                self._first = now
+                self._metrics.ttft.observe(now - self._start)
+            else:
+                self._metrics.itl.observe(now - self._last)
+            self._last = now
+            self._num_tokens += len(event.token_ids)
+        if event.fusion is not None and self._is_fused:
+            for weights in event.fusion:
+                self._metrics._observe_fusion(weights)
+        if event.is_terminal:
+            self._end = event
+
+    def finish(self, error: BaseException | None) -> None:
+        metrics, end = self._metrics, self._end
+        if error is not None:
+            metrics.request_failure.labels(rule_for(error).code).inc()
+            return
+        if end is None or end.finish_reason is None:
+            # The caller walked away: analysis does after the first event, a client whenever it likes.
+            metrics.request_failure.labels(ClientDisconnectedError.code).inc()
+            return
+        now = self._clock()
+        metrics.request_success.labels(end.finish_reason).inc()
+        metrics.e2e.observe(now - self._start)
+        if self._first is not None and self._num_tokens > 1:
+            metrics.tpot.observe((self._last - self._first) / (self._num_tokens - 1))
+        if end.usage is not None:
+            metrics.prompt_tokens.inc(end.usage.prompt_tokens)
+            metrics.generation_tokens.inc(end.usage.completion_tokens)
+            if end.usage.image_tokens:
+                metrics.visual_tokens.observe(end.usage.image_tokens)
+        if end.timings is not None:
+            metrics._observe_timings(end.timings)

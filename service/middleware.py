@@ -1,0 +1,106 @@
+"""Pure ASGI layers around every request: its id, its time, its size limit, its last resort.
+
+In: ASGI. Out: ASGI with `x-request-id` and `server-timing`, one log line and one count a request; no
+exception passes. They refuse to read bodies (they only count bytes) and to log what is in them.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import RequestTooLargeError, error_response
+from service.logs import log_failure, log_fields, request_id_var
+from service.metrics import Metrics
+
+_VALID_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
+_QUIET_ROUTES = ("/health", "/health/live", "/health/ready", "/metrics")
+
+
+class RequestScope:
+    """Outermost: gives the request an id, times it, counts it, and turns any stray exception into a 500."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
+        self._app, self._metrics, self._clock = app, metrics, clock
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        sent = Headers(scope=scope).get("x-request-id", "")
+        request_id = sent if _VALID_ID.fullmatch(sent) else uuid.uuid4().hex
+        token = request_id_var.set(request_id)
+        start, status = self._clock(), 0
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                total = f"total;dur={(self._clock() - start) * 1000:.1f}"
+                stages = headers.get("server-timing")
+                headers["server-timing"] = f"{stages}, {total}" if stages else total
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except Exception as error:  # noqa: BLE001  the last-resort handler
+            log_failure("a request broke", error)
+            if status == 0:
+                await error_response(error, request_id)(scope, receive, send_with_headers)
+        finally:
+            self._note(scope, status, self._clock() - start)
+            request_id_var.reset(token)
+
+    def _note(self, scope: Scope, status: int, seconds: float) -> None:
+        # The template, never the path: paths are the client's and unbounded.
+        route = getattr(scope.get("route"), "path", None) or "unmatched"
+        self._metrics.http_requests.labels(route, str(status)).inc()
+        fields = dict(scope.get("state", {}).get("log_fields", {}))
+        level = logging.DEBUG if route in _QUIET_ROUTES else logging.INFO
+        log_fields(
+            level, "request", method=scope["method"], route=route, status=status, seconds=round(seconds, 4), **fields
+        )
+
+
+class BodyLimit:
+    """Refuses a body over the limit: by its declared length at once, else as soon as it has come too far."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self._app, self._max_body_bytes = app, max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdecimal() and int(declared[:20]) > self._max_body_bytes:
+            # The rest of the body is not read: the connection can't be used again.
+            response = error_response(
+                self._too_large(f"{declared[:20]} bytes"), request_id_var.get(), {"connection": "close"}
+            )
+            await response(scope, receive, send)
+            return
+        received = 0
+
+        async def receive_counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_body_bytes:
+                raise self._too_large(f"more than {self._max_body_bytes} bytes")
+            return message
+
+        await self._app(scope, receive_counted, send)
+
+    def _too_large(self, seen: str) -> RequestTooLargeError:
+        return RequestTooLargeError(
+            "the request body is too large", value=seen, allowed=f"at most {self._max_body_bytes} bytes"
+        )

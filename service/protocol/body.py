@@ -1,0 +1,68 @@
+"""A request body's bytes -> a validated pydantic model, or an error that names the field.
+
+It refuses anything but `application/json`, and it never echoes a value longer than a line.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from service.errors import InvalidBodyError
+
+#: Strict: `true` is no number and `"7"` is no integer. Finite: NaN and 1e999 are refused.
+STRICT = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, extra="forbid")
+#: The same for OpenAI bodies, whose unknown fields are tolerated and reported (`x-dve-ignored`).
+TOLERANT = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, extra="allow")
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+_HEADER_SAFE = re.compile(r"[A-Za-z0-9_.\-\[\]]{1,64}")
+_MAX_NAMES = 16
+
+
+def parse_body(model: type[ModelT], raw: bytes, content_type: str | None) -> ModelT:
+    """Raises InvalidBodyError with `param` set to the first wrong field."""
+    media_type = (content_type or "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise InvalidBodyError(
+            "the body is not declared as JSON", value=media_type, allowed="content-type: application/json"
+        )
+    try:
+        return model.model_validate_json(raw)
+    except ValidationError as error:
+        raise _to_body_error(error) from None
+
+
+def _to_body_error(error: ValidationError) -> InvalidBodyError:
+    first = error.errors(include_url=False, include_context=False)[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "json_invalid":
+        return InvalidBodyError(f"the body is not valid JSON: {message.removeprefix('Invalid JSON: ')}")
+    param = _path(first["loc"])
+    value = first["input"]
+    # Containers may hold a whole image; a missing field's input is its container.
+    shown = value if isinstance(value, (str, int, float, bool)) else type(value).__name__
+    return InvalidBodyError(
+        f"'{param}': {message}" if param else message, value=None if first["type"] == "missing" else shown, param=param
+    )
+
+
+def _path(loc: tuple[int | str, ...]) -> str | None:
+    """`("messages", 0, "content", "<text>", "text")` -> `messages[0].content.text`; union tags are in <>."""
+    path = ""
+    for step in loc:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif not (step.startswith("<") and step.endswith(">")):
+            path += f".{step}" if path else step
+    return path[:200] or None
+
+
+def header_list(names: list[str]) -> str:
+    """Names for a header: those that a client made unprintable or too long are only counted."""
+    safe = [name for name in names if _HEADER_SAFE.fullmatch(name)][:_MAX_NAMES]
+    rest = len(names) - len(safe)
+    return ", ".join([*safe, f"(and {rest} more)"] if rest else safe)

@@ -1,0 +1,176 @@
+"""How images are routed and what the encoders did: statistics, analysis, comparison."""
+
+from __future__ import annotations
+
+import uuid
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from starlette.datastructures import UploadFile
+
+from model_core.analysis.compare import answer_requests, score_requests, summarise
+from model_core.errors import InvalidRequestError
+from model_core.types import Arm, ChatMessage, FusionWeights, GenerationRequest, TokenEvent
+from service.engine_client import Admission
+from service.errors import InvalidBodyError, RecordNotFoundError
+from service.fusion_history import weight_statistics
+from service.logs import request_id_var
+from service.media import MediaLimits, check_image_bytes, check_image_data
+from service.protocol.body import parse_body
+from service.protocol.fusion import ANALYZE_MEANING, COMPARE_MEANING, AnalyzeRequest, CompareRequest
+from service.routes.parts import AppParts, Parts
+from service.streaming import until_disconnect
+from service.translate import (
+    analysis_entry,
+    compare_sampling,
+    mean_weights,
+    require_images,
+    resolve_model,
+    to_comparison,
+    upload_messages,
+)
+
+router = APIRouter()
+
+_DEFAULT_QUESTION = "Describe the picture."
+_MAX_FORM_FIELD_BYTES = 64 * 1024
+
+
+@router.get("/fusion-weights", operation_id="get_fusion_weights")
+async def get_fusion_weights(
+    parts: Parts,
+    window: Annotated[int, Query(ge=1, le=100_000, description="how many of the latest images to look at")] = 1000,
+    request_id: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
+) -> dict[str, Any]:
+    """Rolling statistics of served images, or one request's own weights.
+
+    The top level speaks of the model itself; `by_model` also of the virtual ids, whose gates saw stand-ins.
+    """
+    info = parts.client.info
+    if request_id is not None:
+        return _one_request(parts, request_id)
+    by_model: dict[str, list[FusionWeights]] = defaultdict(list)
+    for model, weights in parts.history.recent_images(window):
+        by_model[model].append(weights)
+    return {
+        "object": "fusion.weights",
+        "model": info.model_id,
+        "fusion": info.fusion,
+        "fusion_trained": info.fusion_trained,
+        "window": window,
+        **weight_statistics(by_model[info.model_id], info.encoders),
+        "by_model": {model: weight_statistics(images, info.encoders) for model, images in by_model.items()},
+        "meaning": dict(ANALYZE_MEANING),
+    }
+
+
+def _one_request(parts: AppParts, request_id: str) -> dict[str, Any]:
+    served = parts.history.find(request_id)
+    if served is None:
+        raise RecordNotFoundError(
+            "no served request of this id is remembered",
+            value=request_id,
+            allowed="the x-request-id header or the id of a recent chat completion",
+            param="request_id",
+        )
+    encoders = parts.client.info.encoders
+    return {
+        "object": "fusion.request",
+        "request_id": served.request_id,
+        "id": served.completion_id,
+        "model": served.model,
+        "created": served.created_unix,
+        "images": [analysis_entry(i, weights, encoders) for i, weights in enumerate(served.fusion)],
+        "meaning": dict(ANALYZE_MEANING),
+    }
+
+
+@router.post("/v1/fusion/analyze", operation_id="analyze_fusion")
+async def analyze_fusion(request: Request, parts: Parts) -> dict[str, Any]:
+    """Weights, contribution and relative update of each image: JSON messages, or an uploaded `file`."""
+    info = parts.client.info
+    if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        messages, name = await _read_form(request, parts.media_limits)
+        model, arm = resolve_model(info, name)
+        return await until_disconnect(request, _analyze(parts, model, arm, lambda: messages))
+    body = parse_body(AnalyzeRequest, await request.body(), request.headers.get("content-type"))
+    model, arm = resolve_model(info, body.model)
+    require_images(body.messages)
+    return await until_disconnect(request, _analyze(parts, model, arm, lambda: parts.read_messages(body.messages)))
+
+
+async def _analyze(
+    parts: AppParts, model: str, arm: Arm, build: Callable[[], tuple[ChatMessage, ...]]
+) -> dict[str, Any]:
+    encoders = parts.client.info.encoders
+    with parts.client.admit() as admission:
+        messages = await admission.in_pool(build)
+        request = GenerationRequest(f"analyze-{uuid.uuid4().hex}", messages, arm=arm, encode_only=True)
+        images = (await admission.answer(request)).fusion or ()
+    return {
+        "object": "fusion.analysis",
+        "request_id": request_id_var.get(),
+        "model": model,
+        "fusion_trained": all(weights.fusion_trained for weights in images),
+        **mean_weights(images, encoders),
+        "images": [analysis_entry(i, weights, encoders) for i, weights in enumerate(images)],
+        "meaning": dict(ANALYZE_MEANING),
+    }
+
+
+async def _read_form(request: Request, limits: MediaLimits) -> tuple[tuple[ChatMessage, ...], str | None]:
+    """The upload as messages, and the model's name if one was given."""
+    async with request.form(max_files=1, max_fields=3, max_part_size=_MAX_FORM_FIELD_BYTES) as form:
+        for name in form:
+            if name not in ("file", "question", "model"):
+                raise InvalidBodyError(
+                    "unknown form field", value=name, allowed="file, question, model", param=name[:64]
+                )
+        file, question, model = form.get("file"), form.get("question", _DEFAULT_QUESTION), form.get("model")
+        if not isinstance(file, UploadFile):
+            raise InvalidBodyError("the form holds no file", allowed="a field 'file' with a filename", param="file")
+        if isinstance(question, UploadFile) or isinstance(model, UploadFile):
+            raise InvalidBodyError("a text field holds a file", allowed="only 'file' is a file", param="question")
+        check_image_bytes(file.size or 0, limits, "file")
+        data = check_image_data(await file.read(), limits, "file")
+    return upload_messages(data, question), model
+
+
+@router.post("/v1/encoders/compare", operation_id="compare_encoders")
+async def compare_encoders(request: Request, parts: Parts) -> dict[str, Any]:
+    """The same question under every arm, and how much the fused answer relies on each encoder."""
+    body = parse_body(CompareRequest, await request.body(), request.headers.get("content-type"))
+    model, arm = resolve_model(parts.client.info, body.model)
+    if arm != "fused":
+        raise InvalidRequestError(
+            "a comparison runs every arm by itself",
+            value=model,
+            allowed=f"'{parts.client.info.model_id}', or no model",
+            param="model",
+        )
+    require_images(body.messages)
+    return await until_disconnect(request, _compare(parts, body, model))
+
+
+async def _compare(parts: AppParts, body: CompareRequest, model: str) -> dict[str, Any]:
+    info = parts.client.info
+    prefix = f"compare-{uuid.uuid4().hex}"
+    with parts.client.admit() as admission:
+        messages = await admission.in_pool(lambda: parts.read_messages(body.messages))
+        answers = await _answer_in_turn(admission, answer_requests(prefix, messages, compare_sampling(body, info)))
+        scores = await admission.answer_all(score_requests(prefix, messages, answers["fused"].token_ids))
+    return {
+        "object": "encoders.comparison",
+        "request_id": request_id_var.get(),
+        "model": model,
+        "fusion_trained": info.fusion_trained,
+        **to_comparison(summarise(answers, scores), info.encoders),
+        "meaning": dict(COMPARE_MEANING),
+    }
+
+
+async def _answer_in_turn(admission: Admission, requests: dict[Arm, GenerationRequest]) -> dict[Arm, TokenEvent]:
+    """One after another: in one batch the arms would share their time, and latencies are part of the answer."""
+    return {arm: await admission.answer(request) for arm, request in requests.items()}

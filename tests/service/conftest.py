@@ -1,0 +1,107 @@
+"""A really started server on a free loopback port, with a FakeEngine behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from service.engine_client import EngineClient
+from service.main import build_app
+from service.settings import Settings
+from tests.service.fakes import PNG, FakeEngine
+
+
+def image_part(data: bytes = PNG, **more) -> dict:
+    url = "data:image/png;base64," + base64.b64encode(data).decode()
+    return {"type": "image_url", "image_url": {"url": url, **more}}
+
+
+def ask(text: str = "what?", images: int = 0, **more) -> dict:
+    content = [*(image_part() for _ in range(images)), {"type": "text", "text": text}]
+    return {"model": "fake/model:1", "messages": [{"role": "user", "content": content}], **more}
+
+
+class LiveServer:
+    """`http`: a plain client; `openai`: the official one. Both are closed with the server."""
+
+    def __init__(self, engine: FakeEngine, client: EngineClient, url: str) -> None:
+        self.engine, self.client, self.url = engine, client, url
+        self.http = httpx.Client(base_url=url, timeout=20)
+        self.openai = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20)
+
+    def chat(self, *args, **more) -> httpx.Response:
+        return self.http.post("/v1/chat/completions", json=ask(*args, **more))
+
+    def metric(self, line: str) -> float:
+        """The value of one sample, `name{labels}`; 0 if it is not there yet."""
+        for found in self.http.get("/metrics").text.splitlines():
+            if found.startswith(line + " "):
+                return float(found.rsplit(" ", 1)[1])
+        return 0.0
+
+
+@contextmanager
+def run_server(
+    engine: FakeEngine, load: Callable[[], FakeEngine] | None = None, **settings
+) -> Iterator[LiveServer]:
+    app, client = build_app(Settings(**{"shutdown_timeout_seconds": 0.0, **settings}), load or (lambda: engine))
+    listening = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    started = threading.Event()
+
+    async def main() -> None:
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        if load is None:
+            # `start` runs in the lifespan, which the server enters first.
+            await client.wait_loaded()
+        while not server.started:
+            await asyncio.sleep(0)
+        started.set()
+        await serving
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
+    thread.start()
+    assert started.wait(20)
+    live = LiveServer(engine, client, f"http://127.0.0.1:{listening.getsockname()[1]}")
+    try:
+        yield live
+    finally:
+        live.http.close()
+        live.openai.close()
+        engine.release()
+        server.should_exit = True
+        thread.join(20)
+        listening.close()
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[LiveServer]:
+    """One server for tests that leave it as they found it."""
+    with run_server(FakeEngine()) as live:
+        yield live
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., LiveServer]]:
+    """Start a server of one's own: `start(max_waiting=1)`."""
+    contexts = []
+
+    def starter(engine: FakeEngine | None = None, load=None, **settings) -> LiveServer:
+        context = run_server(engine or FakeEngine(), load, **settings)
+        contexts.append(context)
+        return context.__enter__()
+
+    yield starter
+    for context in reversed(contexts):
+        context.__exit__(None, None, None)

@@ -1,0 +1,192 @@
+"""A small, real `Engine` without a model: deterministic words, and switches that tests throw. No sleeps."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field, replace
+
+from model_core.errors import ContextLengthError, ImageParseError
+from model_core.types import (
+    Arm,
+    EngineStats,
+    FinishReason,
+    FusionWeights,
+    GenerationRequest,
+    ImagePart,
+    ModelInfo,
+    TextPart,
+    Timings,
+    TokenEvent,
+    Usage,
+)
+
+INFO = ModelInfo(
+    model_id="fake/model:1",
+    fingerprint="fp_fake",
+    fusion="gated",
+    fusion_trained=True,
+    encoders=("qwen", "dinov2"),
+    max_context_tokens=100,
+    device="cpu",
+    dtype="float32",
+    num_parameters=42,
+    created_unix=1_700_000_000,
+)
+
+PNG = b"\x89PNG a picture of something"
+ANSWERS: dict[Arm, tuple[str, ...]] = {
+    "fused": ("a", " red", " fox", ""),
+    "qwen-only": ("a", " red", " dog", ""),
+    "dinov2-only": ("a", " fox", ""),
+    "blind": ("a", " thing", ""),
+    "unfused": ("a", " red", " fox", ""),
+}
+#: Log-likelihood of every token of the fused answer under each arm; binary fractions, so sums are exact.
+SCORES: dict[Arm, float] = {"fused": -0.125, "qwen-only": -0.5, "dinov2-only": -1.0, "blind": -2.0, "unfused": -0.25}
+TIMINGS = Timings(0.001, 0.002, 0.003, 0.004, 0.005, {"qwen": 0.002, "dinov2": 0.001})
+
+
+@dataclass
+class _Row:
+    request: GenerationRequest
+    words: tuple[str, ...]
+    num_images: int
+    num_done: int = 0
+
+
+@dataclass
+class FakeEngine:
+    """Says `ANSWERS[arm]`, the last token being the end. Texts in the last message throw switches:
+
+    "forever": never ends by itself; "count": as many words as max_tokens; "break": the row fails;
+    "lose": the engine forgets the request; "die": the step raises. `hold()` stops all steps until
+    `release()`; `seen` is every prepared request, `aborted` every aborted id.
+    """
+
+    info: ModelInfo = INFO
+    seen: list[GenerationRequest] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+    batch_sizes: list[int] = field(default_factory=list)
+    rows: OrderedDict[str, _Row] = field(default_factory=OrderedDict)
+    _open: threading.Event = field(default_factory=threading.Event)
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+    num_steps: int = 0
+
+    def __post_init__(self) -> None:
+        self._open.set()
+
+    def hold(self) -> None:
+        self._open.clear()
+
+    def release(self) -> None:
+        self._open.set()
+
+    def wait_until(self, reached, timeout: float = 10.0) -> None:
+        """Block the test until `reached()`, which is looked at after every change of the engine."""
+        with self._changed:
+            assert self._changed.wait_for(reached, timeout), "the engine never got there"
+
+    def _note(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def prepare(self, request: GenerationRequest) -> _Row:
+        self.seen.append(request)
+        self._note()
+        text = _text(request)
+        images = [part for m in request.messages for part in m.parts if isinstance(part, ImagePart)]
+        for image in images:
+            if not image.image.startswith(b"\x89PNG"):
+                raise ImageParseError("the image can't be decoded", allowed="a whole PNG", param="messages")
+        if len(text) > self.info.max_context_tokens:
+            raise ContextLengthError("the prompt does not fit", value=len(text), allowed="100 tokens", param="messages")
+        if "bad prepare" in text:
+            raise KeyError("secret user text")
+        words = ANSWERS[request.arm]
+        if "forever" in text:
+            words = ("x",) * 10**6
+        elif "count" in text:
+            words = ("x",) * request.sampling.max_tokens
+        return _Row(request, words, len(images))
+
+    def add_request(self, prepared: _Row) -> None:
+        if "refuse" in _text(prepared.request):
+            raise ValueError("refused")
+        self.rows[prepared.request.request_id] = prepared
+        self._note()
+
+    def abort(self, request_id: str) -> None:
+        self.rows.pop(request_id, None)
+        self.aborted.append(request_id)
+        self._note()
+
+    def has_work(self) -> bool:
+        return bool(self.rows)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(num_running=len(self.rows), num_steps=self.num_steps)
+
+    def step(self) -> list[TokenEvent]:
+        # Bounded, as the protocol asks: commands must get through while tests hold the engine.
+        if not self._open.wait(0.005):
+            return []
+        self.num_steps += 1
+        self.batch_sizes.append(len(self.rows))
+        events = [event for row in list(self.rows.values()) for event in self._advance(row)]
+        self._note()
+        return events
+
+    def _advance(self, row: _Row) -> list[TokenEvent]:
+        text, request_id = _text(row.request), row.request.request_id
+        if "die" in text:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if "lose" in text:
+            del self.rows[request_id]
+            return []
+        event = TokenEvent(request_id)
+        if row.num_done == 0:
+            event = replace(event, fusion=_fusion(row), usage=self._usage(row))
+        if row.request.encode_only:
+            return [self._end(row, event, "stop")]
+        if row.request.score_token_ids is not None:
+            score = SCORES[row.request.arm]
+            return [self._end(row, replace(event, score_logprobs=(score,) * len(row.request.score_token_ids)), "stop")]
+        if "break" in text and row.num_done == 1:
+            del self.rows[request_id]
+            from model_core.errors import RequestFailedError
+
+            return [TokenEvent(request_id, error=RequestFailedError("NaN in secret user text"))]
+        word = row.words[row.num_done]
+        row.num_done += 1
+        event = replace(event, text=word, token_ids=(len(word),))
+        if word == "":
+            return [self._end(row, event, "stop")]
+        if row.num_done == row.request.sampling.max_tokens:
+            return [self._end(row, event, "length")]
+        return [event]
+
+    def _end(self, row: _Row, event: TokenEvent, reason: FinishReason) -> TokenEvent:
+        del self.rows[row.request.request_id]
+        return replace(event, finish_reason=reason, usage=self._usage(row), timings=TIMINGS)
+
+    def _usage(self, row: _Row) -> Usage:
+        image_tokens = 4 * row.num_images
+        return Usage(len(_text(row.request)) + image_tokens, row.num_done, image_tokens)
+
+
+def _text(request: GenerationRequest) -> str:
+    return "".join(part.text for m in request.messages for part in m.parts if isinstance(part, TextPart))
+
+
+def _fusion(row: _Row) -> tuple[FusionWeights, ...]:
+    weights = FusionWeights(
+        weights={"qwen": 0.75, "dinov2": 0.25},
+        dominant_encoder="qwen",
+        fusion_trained=True,
+        entropy=0.8125,
+        contribution={"qwen": 0.5, "dinov2": 0.5},
+        relative_update=0.25,
+        warnings=("only the first frame was used",),
+    )
+    return (weights,) * row.num_images
