@@ -16,7 +16,7 @@ __all__ = ["DualVisionEncoder"]
 
 def __getattr__(name: str) -> Any:
     if name == "DualVisionEncoder":
-        from model_core.encoder import DualVisionEncoder  # noqa: PLC0415  the lazy import this hook exists for
+        from model_core.encoder import DualVisionEncoder
 
         return DualVisionEncoder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -185,7 +185,9 @@ def combine_checkpoints(
         DualVisionModel(config)
     kwargs = options.kwargs()
     qwen = _from_pretrained(Qwen2_5_VLForConditionalGeneration, qwen_name, **kwargs)
-    second = _from_pretrained(AutoModel, dinov2_name, dtype=qwen.dtype, attn_implementation=kwargs["attn_implementation"])
+    second = _from_pretrained(
+        AutoModel, dinov2_name, dtype=qwen.dtype, attn_implementation=kwargs["attn_implementation"]
+    )
     model = assemble(config, qwen, second).to(options.resolve_device()).eval()
     processor = DualVisionProcessor.from_pretrained(qwen_name, config=config)
     return Loaded(model, processor)
@@ -196,8 +198,7 @@ def assemble(
 ) -> DualVisionModel:
     """Put loaded parts together without copying a weight; only fusion is made new."""
     config.dtype = qwen.dtype
-    for part in (config, config.text_config, config.vision_config, config.dinov2_config):
-        part._attn_implementation = qwen.config._attn_implementation
+    config._attn_implementation = qwen.config._attn_implementation  # transformers hands it to the parts
     with torch.device("meta"):
         model = DualVisionModel(config)
     backbone = model.model

@@ -40,7 +40,7 @@ class DualVisionConfig(Qwen2_5_VLConfig):
         "dinov2_config": SubConfigSpec(config_class=AutoConfig, model_type="dinov2"),
     }
 
-    dinov2_config: dict | PreTrainedConfig | None = None
+    dinov2_config: Any = None
     encoder: str = "dinov2"
     fusion: str = "gated"
     common_dim: int | None = None

@@ -11,18 +11,19 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 
 from model_core.analysis import compare
-from model_core.analysis.attribution import dominant, entropy
+from model_core.analysis.benchmark import Benchmark, run_benchmark
 from model_core.checkpoint import Loaded, LoadOptions, combine_checkpoints, load_checkpoint, save_checkpoint
 from model_core.demo_model import demo_folder
 from model_core.engine.engine import MicroBatchEngine
 from model_core.engine.model_runner import ModelRunner
 from model_core.errors import ConfigError, InvalidRequestError
+from model_core.fusion.attribution import dominant, entropy
 from model_core.processing.batch import InputFormat
 from model_core.processing.images import ImageLimits
 from model_core.types import (
@@ -38,7 +39,8 @@ from model_core.types import (
     messages_from_dicts,
 )
 
-Messages = Sequence[Mapping[str, Any]] | Sequence[ChatMessage]
+Key = TypeVar("Key")
+Messages = Sequence[Any]  # of dictionaries in Qwen's format, or of ChatMessage
 
 
 class DualVisionEncoder:
@@ -175,8 +177,10 @@ class DualVisionEncoder:
         Raises:
             InputError: anything wrong with the messages or the pictures.
         """
-        options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "arm": arm}
-        return "".join(self.chat_stream(messages, **options, **sampling))
+        stream = self.chat_stream(
+            messages, max_tokens=max_tokens, temperature=temperature, seed=seed, arm=arm, **sampling
+        )
+        return "".join(stream)
 
     def chat_stream(
         self,
@@ -216,23 +220,36 @@ class DualVisionEncoder:
         """Each arm's own answer, and how likely the fused answer is under each: what it really relied on."""
         parsed, prefix = self._messages(messages), self._next_id()
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-        answers = self.run_requests(compare.answer_requests(prefix, parsed, params))
+        requests = compare.answer_requests(prefix, parsed, params)
+        first: dict[Arm, GenerationRequest] = {"fused": requests.pop("fused")}
+        # The fused arm first and alone, so that its encoder times are of these pictures and not of five copies.
+        answers = self.run_requests(first) | self.run_requests(requests)
         token_ids = answers["fused"].token_ids
         scores = self.run_requests(compare.score_requests(prefix, parsed, token_ids)) if token_ids else {}
         return compare.summarise(answers, scores)
 
-    def run_requests(self, requests: Mapping[Arm, GenerationRequest]) -> dict[Arm, TokenEvent]:
-        """Run several requests as one batch; the events of each merged into one (text and ids joined)."""
-        merged = {r.request_id: TokenEvent(r.request_id) for r in requests.values()}
+    def run_requests(self, requests: Mapping[Key, GenerationRequest]) -> dict[Key, TokenEvent]:
+        """Run several requests as one batch; the events of each folded into one (text and ids joined).
+
+        Raises:
+            DualVisionError: the first error of any of them; the others are aborted.
+        """
+        events: dict[str, list[TokenEvent]] = {r.request_id: [] for r in requests.values()}
         for request in requests.values():
             self.engine.add_request(self._prepare(request))
         while self.engine.has_work():
             for event in self.engine.step():
+                events[event.request_id].append(event)
                 if event.error is not None:
-                    self._abort(merged)
+                    for request_id in events:
+                        self.engine.abort(request_id)
                     raise event.error
-                merged[event.request_id] = merge_events(merged[event.request_id], event)
-        return {arm: merged[request.request_id] for arm, request in requests.items()}
+        return {key: compare.collect_answer(events[request.request_id]) for key, request in requests.items()}
+
+    def benchmark(self, messages: Messages, *, max_tokens: int = 64, rounds: int = 10) -> Benchmark:
+        """Time this conversation stage by stage, alone on the engine, warmed up."""
+        request = GenerationRequest("bench", self._messages(messages), SamplingParams(max_tokens=max_tokens))
+        return run_benchmark(self.engine, request, time.perf_counter, rounds=rounds, prepare=self._prepare)
 
     def warm_up(self) -> None:
         """One picture and two tokens through everything, so that the first user does not pay for it."""
@@ -246,9 +263,8 @@ class DualVisionEncoder:
         self.engine.runner.fmt = self.format
 
     def _messages(self, messages: Messages) -> tuple[ChatMessage, ...]:
-        if messages and all(isinstance(m, ChatMessage) for m in messages):
-            return tuple(messages)
-        return messages_from_dicts(messages)
+        given = tuple(m for m in messages if isinstance(m, ChatMessage))
+        return given if given and len(given) == len(messages) else messages_from_dicts(messages)
 
     def _run(self, request: GenerationRequest) -> Iterator[TokenEvent]:
         engine, finished = self.engine, False
@@ -269,24 +285,8 @@ class DualVisionEncoder:
         # Paths are for whoever holds the Python object; a server's engine never opens one.
         return self.engine.prepare(request, replace(self.format, allow_paths=True))
 
-    def _abort(self, request_ids: Any) -> None:
-        for request_id in request_ids:
-            self.engine.abort(request_id)
-
     def _next_id(self) -> str:
         return f"local-{next(self._ids)}"
-
-
-def merge_events(so_far: TokenEvent, event: TokenEvent) -> TokenEvent:
-    """Two events of one request as one: text and ids joined, the later one's outcome."""
-    return replace(
-        event,
-        text=so_far.text + event.text,
-        token_ids=so_far.token_ids + event.token_ids,
-        fusion=event.fusion if event.fusion is not None else so_far.fusion,
-        usage=event.usage or so_far.usage,
-        score_logprobs=event.score_logprobs or so_far.score_logprobs,
-    )
 
 
 def summarise_weights(fusion: Sequence[FusionWeights] | None, encoders: Sequence[str]) -> dict[str, Any]:

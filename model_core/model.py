@@ -128,9 +128,7 @@ class DualVisionBackbone(Qwen2_5_VLModel):
         split = [n * self.fusion.tokens_per_cell for n in counts]
         return BaseModelOutputWithPooling(last_hidden_state=output.q, pooler_output=output.tokens.split(split))
 
-    def get_image_features(
-        self, pixel_values: Tensor, image_grid_thw: Tensor, **_: Any
-    ) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor, **_: Any) -> BaseModelOutputWithPooling:
         """Fused tokens as `pooler_output`, one tensor (N, D) an image."""
         return self._features(pixel_values, image_grid_thw)
 

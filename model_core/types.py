@@ -63,7 +63,9 @@ class ChatMessage:
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
-            raise InvalidRequestError("unknown message role", value=self.role, allowed=", ".join(ROLES), param="messages")
+            raise InvalidRequestError(
+                "unknown message role", value=self.role, allowed=", ".join(ROLES), param="messages"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,9 @@ class GenerationRequest:
         if self.arm not in ARMS:
             raise InvalidRequestError("unknown arm", value=self.arm, allowed=", ".join(ARMS), param="model")
         if not self.messages:
-            raise InvalidRequestError("there are no messages", value=[], allowed="at least one message", param="messages")
+            raise InvalidRequestError(
+                "there are no messages", value=[], allowed="at least one message", param="messages"
+            )
         if self.score_token_ids is not None and not self.score_token_ids:
             raise InvalidRequestError("there is nothing to score", value=[], allowed="at least one token id")
 
@@ -276,6 +280,6 @@ def _part(where: str, part: Mapping[str, Any]) -> Part:
     raise InvalidRequestError(
         f"{where} is not a part that can be read",
         value=part,
-        allowed='{"type": "text", "text": ...}, {"type": "image", "image": ...} or {"type": "video", "video": [frames]}',
+        allowed='parts {"type": "text", "text"}, {"type": "image", "image"}, {"type": "video", "video": [frames]}',
         param="messages",
     )

@@ -120,9 +120,9 @@ class EngineClient:
 
     def check_ready(self) -> None:
         """Raises NotReadyError, EngineDeadError or DrainingError."""
-        self._ready_engine()
-        if self._is_draining:
+        if self._is_draining and self._state != "dead":
             raise DrainingError("the server is shutting down")
+        self._ready_engine()
 
     def check_live(self) -> None:
         """Raises EngineDeadError, or StalledError when work waits and nothing moves. Loading is alive."""
@@ -186,9 +186,10 @@ class EngineClient:
         self._thread.commands.put(_Add(request_id, prepared))
         return stream
 
-    def _leave(self, request_id: str) -> None:
+    def _leave(self, request_id: str, stream: asyncio.Queue[TokenEvent]) -> None:
         """The caller reads no more. After a terminal event there is nothing left to abort."""
-        if self._streams.pop(request_id, None) is not None:
+        if self._streams.get(request_id) is stream:
+            del self._streams[request_id]
             self._thread.commands.put(_Abort(request_id))
 
     # Called on the event loop by the engine thread, through `post`
@@ -255,6 +256,7 @@ class Admission:
         client = self._client
         recorder = client._recorder(request)
         failure: BaseException | None = None
+        stream: asyncio.Queue[TokenEvent] | None = None
         try:
             engine = client._ready_engine()
             prepared: Any = await self.in_pool(lambda: engine.prepare(request))
@@ -271,7 +273,8 @@ class Admission:
             failure = error
             raise
         finally:
-            client._leave(request.request_id)
+            if stream is not None:
+                client._leave(request.request_id, stream)
             recorder.finish(failure)
 
     async def answer(self, request: GenerationRequest) -> TokenEvent:

@@ -68,12 +68,17 @@ def build_app(
 
 def open_socket(host: str, port: int) -> socket.socket:
     """Bound before the model loads, so that a port in use is told at once. Raises ConfigError."""
+    opened: socket.socket | None = None
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
-        opened = socket.socket(family, socket.SOCK_STREAM)
+        # With its protocol named: asyncio sets TCP_NODELAY only where `proto` says TCP, and without it
+        # every answer waits 40 ms for a delayed acknowledgement.
+        family, kind, protocol, _, _ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        opened = socket.socket(family, kind, protocol)
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         opened.bind((host, port))
     except OSError as error:
+        if opened is not None:
+            opened.close()
         raise ConfigError(
             f"can't listen: {error.strerror or error}", value=f"{host}:{port}", fix="Choose another --host or --port"
         ) from None
@@ -87,9 +92,11 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._client = client
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """The first signal drains, a second one does not wait. Uvicorn's own would die of the signal at the end."""
         self._client.begin_drain()
-        super().handle_exit(sig, frame)
+        self.force_exit = self.should_exit
+        self.should_exit = True
 
 
 def serve(settings: Settings, load: Callable[[], Engine] | None = None) -> int:
@@ -115,11 +122,7 @@ def serve(settings: Settings, load: Callable[[], Engine] | None = None) -> int:
     logger.info("listening on http://%s:%d, loading the model", f"[{host}]" if ":" in host else host, port)
     if host not in ("127.0.0.1", "::1"):
         logger.warning("this address is not loopback and the server asks for no key: keep it behind one that does")
-    # A second Ctrl-C ends uvicorn by KeyboardInterrupt.
-    try:
-        asyncio.run(servers[0].serve(sockets=[listening]))
-    except KeyboardInterrupt:
-        return 130
+    asyncio.run(servers[0].serve(sockets=[listening]))
     if client.load_error is not None:
         return _report(client.load_error)
     return 0

@@ -1,0 +1,1 @@
+"""What each encoder did for an answer: reliance, Shapley values, benchmark."""

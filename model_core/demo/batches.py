@@ -21,7 +21,7 @@ from model_core.demo.recipe import Recipe, Stage
 from model_core.demo.scenes import make_scene
 from model_core.language.rope import MropeLayout, mrope_positions
 from model_core.processing.chat import SpecialIds, answer_labels, encode_chat, expand_placeholders
-from model_core.types import ChatMessage, ImagePart, TextPart
+from model_core.types import ChatMessage, ImagePart, Part, TextPart
 
 PATCH, MERGE = 14, 2
 _MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
@@ -99,11 +99,10 @@ class SceneBatches(Dataset):
         messages = []
         for i, turn in enumerate(ask(scene, rng, limit=5)):
             question = TextPart(turn.question)
+            parts: tuple[Part, ...] = (question,)
             if i == 0:
                 # Clients put the picture before or after the question; most before.
                 parts = (ImagePart(None), question) if rng.random() < 0.8 else (question, ImagePart(None))
-            else:
-                parts = (question,)
             messages += [ChatMessage("user", parts), ChatMessage("assistant", (TextPart(turn.answer),))]
         if rng.random() < 0.1:
             messages.insert(0, ChatMessage("system", (TextPart(rng.choice(SYSTEM_PROMPTS)),)))

@@ -26,6 +26,7 @@ from model_core.demo.recipe import Recipe, Stage, build_config
 from model_core.demo.scenes import CLASS_NAMES, COLOUR_NAMES
 from model_core.demo.tokenizer import build_tokenizer
 from model_core.model import DualVisionModel
+from model_core.vision_tokens import cell_grids
 
 NUM_LETTERS = 27
 SAVE_EVERY_STEPS = 50
@@ -133,7 +134,8 @@ class DemoBuilder:
         self.model = DualVisionModel(build_config(recipe, self.tokenizer)).to(self.device)
         backbone = self.model.model
         self.heads = DenseHeads({n: e.output_dim for n, e in backbone.encoders.items()}).to(self.device)
-        self.stage_index, self.step, self.optimizers = 0, 0, None
+        self.stage_index, self.step = 0, 0
+        self.optimizers: Optimizers | None = None
         self.work.mkdir(parents=True, exist_ok=True)
 
     def run(self, report: Report, *, deadline_seconds: float = math.inf) -> bool:
@@ -142,9 +144,9 @@ class DemoBuilder:
         self._resume()
         while self.stage_index < len(self.recipe.stages):
             stage = self.recipe.stages[self.stage_index]
-            self._begin(stage)
+            optimizers = self._begin(stage)
             for batch in self._batches():
-                scores = self._train_step(stage, batch)
+                scores = self._train_step(stage, batch, optimizers)
                 self.step += 1
                 report(stage.name, self.step, stage.steps, scores)
                 if self.step % SAVE_EVERY_STEPS == 0:
@@ -156,7 +158,7 @@ class DemoBuilder:
             self._save()
         return True
 
-    def _begin(self, stage: Stage) -> None:
+    def _begin(self, stage: Stage) -> Optimizers:
         named = {f"model.{n}": p for n, p in self.model.named_parameters()}
         named |= {f"heads.{n}": p for n, p in self.heads.named_parameters()}
         for name, parameter in named.items():
@@ -167,6 +169,7 @@ class DemoBuilder:
             if self.step and saved.exists():
                 self.optimizers.load_state(load_file(saved))
         self.model.train()
+        return self.optimizers
 
     def _batches(self) -> Iterator[Batch]:
         layout = self.model.model.mrope_layout
@@ -177,7 +180,7 @@ class DemoBuilder:
                        prefetch_factor=4 if workers else None)
         )  # fmt: skip
 
-    def _train_step(self, stage: Stage, batch: Batch) -> dict[str, float]:
+    def _train_step(self, stage: Stage, batch: Batch, optimizers: Optimizers) -> dict[str, float]:
         pixel_values, grid = batch.pixel_values(self.device)
         backbone, scores = self.model.model, {}
         total = torch.zeros((), device=self.device)
@@ -195,15 +198,14 @@ class DemoBuilder:
                 total = total + stage.answer_weight * answer
                 scores |= {"answer": float(answer.detach()), "tokens_right": right}
         total.backward()
-        trained = [p for p in self.optimizers.named.values() if p.grad is not None]
+        trained = [p for p in optimizers.named.values() if p.grad is not None]
         nn.utils.clip_grad_norm_(trained, 1.0)
-        self.optimizers.step(schedule(self.step, stage.steps))
+        optimizers.step(schedule(self.step, stage.steps))
         return scores
 
     def _answer_loss(
         self, stage: Stage, batch: Batch, features: dict[str, Tensor], grid: Tensor
     ) -> tuple[Tensor, float]:
-        from model_core.vision_tokens import cell_grids  # noqa: PLC0415  only this stage needs it
 
         backbone = self.model.model
         removed = self._encoder_dropout(len(grid), stage.encoder_dropout, len(features))
@@ -235,7 +237,7 @@ class DemoBuilder:
         """Whole state under temporary names, then renamed, the small index last."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items() if k != "lm_head.weight"}
         tensors |= {f"heads.{k}": v for k, v in self.heads.state_dict().items()}
-        optimizer = self.optimizers.state() if self.optimizers else {}
+        optimizer: dict[str, Tensor] = self.optimizers.state() if self.optimizers else {}
         for name, part in (("optimizer", optimizer), ("state", tensors)):
             path = self.work / f"{name}.safetensors"
             save_file({k: v.contiguous() for k, v in part.items()}, path.with_suffix(".tmp"))

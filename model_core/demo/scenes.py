@@ -44,6 +44,7 @@ HELD_OUT_FIRST_SEED = 2**40
 _CLASS_INDEX = {name: index for index, name in enumerate(CLASS_NAMES)}
 _EDGE = 3
 _GAP = 4
+_LEAST_ROOM = 30
 _MIN_LETTER_PIXELS = 15  # more than 14: every letter then owns at least one half cell
 _THING_DISTANCE, _SHAPE_DISTANCE, _WORD_DISTANCE = 75.0, 105.0, 170.0
 
@@ -264,10 +265,12 @@ def _beside_word(rng: np.random.Generator, artwork: Artwork, line: _Line, frame:
     """Two times in five a thing above or below the word; the word moves to the edge to make room."""
     if rng.random() > 0.4:
         return []
-    room = frame[1] - line.height - 2 * _EDGE - 2 * _GAP
+    room = min(frame[1] - line.height - 2 * _GAP, frame[0]) - 2 * _EDGE
+    if room < _LEAST_ROOM:
+        return []
     item = _thing(rng, artwork, _log_uniform(rng, 44, 90))
     item.side *= min(1.0, room / item.reach)
-    item.x = float(rng.uniform(_EDGE, frame[0] - item.reach - _EDGE))
+    item.x = float(rng.uniform(_EDGE, max(_EDGE, frame[0] - item.reach - _EDGE)))
     slack = float(rng.uniform(0, max(0.0, room - item.reach)))
     if rng.random() < 0.5:
         line.y, item.y = _EDGE + int(slack / 2), _EDGE + slack / 2 + line.height + _GAP

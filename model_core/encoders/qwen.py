@@ -27,7 +27,6 @@ from model_core.encoders.base import VisionEncoder
 from model_core.vision_tokens import VisionTokens, cell_grids
 
 
-
 @dataclass(frozen=True, slots=True)
 class SegmentPlan:
     """How packed segments are grouped: their lengths in order, and the segment numbers of each length."""

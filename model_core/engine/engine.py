@@ -33,7 +33,10 @@ class MicroBatchEngine:
         self._num_steps = self._num_prompt_tokens = self._num_generation_tokens = 0
 
     def prepare(self, request: GenerationRequest, fmt: InputFormat | None = None) -> Sequence:
-        """Pure and thread-safe: decodes images, encodes text, checks the context. `fmt`: other than the engine's own."""
+        """Pure and thread-safe: decodes images, encodes text, checks the context.
+
+        `fmt`: instead of the engine's own (the Python facade's opens local paths).
+        """
         clock: Callable[[], float] = self.runner.clock
         start = clock()
         suffix = request.score_token_ids or ()

@@ -5,15 +5,16 @@ Knows tensors and one clock; knows no queue, no sampling and no text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as Items
+from collections.abc import Callable
+from collections.abc import Sequence as Items
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model_core.analysis.attribution import describe_fusion
 from model_core.engine.sequence import Sequence
 from model_core.errors import RequestFailedError
+from model_core.fusion.attribution import describe_fusion
 from model_core.language.decoder import Decoder
 from model_core.model import DualVisionModel
 from model_core.processing.batch import InputFormat, normalise_pixels
@@ -49,7 +50,8 @@ class ModelRunner:
         pixel_values = normalise_pixels(pixels, self.fmt.patches, self.device)
         grid_thw = torch.tensor([g for s in sequences for g in s.inputs.grids])
         arms = [s.request.arm for s in sequences for _ in s.inputs.grids]
-        features, spent = {}, {}
+        features: dict[str, Tensor] = {}
+        spent: dict[str, float] = {}
         for name in backbone.needed_encoders(arms):
             begin = self._now()
             features |= backbone.encode_images(pixel_values, grid_thw, [name])
@@ -88,7 +90,8 @@ class ModelRunner:
             is_image = torch.tensor(inputs.token_types, device=self.device) > 0
             if int(is_image.sum()) != sequence.embeds.shape[0]:
                 raise RequestFailedError(
-                    "image tokens and placeholders differ", value=f"{sequence.embeds.shape[0]} and {int(is_image.sum())}"
+                    "image tokens and placeholders differ",
+                    value=f"{sequence.embeds.shape[0]} and {int(is_image.sum())}",
                 )
             embeds[is_image] = sequence.embeds.to(embeds.dtype)
             sequence.embeds = None

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from model_core.vision_tokens import Grid, image_index
 
-
 #: In training the carried means follow the moving features over about this many tokens.
 MEAN_WINDOW_TOKENS = 200_000
 

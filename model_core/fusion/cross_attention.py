@@ -54,9 +54,11 @@ class CrossAttentionFusion(FusionStrategy):
         q = inputs.z["qwen"]
         queries = self.projectors["query"](self.query_norm(q)).split(inputs.lengths)
         sources = inputs.z[self.source].split(inputs.lengths)
-        updates = [self._image(*pair, grid) for *pair, grid in zip(queries, sources, inputs.grids, strict=True)]
+        updates = [self._image(q_i, x_i, grid) for q_i, x_i, grid in zip(queries, sources, inputs.grids, strict=True)]
         update = self.output_projector(self.dropout(torch.cat(updates)))
-        return FusionOutput(q + update, None, q, {"qwen": q, self.source: update} if inputs.want_contributions else None)
+        return FusionOutput(
+            q + update, None, q, {"qwen": q, self.source: update} if inputs.want_contributions else None
+        )
 
     def _image(self, query: Tensor, cells: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """One image: query (N, C), cells (N, m^2*d) -> (N, C)."""

@@ -57,7 +57,9 @@ class WeightedFusion(FusionStrategy):
     def silent_parameters(self) -> list[Tensor]:
         return [p for name, proj in self.projectors.items() if name != "qwen" for p in (proj.weight, proj.bias)]
 
-    def combine(self, projected: dict[str, Tensor], scales: dict[str, Tensor], want: bool) -> tuple[Tensor, dict | None]:
+    def combine(
+        self, projected: dict[str, Tensor], scales: dict[str, Tensor], want: bool
+    ) -> tuple[Tensor, dict | None]:
         """Sum scale_e * P_e z_e and send it through the output projector.
 
         scales: (S, 1) float32 by encoder, already E a_e.

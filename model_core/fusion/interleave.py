@@ -34,6 +34,8 @@ class InterleaveFusion(FusionStrategy):
 
     def fuse(self, inputs: FusionInputs) -> FusionOutput:
         q = inputs.z["qwen"]
-        other = self.output_projector(self.dropout(nn.functional.gelu(self.projectors[self.source](inputs.z[self.source]))))
+        other = self.output_projector(
+            self.dropout(nn.functional.gelu(self.projectors[self.source](inputs.z[self.source])))
+        )
         tokens = torch.stack([q, other.to(q.dtype)], dim=1).flatten(0, 1)  # q_0, d_0, q_1, d_1, ...
         return FusionOutput(tokens, None, q)

@@ -26,7 +26,9 @@ class Decoder:
         config = language_model.config
         if "sliding_attention" in config.layer_types:
             raise ConfigError(
-                "sliding-window layers are not served", value="use_sliding_window=true", allowed="false, as Qwen2.5-VL ships"
+                "sliding-window layers are not served",
+                value="use_sliding_window=true",
+                allowed="false, as Qwen2.5-VL ships",
             )
         self.model, self.lm_head, self.config = language_model, lm_head, config
         self.head_dim = config.hidden_size // config.num_attention_heads

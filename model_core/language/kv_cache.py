@@ -57,7 +57,7 @@ class BatchCache:
         return self._store[layer, 0, row, :, :end], self._store[layer, 1, row, :, :end]
 
     def append(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Store one token for every row: keys, values (rows, K, dh) at `positions` (rows,); views (rows, K, length, dh)."""
+        """Store one token for every row, (rows, K, dh) at `positions` (rows,). Returns views (rows, K, length, dh)."""
         n = keys.shape[0]
         rows = torch.arange(n, device=keys.device)
         self._store[layer, 0, rows, :, positions] = keys

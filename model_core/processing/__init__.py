@@ -1,0 +1,1 @@
+"""Pictures and messages as what the model takes."""

@@ -37,14 +37,18 @@ class DualVisionProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, config: DualVisionConfig | None = None, **kwargs: Any) -> DualVisionProcessor:
+    def from_pretrained(
+        cls, name: str | Path, *, config: DualVisionConfig | None = None, **kwargs: Any
+    ) -> DualVisionProcessor:
         """From a dual checkpoint or from a Qwen2.5-VL one; hub id or folder."""
         hub = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
         tokenizer = AutoTokenizer.from_pretrained(name, **hub)
         processor = cls(Qwen2VLImageProcessorPil.from_pretrained(name, **hub), tokenizer)
         if config is None:
             found = DualVisionConfig.get_config_dict(name, **hub)[0]
-            config = DualVisionConfig.from_dict(found) if found.get("model_type") == DualVisionConfig.model_type else None
+            config = (
+                DualVisionConfig.from_dict(found) if found.get("model_type") == DualVisionConfig.model_type else None
+            )
         if config is not None:
             processor.tokens_per_cell = strategy_class(config.fusion).tokens_per_cell
         return processor
@@ -109,7 +113,9 @@ class DualVisionProcessor(ProcessorMixin):
             data["second_per_grid_ts"] = torch.tensor([spec.temporal_patch_size / rate for rate in rates])
         return BatchFeature(data)
 
-    def _text(self, texts: list[str], images: list[Patches], videos: list[Patches], side: str) -> dict[str, torch.Tensor]:
+    def _text(
+        self, texts: list[str], images: list[Patches], videos: list[Patches], side: str
+    ) -> dict[str, torch.Tensor]:
         queues = {1: iter(images), 2: iter(videos)}
         rows = []
         for one in texts:

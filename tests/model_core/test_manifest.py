@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle  # noqa: S403 - written here, never read
+import pickle
 import random
 import struct
 import subprocess
@@ -241,7 +241,7 @@ class TestVerify:
         (folder / "manifest.json").unlink()
         assert verify_folder(folder, deep=True) is None
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
-        with pytest.raises(CheckpointIncompleteError, match="model-1.safetensors is missing"):
+        with pytest.raises(CheckpointIncompleteError, match=r"model-1\.safetensors is missing"):
             verify_folder(folder, deep=False)
 
     def test_a_hub_cache_of_links(self, folder: Path, tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ SPECIAL = [
     "<|image_pad|>", "<|video_pad|>",
 ]  # fmt: skip
 TEMPLATE = (
-    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
+    "<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
     "<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
     "{% if p.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% elif p.type == 'video' %}"
     "<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}"
@@ -130,9 +131,7 @@ def trained_model(fusion: str = "gated", *, seed: int = 0, **settings: Any) -> D
 
 
 def processor(max_pixels: int = 112 * 112) -> DualVisionProcessor:
-    return DualVisionProcessor(
-        Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=max_pixels), byte_tokenizer()
-    )
+    return DualVisionProcessor(Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=max_pixels), byte_tokenizer())
 
 
 def encoder(model: DualVisionModel | None = None, **kwargs: Any) -> DualVisionEncoder:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import pytest
 import uvicorn
 
 from service.engine_client import EngineClient
-from service.main import build_app
+from service.main import build_app, open_socket
 from service.settings import Settings
 from tests.service.fakes import PNG, FakeEngine
 
@@ -50,11 +49,9 @@ class LiveServer:
 
 
 @contextmanager
-def run_server(
-    engine: FakeEngine, load: Callable[[], FakeEngine] | None = None, **settings
-) -> Iterator[LiveServer]:
+def run_server(engine: FakeEngine, load: Callable[[], FakeEngine] | None = None, **settings) -> Iterator[LiveServer]:
     app, client = build_app(Settings(**{"shutdown_timeout_seconds": 0.0, **settings}), load or (lambda: engine))
-    listening = socket.create_server(("127.0.0.1", 0))
+    listening = open_socket("127.0.0.1", 0)
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     started = threading.Event()

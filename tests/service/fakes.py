@@ -59,7 +59,7 @@ class _Row:
 class FakeEngine:
     """Says `ANSWERS[arm]`, the last token being the end. Texts in the last message throw switches:
 
-    "forever": never ends by itself; "count": as many words as max_tokens; "break": the row fails;
+    "forever": says one word and never ends by itself; "count": as many words as max_tokens; "break": the row fails;
     "lose": the engine forgets the request; "die": the step raises. `hold()` stops all steps until
     `release()`; `seen` is every prepared request, `aborted` every aborted id.
     """
@@ -71,6 +71,7 @@ class FakeEngine:
     rows: OrderedDict[str, _Row] = field(default_factory=OrderedDict)
     _open: threading.Event = field(default_factory=threading.Event)
     _changed: threading.Condition = field(default_factory=threading.Condition)
+    _idle: threading.Event = field(default_factory=threading.Event)
     num_steps: int = 0
 
     def __post_init__(self) -> None:
@@ -105,7 +106,7 @@ class FakeEngine:
             raise KeyError("secret user text")
         words = ANSWERS[request.arm]
         if "forever" in text:
-            words = ("x",) * 10**6
+            words = ("x",) * 2
         elif "count" in text:
             words = ("x",) * request.sampling.max_tokens
         return _Row(request, words, len(images))
@@ -135,6 +136,8 @@ class FakeEngine:
         self.batch_sizes.append(len(self.rows))
         events = [event for row in list(self.rows.values()) for event in self._advance(row)]
         self._note()
+        if not events:
+            self._idle.wait(0.005)
         return events
 
     def _advance(self, row: _Row) -> list[TokenEvent]:
@@ -143,6 +146,8 @@ class FakeEngine:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         if "lose" in text:
             del self.rows[request_id]
+            return []
+        if "forever" in text and row.num_done == 1:
             return []
         event = TokenEvent(request_id)
         if row.num_done == 0:

@@ -144,8 +144,8 @@ def test_tool_calls_in_a_message_are_refused(shared: LiveServer):
     [
         *((u, "invalid_image_url") for u in ("http://127.0.0.1/x.png", "https://example.com/x.png", "file:///etc/passwd",
           "/etc/passwd", "gopher://x", "", "iVBORw0KGgo=", "http://allowed.com\\@127.0.0.1/", "C:\\x.png")),
-        *((u, "invalid_base64_image") for u in ("data:image/png,xyz", "data:image/png;base64", "data:image/png;base64,@@@@",
-          "data:image/png;base64,iVBORw0KGgo", "data:image/png;base64,iVBO\nRw0K", "data:image/png;base64,\u00e9\u00e9")),
+        *((f"data:image/png{u}", "invalid_base64_image") for u in (
+            ",xyz", ";base64", ";base64,@@@@", ";base64,iVBORw0KGgo", ";base64,iVBO\nRw0K", ";base64,\u00e9\u00e9")),
         ("data:image/png;base64,", "empty_image_file"),
         ("data:image/png;base64,AAAA", "image_parse_error"),
     ],

@@ -39,7 +39,7 @@ def test_a_scene_is_a_pure_function_of_seed_size_and_kind(artwork: Artwork, kind
 
 @pytest.mark.parametrize("size", SIZES)
 def test_objects_lie_inside_and_apart(artwork: Artwork, size: tuple[int, int]) -> None:
-    for seed in range(80):
+    for seed in range(40):
         scene = make_scene(seed, artwork, size)
         boxes = [one.box for one in scene.objects] + ([scene.word_box] if scene.word_box else [])
         assert boxes
@@ -50,7 +50,7 @@ def test_objects_lie_inside_and_apart(artwork: Artwork, size: tuple[int, int]) -
 
 
 def test_every_object_is_labelled_in_the_cell_of_its_centre(artwork: Artwork) -> None:
-    for seed in range(150):
+    for seed in range(80):
         scene = make_scene(seed, artwork)
         assert scene.cell_class.shape == scene.cell_colour.shape == (6, 6) and scene.cell_class.dtype == np.int16
         for one in scene.objects:
@@ -65,7 +65,7 @@ def test_every_object_is_labelled_in_the_cell_of_its_centre(artwork: Artwork) ->
 @pytest.mark.parametrize("size", SIZES)
 def test_the_letters_of_a_word_can_be_read_off_the_labels(artwork: Artwork, size: tuple[int, int]) -> None:
     """Collapsing repeats must give the word: every letter owns a half cell, in order, in one row."""
-    for seed in range(40):
+    for seed in range(20):
         scene = make_scene(seed, artwork, size, "word")
         rows = scene.cell_letters.reshape(size[0] // CELL, -1)
         labelled = [row for row in rows if row.any()]
@@ -103,15 +103,15 @@ def test_things_stand_off_from_their_background(artwork: Artwork) -> None:
 
 def test_counts_and_kinds_are_balanced(artwork: Artwork) -> None:
     counts = [0] * 5
-    for seed in range(400):
+    for seed in range(200):
         scene = make_scene(seed, artwork, (112, 112), "group")
         counts[sum(one.name == scene.objects[0].name for one in scene.objects)] += 1
-    assert all(70 <= count <= 130 for count in counts[1:]), counts
+    assert all(30 <= count <= 70 for count in counts[1:]), counts
 
 
 def test_reserved_words_are_never_trained_on(artwork: Artwork) -> None:
-    trained = {make_scene(seed, artwork, (112, 112), "word").word for seed in range(400)}
-    held_out = {make_scene(HELD_OUT_FIRST_SEED + seed, artwork, (112, 112), "word").word for seed in range(200)}
+    trained = {make_scene(seed, artwork, (112, 112), "word").word for seed in range(150)}
+    held_out = {make_scene(HELD_OUT_FIRST_SEED + seed, artwork, (112, 112), "word").word for seed in range(60)}
     assert len(WORDS) == len(set(WORDS)) >= 500 and all(3 <= len(word) <= 5 for word in WORDS)
     assert not trained & set(RESERVED_WORDS) and trained - set(TRAINING_WORDS)
     assert held_out & set(RESERVED_WORDS) and held_out <= set(WORDS)
@@ -125,7 +125,7 @@ def test_patches_are_premultiplied_and_as_large_as_asked(artwork: Artwork) -> No
             *(shape_patch(shape, COLOURS["red"], side, 10.0) for shape in SHAPES),
         ):
             assert (patch[:, :, :3] <= patch[:, :, 3:]).all()
-            assert side - 3 <= max(patch.shape[:2]) <= 1.3 * side
+            assert 0.85 * side <= max(patch.shape[:2]) <= 1.3 * side
 
 
 @pytest.mark.parametrize("size", [(100, 168), (84, 168)])

@@ -17,7 +17,7 @@ def test_wilson_against_published_values() -> None:
     assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
     assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
     assert wilson(0, 0) == (0.0, 1.0)
-    assert wilson(20, 20)[1] == 1.0
+    assert wilson(20, 20) == pytest.approx((0.8389, 1.0), abs=1e-4)
 
 
 def test_an_oracle_scores_everything_and_a_mute_nothing(artwork: Artwork) -> None:
@@ -41,7 +41,7 @@ def test_an_oracle_scores_everything_and_a_mute_nothing(artwork: Artwork) -> Non
 
 def test_a_blind_guesser_stays_at_chance(artwork: Artwork) -> None:
     scores = evaluate(
-        lambda batch: ["yes"] * len(batch), artwork, held_out_seeds(150), kinds=("presence",), sizes=SMALL
+        lambda batch: ["yes"] * len(batch), artwork, held_out_seeds(100), kinds=("presence",), sizes=SMALL
     )
     low, high = scores.by_kind["presence"].interval()
     assert low < 0.5 < high

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
-from model_core.encoder import DualVisionEncoder, merge_events
+from model_core.encoder import DualVisionEncoder
 from model_core.errors import ContextLengthError, InvalidRequestError, RequestFailedError
 from model_core.types import (
     ChatMessage,
@@ -36,6 +37,16 @@ def random_request(number: int, **sampling: object) -> GenerationRequest:
     return GenerationRequest(f"r{number}", (ChatMessage("user", tuple(parts)),), SamplingParams(**options))
 
 
+def fold(so_far: TokenEvent, event: TokenEvent) -> TokenEvent:
+    """Two events of one request as one: text and ids joined, the later one's outcome."""
+    return replace(
+        event,
+        text=so_far.text + event.text,
+        token_ids=so_far.token_ids + event.token_ids,
+        fusion=so_far.fusion if event.fusion is None else event.fusion,
+    )
+
+
 def run(encoder: DualVisionEncoder, requests: list[GenerationRequest], arrive: int = 99) -> dict[str, TokenEvent]:
     """All requests through one engine, `arrive` new ones a step; the events of each merged."""
     engine, merged, left = encoder.engine, {r.request_id: TokenEvent(r.request_id) for r in requests}, list(requests)
@@ -45,7 +56,7 @@ def run(encoder: DualVisionEncoder, requests: list[GenerationRequest], arrive: i
         left = left[arrive:]
         for event in engine.step():
             assert not merged[event.request_id].is_terminal, "an event after the last one"
-            merged[event.request_id] = merge_events(merged[event.request_id], event)
+            merged[event.request_id] = fold(merged[event.request_id], event)
     assert all(event.is_terminal for event in merged.values())
     assert len(engine.runner.cache) == 0, "a row was leaked"
     return merged
@@ -169,7 +180,7 @@ def test_cancelling_one_row_leaves_the_others_as_they_were() -> None:
         if step == 4:
             engine.abort("r1")
         for event in engine.step():
-            merged[event.request_id] = merge_events(merged[event.request_id], event)
+            merged[event.request_id] = fold(merged[event.request_id], event)
     for name in ("r0", "r2", "r3", "r4"):
         assert merged[name].token_ids == undisturbed[name].token_ids
 
@@ -204,7 +215,11 @@ def test_an_encode_that_raises_for_one_is_retried_one_by_one(monkeypatch: pytest
         original(sequences)
 
     monkeypatch.setattr(encoder.engine.runner, "_encode_images", picky)
-    seeds = [s for s in range(12) if random_request(s).messages[0].parts and encoder.engine.prepare(random_request(s)).inputs.grids]
+    seeds = [
+        s
+        for s in range(12)
+        if random_request(s).messages[0].parts and encoder.engine.prepare(random_request(s)).inputs.grids
+    ]
     assert 1 in seeds
     merged = run(encoder, [random_request(seed, max_tokens=3) for seed in seeds[:4]])
     assert isinstance(merged["r1"].error, RequestFailedError)

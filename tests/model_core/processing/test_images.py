@@ -306,7 +306,9 @@ class TestColour:
         assert decoded(encode(image, "PNG", transparency=b"\xff\x80\xff"))[1] == (227, 127, 127)
         image.info["transparency"] = 1
         assert opened(image) == holed and opened(image) == holed
-        assert pixels(image.convert("RGB")) == solid  # the caller's palette is as it was
+        key = image.info.pop("transparency")  # the caller's palette is as it was:
+        assert image.convert("RGBA").getpixel((key, 0)) == (*solid[1], 255)
+        image.info["transparency"] = key
         assert opened(image.convert("PA")) == holed
 
     def test_cmyk_ycck_and_other_spaces(self) -> None:

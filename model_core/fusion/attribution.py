@@ -51,7 +51,9 @@ def describe_fusion(
                 dominant_encoder=None if weights is None else dominant(weights),
                 fusion_trained=is_trained,
                 entropy=None if weights is None else entropy(weights),
-                contribution=None if shares is None else contribution_share(tokens[i], {n: s[i] for n, s in shares.items()}),
+                contribution=None
+                if shares is None
+                else contribution_share(tokens[i], {n: s[i] for n, s in shares.items()}),
                 relative_update=None if own is None else _relative_update(tokens[i], own[i]),
                 warnings=notes if is_trained else (*notes, UNTRAINED),
             )

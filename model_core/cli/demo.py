@@ -1,0 +1,107 @@
+"""`dve demo build` trains the embedded demo model from nothing; `dve demo eval` scores it on held-out pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from model_core.errors import DualVisionError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dve demo", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    build = commands.add_parser("build", help="train the demo model; a second call continues where one stopped")
+    build.add_argument("--out", type=Path, help="checkpoint folder (default: the embedded one in this source tree)")
+    build.add_argument("--work", type=Path, default=Path("build/demo"), help="progress is kept here")
+    build.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    build.add_argument("--scale", type=float, default=1.0, help="share of every stage's steps; below 1 for a trial")
+    build.add_argument("--artwork", type=Path, help="where the artwork is kept (default: the user's cache)")
+    build.add_argument("--eval-count", type=int, default=400, help="held-out questions of each kind for the card")
+    score = commands.add_parser("eval", help="score a demo model, fused and under each arm")
+    score.add_argument("--model", type=Path, help="checkpoint folder (default: the embedded one)")
+    score.add_argument("--count", type=int, default=400, help="questions of each kind")
+    score.add_argument("--arms", default="fused,qwen-only,dinov2-only,blind,unfused", help="comma-separated")
+    score.add_argument("--artwork", type=Path)
+    score.add_argument("--device", default="auto")
+    score.add_argument("--json", action="store_true", help="print the scores as JSON")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0; an error that a user can put right is one line on stderr and 2."""
+    args = build_parser().parse_args(argv)
+    try:
+        return _build(args) if args.command == "build" else _eval(args)
+    except DualVisionError as error:
+        print(f"dve demo: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _build(args: argparse.Namespace) -> int:
+    # The trainer and transformers take seconds to import; --help should not.
+    from model_core.checkpoint import LoadOptions
+    from model_core.demo.artwork import load_artwork
+    from model_core.demo.build import DemoBuilder
+    from model_core.demo.publish import default_out, publish
+    from model_core.demo.recipe import RECIPE
+
+    recipe = RECIPE if args.scale == 1.0 else RECIPE.scaled(args.scale)
+    artwork = load_artwork(args.artwork)
+    device = str(LoadOptions(args.device).resolve_device())
+    builder = DemoBuilder(recipe, artwork, args.work, device)
+    start = time.monotonic()
+    with _Progress() as report:
+        builder.run(report)
+    minutes = (time.monotonic() - start) / 60
+    out = args.out or default_out()
+    publish(builder, out, artwork, minutes=minutes, eval_count=args.eval_count)
+    print(f"wrote {out}")
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from model_core.demo.artwork import load_artwork
+    from model_core.demo.publish import score_arms
+    from model_core.demo.scoring import render_table
+    from model_core.demo_model import demo_folder
+    from model_core.encoder import DualVisionEncoder
+
+    encoder = DualVisionEncoder.from_pretrained(args.model or demo_folder(), device=args.device)
+    arms = score_arms(encoder, load_artwork(args.artwork), args.count, args.arms.split(","))
+    if args.json:
+        print(json.dumps({arm: scores.to_dict() for arm, scores in arms.items()}, indent=2))
+    else:
+        print(render_table(arms))
+    return 0
+
+
+class _Progress:
+    """A bar for each stage, with the latest scores beside it."""
+
+    def __enter__(self) -> Callable[[str, int, int, dict[str, float]], None]:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, TextColumn("{task.fields[scores]}"))
+        self._bar.start()
+        self._tasks: dict[str, Any] = {}
+        return self._report
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def _report(self, stage: str, step: int, steps: int, scores: dict[str, float]) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bar.add_task(stage, total=steps, scores="")
+        shown = " ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        self._bar.update(self._tasks[stage], completed=step, scores=shown)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

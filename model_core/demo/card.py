@@ -1,0 +1,99 @@
+"""The model card of `dve-demo`: what it is, how it was made, what it scored, and that it knows nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from model_core.demo.artwork import STYLES
+from model_core.demo.build import DemoBuilder
+from model_core.demo.scenes import COLOUR_NAMES, SHAPES
+from model_core.demo.scoring import Scores, render_table
+from model_core.demo.things import THINGS
+
+_TARGETS = {"name": 0.90, "colour": 0.97, "count": 0.95, "position": 0.95, "presence": 0.95, "read": 0.85}
+
+
+def write_card(builder: DemoBuilder, arms: Mapping[str, Scores], progress: Mapping[str, Any]) -> str:
+    """Markdown with YAML front matter, as model hubs read it."""
+    parameters = sum(p.numel() for p in builder.model.parameters()) / 1e6
+    stages = "\n".join(
+        f"| {s.name} | {', '.join(s.trains)} | {s.steps} | {s.batch_size} | {s.learning_rate:g} | {s.dense_weight:g} "
+        f"| {s.answer_weight:g} | {s.encoder_dropout:g} |"
+        for s in builder.recipe.stages
+    )
+    return _CARD.format(
+        parameters=f"{parameters:.1f}",
+        num_things=len(THINGS),
+        things=", ".join(thing.name for thing in THINGS),
+        shapes=", ".join(SHAPES),
+        colours=", ".join(COLOUR_NAMES),
+        styles=" and ".join(STYLES),
+        stages=stages,
+        table=render_table(arms, markdown=True),
+        verdicts=_verdicts(arms["fused"]),
+        **progress,
+    )
+
+
+def _verdicts(fused: Scores) -> str:
+    """Each target with what was reached, met or not."""
+    lines = []
+    for kind, target in _TARGETS.items():
+        share = fused.by_kind[kind].share
+        word = "met" if share >= target else "NOT met"
+        lines.append(f"- {kind}: target {100 * target:.0f} %, reached {100 * share:.1f} %: {word}")
+    return "\n".join(lines)
+
+
+_CARD = """---
+license: apache-2.0
+library_name: dual-vision-encoder
+pipeline_tag: image-text-to-text
+---
+# dve-demo
+
+A {parameters} M parameter model of the same two architectures as the real thing (Qwen2.5-VL's and
+DINOv2's, `gated` fusion), trained from scratch by this project on generated pictures, so that
+everything can be seen working without a hub and without a GPU.
+
+**It knows nothing else.** It names {num_things} things drawn in two emoji styles, plain coloured shapes,
+counts up to four, left/right/above/below of two objects, and short words. Photographs, other things,
+longer texts and conversation are beyond it: it will answer, and the answer will be wrong.
+
+## What it can be asked
+
+What is it, what colour, how many, where (left, right, above, below), is there a ...?, what does it say?,
+describe the picture; in free phrasings, lower or upper case.
+
+Things: {things}.
+
+Shapes: {shapes}. Colours: {colours}.
+
+## Scores
+
+On generated pictures whose seeds no training picture shares; `dve demo eval` prints this table again.
+The artwork is the training artwork: scores tell of new scenes, not of new drawings. Wilson 95 % intervals.
+
+{table}
+
+`chance` is what guessing scores. Removing an encoder means replacing its features by their mean before
+the gate; `unfused` is Qwen's own tokens, for which this language model was never trained.
+
+{verdicts}
+
+## How it was made
+
+`dve demo build`, seed {seed}, {minutes} minutes of training. Weights are stored in bfloat16 and computed in float32.
+
+| stage | trains | steps | batch | learning rate | dense loss | answer loss | encoder dropout |
+|---|---|---|---|---|---|---|---|
+{stages}
+
+The dense loss asks each encoder, cell by cell, which thing and colour is there, and Qwen's tower also
+which letter: DINOv2 is not taught to read, as in life. Optimizer: Muon for the matrices inside blocks,
+AdamW for the rest, bfloat16 autocast.
+
+Data: scenes composed from emoji artwork ({styles}) on varied backgrounds, plain shapes, and words in
+several fonts; every question is generated from the scene. See NOTICE for the artwork's licences.
+"""

@@ -1,0 +1,123 @@
+"""From a finished build to the shipped folder: calibrate, store, score, and write the card.
+
+Weights are stored in bfloat16 (half the download) and computed in float32; the scores on the card
+are those of the stored weights, loaded back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from model_core import demo
+from model_core.checkpoint import save_checkpoint
+from model_core.demo.artwork import Artwork
+from model_core.demo.batches import SceneBatches
+from model_core.demo.build import DemoBuilder
+from model_core.demo.card import write_card
+from model_core.demo.recipe import MAX_PIXELS, MIN_PIXELS
+from model_core.demo.scoring import Scores, evaluate, held_out_seeds
+from model_core.encoder import DualVisionEncoder
+from model_core.processing.processor import DualVisionProcessor
+from model_core.types import ChatMessage, GenerationRequest, ImagePart, SamplingParams, TextPart
+
+CALIBRATION_BATCHES = 16
+#: What a client may send: square and not, above and below the model's own resolution.
+EVAL_SIZES = ((140, 140), (112, 168), (168, 112), (112, 112))
+
+
+def default_out() -> Path:
+    return Path(demo.__file__).parent / "weights"
+
+
+def publish(builder: DemoBuilder, out: Path, artwork: Artwork, *, minutes: float, eval_count: int) -> None:
+    """Write the checkpoint, score what was written, write the card into it."""
+    model = builder.model.eval()
+    model.calibrate(_calibration(builder))
+    with torch.no_grad():  # what is stored is what is scored
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.bfloat16().to(tensor.dtype))
+    ids = model.config.text_config
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=ids.eos_token_id, pad_token_id=ids.pad_token_id, bos_token_id=ids.bos_token_id
+    )
+    images = Qwen2VLImageProcessorPil(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
+    processor = DualVisionProcessor(images, builder.tokenizer)
+    progress = {"minutes": round(minutes, 1), "seed": builder.recipe.seed}
+    _save(model, processor, out, progress)
+    encoder = DualVisionEncoder.from_pretrained(out, device=str(builder.device))
+    arms = score_arms(encoder, artwork, eval_count)
+    scores = {arm: found.to_dict() for arm, found in arms.items()}
+    card = write_card(builder, arms, progress)
+    _save(model, processor, out, progress, card=card, scores=scores)
+
+
+def _save(
+    model: Any,
+    processor: DualVisionProcessor,
+    out: Path,
+    progress: dict[str, Any],
+    card: str | None = None,
+    scores: Any = None,
+) -> None:
+    """Twice: once to score what a reader of the folder gets, then with the scores beside it."""
+    stored = model.to(torch.bfloat16)
+
+    def more(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        for part in (config, *(config[key] for key in ("text_config", "vision_config", "dinov2_config"))):
+            part["dtype"] = "float32"  # computed in float32 wherever it is loaded
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if scores is not None:
+            (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+        if card is not None:
+            (folder / "README.md").write_text(card)
+
+    save_checkpoint(stored, processor, out, extra=progress, write_more=more)
+    model.to(torch.float32)
+
+
+def _calibration(builder: DemoBuilder) -> Iterator[tuple[Tensor, Tensor]]:
+    """Training scenes again: the arms' means are part of the model, not of its test."""
+    layout = builder.model.model.mrope_layout
+    data = SceneBatches(builder.recipe, 0, builder.artwork, builder.tokenizer, layout)
+    for step in range(min(CALIBRATION_BATCHES, len(data))):
+        yield data[step].pixel_values(builder.device)
+
+
+def score_arms(
+    encoder: DualVisionEncoder,
+    artwork: Artwork,
+    count: int,
+    arms: Sequence[str] = ("fused", "qwen-only", "dinov2-only", "blind", "unfused"),
+) -> dict[str, Scores]:
+    """The same held-out questions for every arm, through the engine that serves."""
+    return {arm: evaluate(Answerer(encoder, arm), artwork, held_out_seeds(count), sizes=EVAL_SIZES) for arm in arms}
+
+
+class Answerer:
+    """[(picture, question)] -> [answer], greedy, one batch in the engine."""
+
+    def __init__(self, encoder: DualVisionEncoder, arm: Any) -> None:
+        self.encoder, self.arm = encoder, arm
+
+    def __call__(self, batch: Sequence[tuple[Any, str]]) -> list[str]:
+        requests = {
+            i: GenerationRequest(
+                f"eval-{i}",
+                (ChatMessage("user", (ImagePart(picture), TextPart(question))),),
+                SamplingParams(max_tokens=32),
+                self.arm,
+            )
+            for i, (picture, question) in enumerate(batch)
+        }
+        events = self.encoder.run_requests(requests)
+        return [events[i].text for i in range(len(batch))]
