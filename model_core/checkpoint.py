@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
+from transformers.utils import logging as transformers_logging
 
 from model_core.config import DualVisionConfig
 from model_core.encoders.qwen import install_segment_attention
@@ -52,11 +54,12 @@ _AUTO_MAP = {
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """fingerprint: of the weights as they were found; "" where the folder has no manifest."""
+    """fingerprint, created_unix: of the folder; "" and 0 where there is no manifest."""
 
     model: DualVisionModel
     processor: DualVisionProcessor
     fingerprint: str = ""
+    created_unix: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,12 @@ class LoadOptions:
         return {"dtype": dtype, "attn_implementation": self.attention()}
 
 
+def quiet_unless_terminal() -> None:
+    """transformers' loading bars belong on a terminal, not in a log or a pipe."""
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
 def save_checkpoint(
     model: DualVisionModel, processor: DualVisionProcessor, folder: str | Path, extra: Mapping[str, Any] | None = None,
     write_more: Callable[[Path], None] | None = None,
@@ -147,7 +156,8 @@ def load_checkpoint(name: str | Path, options: LoadOptions = LoadOptions(), **hu
     model = _from_pretrained(DualVisionModel, name, config=config, **options.kwargs(), **hub)
     processor = DualVisionProcessor.from_pretrained(name, config=config, **hub)
     fingerprint = "" if manifest is None else _fingerprint(manifest)
-    return Loaded(model.to(options.resolve_device()).eval(), processor, fingerprint)
+    created = int((Path(name) / "config.json").stat().st_mtime) if manifest is not None else 0
+    return Loaded(model.to(options.resolve_device()).eval(), processor, fingerprint, created)
 
 
 def _fingerprint(manifest: Manifest) -> str:

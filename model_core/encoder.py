@@ -142,6 +142,7 @@ class DualVisionEncoder:
             device=str(loaded.model.device),
             dtype=str(loaded.model.dtype).removeprefix("torch."),
             num_parameters=sum(p.numel() for p in loaded.model.parameters()),
+            created_unix=loaded.created_unix,
         )
         runner = ModelRunner(self.model, self.format, time.perf_counter)
         self.engine = MicroBatchEngine(runner, self.info, _eos_ids(loaded), max_num_seqs)

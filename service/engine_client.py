@@ -26,7 +26,7 @@ from model_core.analysis.compare import collect_answer
 from model_core.errors import DualVisionError, EngineDeadError, OverloadedError, RequestFailedError
 from model_core.types import Engine, EngineStats, GenerationRequest, ModelInfo, TokenEvent
 from service.errors import DrainingError, NotReadyError, RequestTimeoutError, StalledError
-from service.logs import log_failure, logger
+from service.logs import log_failure, log_load_failure, logger
 from service.metrics import Metrics, RequestRecorder
 
 State = Literal["new", "loading", "ready", "failed", "dead", "stopped"]
@@ -335,8 +335,9 @@ class _EngineThread(threading.Thread):
     def run(self) -> None:
         try:
             engine = self._load()
-        except Exception as error:  # noqa: BLE001  the engine loop's border; the composition root reports it
+        except Exception as error:  # noqa: BLE001  the engine loop's border; the composition root gives up
             self.load_error = error
+            log_load_failure(error)
             self._client.post(self._client.on_load_failure, error)
             return
         self._client.post(self._client.on_loaded, engine)

@@ -14,6 +14,8 @@ import traceback
 from contextvars import ContextVar
 from typing import Literal, TextIO
 
+from model_core.errors import DualVisionError
+
 LogFormat = Literal["json", "plain"]
 
 request_id_var: ContextVar[str] = ContextVar("dve_request_id", default="")
@@ -61,6 +63,15 @@ def configure_logs(log_format: LogFormat, level: str, stream: TextIO | None = No
 
 def log_fields(level: int, message: str, **fields: object) -> None:
     logger.log(level, message, extra={"fields": fields})
+
+
+def log_load_failure(error: BaseException) -> None:
+    """A model that does not load: our own error in its words, any other with its trace. No user has said a word yet."""
+    if isinstance(error, DualVisionError):
+        logger.error("the model could not be loaded: %s", error)
+    else:
+        trace = "".join(traceback.format_exception(error))
+        log_fields(logging.ERROR, "the model could not be loaded", error=type(error).__name__, trace=trace)
 
 
 def log_failure(message: str, error: BaseException) -> None:

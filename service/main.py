@@ -7,9 +7,7 @@ broken checkpoint, a port in use), 1 for the rest. It alone, with cli.py, may im
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
-import traceback
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -29,9 +27,11 @@ from service.settings import Settings
 def load_engine(settings: Settings) -> Engine:
     """Build and warm up the model that the settings name. Runs in the engine's thread; takes a while."""
     # Here and not above: importing torch takes seconds, and the port should answer before that.
+    from model_core.checkpoint import quiet_unless_terminal  # noqa: PLC0415
     from model_core.encoder import DualVisionEncoder  # noqa: PLC0415
     from model_core.processing.images import ImageLimits  # noqa: PLC0415
 
+    quiet_unless_terminal()
     common: dict[str, Any] = {
         "device": None if settings.device == "auto" else settings.device,
         "dtype": None if settings.dtype == "auto" else settings.dtype,
@@ -41,8 +41,9 @@ def load_engine(settings: Settings) -> Engine:
         encoder = DualVisionEncoder.from_pretrained(settings.model, **common)
     else:
         encoder = DualVisionEncoder(settings.qwen_model_name, settings.dinov2_model_name, **common)
-    encoder.configure(ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels))
+    # Warmed up first: its own picture may be over a small limit.
     encoder.warm_up()
+    encoder.configure(ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels))
     engine: Engine = encoder.engine
     return engine
 
@@ -124,15 +125,5 @@ def serve(settings: Settings, load: Callable[[], Engine] | None = None) -> int:
         logger.warning("this address is not loopback and the server asks for no key: keep it behind one that does")
     asyncio.run(servers[0].serve(sockets=[listening]))
     if client.load_error is not None:
-        return _report(client.load_error)
+        return 2 if isinstance(client.load_error, DualVisionError) else 1
     return 0
-
-
-def _report(error: BaseException) -> int:
-    if isinstance(error, DualVisionError):
-        logger.error("the model could not be loaded: %s", error)
-        return 2
-    # No request was served yet, so the text can't quote one.
-    logger.error("the model could not be loaded\n%s", "".join(traceback.format_exception(error)))
-    logging.shutdown()
-    return 1

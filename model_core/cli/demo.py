@@ -66,12 +66,14 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    from model_core.checkpoint import quiet_unless_terminal
     from model_core.demo.artwork import load_artwork
     from model_core.demo.publish import score_arms
     from model_core.demo.scoring import render_table
     from model_core.demo_model import demo_folder
     from model_core.encoder import DualVisionEncoder
 
+    quiet_unless_terminal()
     encoder = DualVisionEncoder.from_pretrained(args.model or demo_folder(), device=args.device)
     arms = score_arms(encoder, load_artwork(args.artwork), args.count, args.arms.split(","))
     if args.json:

@@ -58,9 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _load(args: argparse.Namespace) -> DualVisionEncoder:
     # torch and transformers take seconds to import; --help should not.
+    from model_core.checkpoint import quiet_unless_terminal
     from model_core.encoder import DualVisionEncoder
     from model_core.errors import ConfigError
 
+    quiet_unless_terminal()
     options: dict[str, Any] = {"device": args.device, "dtype": args.dtype}
     if args.model and (args.qwen_model_name or args.dinov2_model_name):
         raise ConfigError("--model and the two checkpoint names exclude each other", value=args.model)

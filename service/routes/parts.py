@@ -41,4 +41,9 @@ def parts_of(request: Request) -> AppParts:
     return cast(AppParts, request.app.state.parts)
 
 
-Parts = Annotated[AppParts, Depends(parts_of)]
+async def _inject(request: Request) -> AppParts:
+    # Async, though it awaits nothing: FastAPI runs plain dependencies in a thread each.
+    return parts_of(request)
+
+
+Parts = Annotated[AppParts, Depends(_inject)]

@@ -1,0 +1,85 @@
+"""`dve infer` as a user calls it: an answer with its weights, a comparison, a benchmark, and one-line errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from model_core.cli.infer import main
+from model_core.types import ARMS
+from tests.model_core import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("model") / "tiny"
+    tiny.encoder().save_pretrained(target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("picture") / "p.png"
+    Image.linear_gradient("L").resize((80, 80)).convert("RGB").save(path)
+    return path
+
+
+def test_an_answer_with_its_weights(folder: Path, picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", str(folder), "--image", str(picture), "--question", "?", "--max_tokens", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "qwen_weight 0." in shown
+    assert "routing weights, not importance" in shown
+
+
+def test_json_holds_comparison_and_benchmark(folder: Path, picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--compare_encoders", "--benchmark", "--rounds", "1", "--json", "--max-tokens", "3"]
+    assert main(["--model", str(folder), "--image", str(picture), *flags]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["comparison"]["arms"]) == set(ARMS)
+    assert found["answer"] == found["comparison"]["arms"]["fused"]["answer"]
+    assert found["question"] == "Describe this image"
+    assert found["benchmark"]["output_tokens"] == 3
+
+
+def test_tables_for_people(folder: Path, picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--compare-encoders", "--benchmark", "--rounds", "1", "--max_tokens", "3"]
+    assert main(["--model", str(folder), "--image", str(picture), *flags]) == 0
+    shown = capsys.readouterr().out
+    for word in ("qwen-only", "unfused", "reliance (nats)", "shapley (nats)", "TTFT", "TPOT", "peak memory"):
+        assert word in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--image", "/no/such.png"], "/no/such.png"),
+        (["--image", "P", "--model", "/no/such/folder"], "no such folder"),
+        (["--image", "P", "--device", "tpu"], "auto, cpu, cuda"),
+        (["--image", "P", "--dtype", "float8000"], "unknown dtype"),
+        (["--image", "P", "--qwen_model_name", "only/one"], "both names"),
+        (["--image", "P", "--model", "F", "--qwen-model-name", "a/b"], "exclude each other"),
+    ],
+)
+def test_errors_are_one_line(
+    flags: list[str], says: str, folder: Path, picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [str(picture) if f == "P" else str(folder) if f == "F" else f for f in flags]
+    if "--model" not in flags and "--qwen_model_name" not in flags:
+        flags += ["--model", str(folder)]
+    assert main(flags) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert says in captured.err
+
+
+def test_as_a_module(folder: Path, picture: Path) -> None:
+    command = [sys.executable, "-m", "model_core.cli.infer", "--model", str(folder), "--image", str(picture)]
+    done = subprocess.run([*command, "--max_tokens", "2"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "qwen_weight" in done.stdout
