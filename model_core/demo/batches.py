@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from model_core.demo.artwork import Artwork
 from model_core.demo.questions import ask
 from model_core.demo.recipe import Recipe, Stage
-from model_core.demo.scenes import make_scene
+from model_core.demo.scenes import KINDS, make_scene
 from model_core.language.rope import MropeLayout, mrope_positions
 from model_core.processing.chat import SpecialIds, answer_labels, encode_chat, expand_placeholders
 from model_core.types import ChatMessage, ImagePart, Part, TextPart
@@ -71,7 +71,9 @@ class SceneBatches(Dataset):
         base = ((self.recipe.seed * 8 + self.stage_index) % 2**14) * 2**26 + step * 256
         rng = random.Random(base)
         size = rng.choice(self.recipe.sizes)
-        scenes = [make_scene(base + i, self.artwork, size) for i in range(self.stage.batch_size)]
+        shares = self.stage.kinds
+        kinds = rng.choices(KINDS, shares, k=self.stage.batch_size) if shares else [None] * self.stage.batch_size
+        scenes = [make_scene(base + i, self.artwork, size, kind) for i, kind in enumerate(kinds)]
         cells = [
             torch.from_numpy(np.stack([getattr(s, name) for s in scenes]).astype(np.int64))
             for name in ("cell_class", "cell_colour", "cell_letters")

@@ -150,12 +150,12 @@ class DemoBuilder:
                 self.step += 1
                 report(stage.name, self.step, stage.steps, scores)
                 if self.step % SAVE_EVERY_STEPS == 0:
-                    self._save()
+                    self.save()
                 if time.monotonic() - start > deadline_seconds:
-                    self._save()
+                    self.save()
                     return False
             self.stage_index, self.step, self.optimizers = self.stage_index + 1, 0, None
-            self._save()
+            self.save()
         return True
 
     def _begin(self, stage: Stage) -> Optimizers:
@@ -200,7 +200,7 @@ class DemoBuilder:
         total.backward()
         trained = [p for p in optimizers.named.values() if p.grad is not None]
         nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizers.step(schedule(self.step, stage.steps))
+        optimizers.step(schedule(self.step, stage.decay_steps or stage.steps))
         return scores
 
     def _answer_loss(
@@ -233,8 +233,8 @@ class DemoBuilder:
         which = torch.randint(num_encoders, (num_images,), generator=generator)
         return F.one_hot(which, num_encoders).bool() & drop[:, None]
 
-    def _save(self) -> None:
-        """Whole state under temporary names, then renamed, the small index last."""
+    def save(self) -> None:
+        """Whole state under temporary names, then renamed, the small index last. `run` calls it; so may you."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items() if k != "lm_head.weight"}
         tensors |= {f"heads.{k}": v for k, v in self.heads.state_dict().items()}
         optimizer: dict[str, Tensor] = self.optimizers.state() if self.optimizers else {}

@@ -279,9 +279,7 @@ def test_one_hot_weights_are_not_the_arm(name: str) -> None:
             model.fusion.gate[-1].bias.copy_(torch.tensor([1e4, -1e4]))
         output = model.embed_images(pixel_values, grid)
     assert output.weights.tolist() == [[1.0, 0.0]]
-    doubled = 2 * nn.functional.linear(
-        model.fusion.projectors["qwen"](output.q), model.fusion.output_projector.weight
-    )
+    doubled = 2 * nn.functional.linear(model.fusion.projectors["qwen"](output.q), model.fusion.output_projector.weight)
     assert torch.allclose(output.tokens, doubled + model.fusion.output_projector.bias, atol=1e-5)
     assert float((output.tokens - arm).norm() / arm.norm()) > 0.3
 
@@ -307,3 +305,95 @@ def test_no_arm_but_fused_and_dinov2_only_runs_dinov2() -> None:
     with torch.no_grad():
         needed = {arm: model.model.needed_encoders([arm]) for arm in ("fused", "qwen-only", "dinov2-only", "blind")}
     assert needed == {"fused": ["qwen", "dinov2"], "qwen-only": ["qwen"], "dinov2-only": ["dinov2"], "blind": []}
+
+
+# --- cross_attention and interleave -----------------------------------------------------------------------------------
+
+
+def test_cross_attention_sees_its_own_patches_and_the_halo_and_nothing_else() -> None:
+    """Patch (r, c) may move cell (i, j) exactly if it lies in rows 2i-1..2i+2 and columns 2j-1..2j+2 of the frame."""
+    fusion, grid = strategy("cross_attention"), (2, 3, 4)
+    torch.manual_seed(0)
+    z = {"qwen": torch.randn(24, 64), "dinov2": torch.randn(24, 96)}
+    with torch.no_grad():
+        base = fusion.fuse(FusionInputs(z, (grid,), lengths=[24])).tokens.view(*grid, -1)
+        for t, row, column in [(0, 0, 0), (0, 3, 4), (1, 5, 7), (1, 2, 3), (0, 1, 6)]:
+            changed = z["dinov2"].clone()
+            changed.view(*grid, 2, 2, 24)[t, row // 2, column // 2, row % 2, column % 2] += 3.0
+            tokens = fusion.fuse(FusionInputs(z | {"dinov2": changed}, (grid,), lengths=[24])).tokens.view(*grid, -1)
+            moved = {tuple(cell) for cell in ((tokens - base).abs().amax(-1) > 0).nonzero().tolist()}
+            rows = [i for i in range(3) if 2 * i - 1 <= row <= 2 * i + 2]
+            columns = [j for j in range(4) if 2 * j - 1 <= column <= 2 * j + 2]
+            assert moved == {(t, i, j) for i in rows for j in columns}
+
+
+def test_interleave_doubles_tokens_and_repeats_positions() -> None:
+    model, inputs = tiny.trained_model("interleave"), prompt((1, 4, 6), (1, 4, 4), per_cell=2)
+    with torch.no_grad():
+        output = model.embed_images(inputs["pixel_values"], inputs["image_grid_thw"])
+        assert output.tokens.shape == (20, 64)
+        assert torch.equal(output.tokens[::2], output.q), "q_0, d_0, q_1, d_1, ..."
+        features = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
+        assert [len(f) for f in features] == [12, 8]
+        assert torch.isfinite(model(**inputs).logits).all()
+    doubled, delta = model.model.get_rope_index(
+        inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"]
+    )
+    plain = prompt((1, 4, 6), (1, 4, 4))
+    single, _ = tiny.dual_model().model.get_rope_index(
+        plain["input_ids"], plain["mm_token_type_ids"], plain["image_grid_thw"]
+    )
+    repeats = torch.where(plain["mm_token_type_ids"][0] == 1, 2, 1)
+    assert torch.equal(doubled, single.repeat_interleave(repeats, dim=2))
+    assert int(delta) == int(single.max()) + 1 - doubled.shape[2]
+
+
+def test_interleave_runs_on_what_the_processor_counts() -> None:
+    from PIL import Image
+
+    model, processor = tiny.trained_model("interleave"), tiny.encoder(tiny.trained_model("interleave")).processor
+    inputs = processor(images=Image.effect_noise((80, 60), 90).convert("RGB"), text="<|image_pad|>what?")
+    cells = int(inputs["image_grid_thw"].prod()) // 4
+    assert int(inputs["mm_token_type_ids"].sum()) == 2 * cells
+    assert processor._get_num_multimodal_tokens([(60, 80)])["num_image_tokens"] == [2 * cells]
+    assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
+
+
+# --- carried means ----------------------------------------------------------------------------------------------------
+
+
+def z_of(model: DualVisionModel, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """What enters the projectors over all batches, taken by hand."""
+    rows = [int(grid.prod(1).sum()) // 4 for _, grid in batches]
+    found = [model.fusion.project(model.model.encode_images(*b, DIMS), n) for b, n in zip(batches, rows, strict=True)]
+    return {name: torch.cat([z[name] for z in found]) for name in DIMS}
+
+
+def test_calibrate_gathers_the_exact_means_over_batches() -> None:
+    model = tiny.trained_model()
+    batches = [tiny.pixels((1, 4, 4)), tiny.pixels((1, 8, 6), (1, 2, 2), seed=1), tiny.pixels((2, 4, 4), seed=2)]
+    assert model.calibrate(iter(batches)) == 4 + 13 + 8 == int(model.fusion.means.count)
+    with torch.no_grad():
+        for name, z in z_of(model, batches).items():
+            assert torch.allclose(getattr(model.fusion.means, name), z.double().mean(0).float(), atol=1e-6)
+    kept = model.fusion.means.qwen.clone()
+    with pytest.raises(InvalidRequestError, match="no images"):
+        model.calibrate([])
+    assert torch.equal(model.fusion.means.qwen, kept)
+
+
+def test_training_gathers_the_means_and_a_checkpoint_carries_them(tmp_path: object) -> None:
+    model, batches = tiny.dual_model(), [tiny.pixels((1, 4, 4)), tiny.pixels((1, 6, 4), seed=1)]
+    with torch.no_grad():
+        model.train().embed_images(*batches[0])
+    assert int(model.fusion.means.count) == 0, "an evaluation is no training"
+    for batch in batches:
+        model.embed_images(*batch)
+    assert int(model.fusion.means.count) == 10
+    for name, z in z_of(model, batches).items():
+        assert torch.allclose(getattr(model.fusion.means, name), z.mean(0), atol=1e-6)
+    model.save_pretrained(tmp_path)
+    loaded = DualVisionModel.from_pretrained(tmp_path).fusion.means
+    assert {n: b.tolist() for n, b in loaded.named_buffers()} == {
+        n: b.tolist() for n, b in model.fusion.means.named_buffers()
+    }

@@ -1,0 +1,197 @@
+"""Tokens to text without broken characters or leaked stop strings; logits to tokens as the parameters say."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from model_core.engine.detokenizer import Detokenizer
+from model_core.engine.sampler import build_generator, sample
+from model_core.types import SamplingParams
+from tests.model_core import tiny
+
+TOKENIZER = tiny.byte_tokenizer()
+EMOJI = "\U0001f468\u200d\U0001f469\u200d\U0001f467"  # a family of three, joined
+ALPHABET = [
+    "a",
+    "b",
+    " ",
+    "\n",
+    "\u00e9",
+    "e\u0301",
+    "\u4e2d\u6587",
+    "\uac00",
+    "\u0928\u093f",
+    "\U0001f600",
+    EMOJI,
+    "\ufb01",
+]
+
+
+def ids_of(text: str) -> list[int]:
+    return TOKENIZER.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+def stream(ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], bool]:
+    """The pieces shown, as the engine asks for them, and whether a stop string ended it."""
+    detokenizer, pieces = Detokenizer(TOKENIZER, stop), []
+    for token in ids:
+        pieces.append(detokenizer.push(token))
+        if detokenizer.is_stopped:
+            break
+    return [*pieces, detokenizer.finish()], detokenizer.is_stopped
+
+
+@pytest.mark.parametrize("character", ALPHABET)
+def test_a_character_comes_whole_with_its_last_byte(character: str) -> None:
+    pieces, _ = stream(ids_of(character))
+    assert "".join(pieces) == character
+    ends, at = set(), 0
+    for one in character:
+        at += len(one.encode())
+        ends.add(at - 1)
+    assert {i for i, piece in enumerate(pieces) if piece} == ends
+    assert "\ufffd" not in "".join(pieces)
+
+
+def test_streamed_text_equals_the_full_decode_for_random_text() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        text = "".join(rng.choices(ALPHABET, k=rng.randint(0, 12)))
+        pieces, _ = stream(ids_of(text))
+        assert "".join(pieces) == text
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_streamed_text_equals_the_full_decode_for_random_bytes() -> None:
+    """A model may produce any bytes: what is no UTF-8 becomes U+FFFD, as in a decode of the whole."""
+    rng, some = random.Random(1), ids_of("ab\u00e9\u4e2d\U0001f600\ufffd") + list(range(len(tiny.SPECIAL)))
+    for _ in range(300):
+        ids = rng.choices([*some, rng.randrange(len(TOKENIZER))], k=rng.randint(1, 16))
+        pieces, _ = stream(ids)
+        assert "".join(pieces) == TOKENIZER.decode(ids, skip_special_tokens=True)
+
+
+def test_an_unfinished_character_is_shown_at_the_end_only() -> None:
+    pieces, _ = stream(ids_of("a\U0001f600")[:-1])
+    assert pieces == ["a", "", "", "", "\ufffd"]
+
+
+def test_special_tokens_are_silent() -> None:
+    ids = [*ids_of("a"), tiny.token_id("<|im_end|>"), tiny.token_id("<|image_pad|>"), *ids_of("b")]
+    assert "".join(stream(ids)[0]) == "ab"
+
+
+def test_a_stop_string_across_token_borders_is_never_shown() -> None:
+    pieces, is_stopped = stream(ids_of("one STOP two"), ("STOP",))
+    assert is_stopped
+    assert "".join(pieces) == "one "
+
+
+def test_the_beginning_of_a_stop_string_is_held_back_and_released() -> None:
+    pieces, is_stopped = stream(ids_of("a STO! b"), ("STOP",))
+    assert pieces == ["a", " ", "", "", "", "STO!", " ", "b", ""]
+    assert not is_stopped
+    pieces, is_stopped = stream(ids_of("a STO"), ("STOP",))
+    assert (pieces[-1], is_stopped) == ("STO", False), "what was held back comes out at the end"
+
+
+def test_a_stop_string_that_overlaps_itself_is_found() -> None:
+    assert "".join(stream(ids_of("xaaab"), ("aab",))[0]) == "xa"
+    assert "".join(stream(ids_of("ababac"), ("abac",))[0]) == "ab"
+
+
+def test_the_first_of_several_stop_strings_wins() -> None:
+    for text, stops, shown in [
+        ("hello world", ("wor", "lo"), "hel"),
+        ("abcdef", ("cdefg", "de"), "abc"),
+        ("\u4e2d\u6587\U0001f600!", ("\U0001f600", "!"), "\u4e2d\u6587"),
+        ("plain", ("zzz", "inner"), "plain"),
+    ]:
+        pieces, is_stopped = stream(ids_of(text), stops)
+        assert "".join(pieces) == shown
+        assert is_stopped == (shown != text)
+
+
+def test_stop_strings_equal_a_search_in_the_whole_text() -> None:
+    rng = random.Random(2)
+    for _ in range(300):
+        text = "".join(rng.choices(["a", "b", "c", "\u00e9"], k=rng.randint(1, 20)))
+        stops = tuple(
+            "".join(rng.choices(["a", "b", "c", "\u00e9"], k=rng.randint(1, 4))) for _ in range(rng.randint(1, 3))
+        )
+        # The text as it stood when the first stop string was complete; the earliest of those in it cuts.
+        ended = min((text.find(s) + len(s) for s in stops if s in text), default=None)
+        seen = text[:ended]
+        cut = min((seen.find(s) for s in stops if s in seen), default=len(text))
+        pieces, is_stopped = stream(ids_of(text), stops)
+        assert ("".join(pieces), is_stopped) == (text[:cut], ended is not None), (text, stops)
+
+
+def naive(logits: list[float], params: SamplingParams) -> list[float]:
+    """Temperature, top-k, min-p, top-p over plain lists."""
+    scaled = [x / params.temperature for x in logits]
+    order = sorted(range(len(scaled)), key=lambda i: -scaled[i])
+    if params.top_k:
+        order = order[: params.top_k]
+    weights = {i: 2.718281828459045 ** (scaled[i] - scaled[order[0]]) for i in order}
+    weights = {i: w for i, w in weights.items() if w >= params.min_p}
+    total, kept, mass = sum(weights.values()), {}, 0.0
+    for i, w in weights.items():  # in falling order
+        if mass >= params.top_p * total:
+            break
+        kept[i], mass = w, mass + w
+    return [kept.get(i, 0.0) / mass for i in range(len(logits))]
+
+
+LOGITS = torch.tensor([1.0, 3.0, 0.2, 2.5, -1.0, 2.0, -4.0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1.0}, {"temperature": 0.5}, {"temperature": 2.0}, {"temperature": 1.0, "top_k": 3},
+        {"temperature": 1.0, "top_k": 1}, {"temperature": 1.0, "top_k": 99}, {"temperature": 1.0, "top_p": 0.6},
+        {"temperature": 1.0, "top_p": 0.01}, {"temperature": 1.5, "min_p": 0.2},
+        {"temperature": 1.5, "top_k": 5, "top_p": 0.8, "min_p": 0.1},
+    ],
+)  # fmt: skip
+def test_draws_follow_the_naive_distribution(options: dict[str, float]) -> None:
+    params = SamplingParams(seed=0, **options)
+    generator, n = build_generator(params), 4000
+    counts = Counter(sample(LOGITS, params, generator) for _ in range(n))
+    for token, expected in enumerate(naive(LOGITS.tolist(), params)):
+        seen = counts[token] / n
+        assert (seen == 0.0) == (expected == 0.0)
+        assert abs(seen - expected) <= 4 * (expected * (1 - expected) / n) ** 0.5
+
+
+def test_greedy_is_the_best_token_and_needs_no_generator() -> None:
+    params = SamplingParams(temperature=0.0, top_k=2, top_p=0.1, seed=5)
+    assert build_generator(params) is None
+    assert sample(LOGITS, params, None) == 1
+
+
+def draws(seed: int | None, logits: Tensor = LOGITS, n: int = 24) -> list[int]:
+    params = SamplingParams(temperature=1.0, seed=seed)
+    generator = build_generator(params)
+    return [sample(logits, params, generator) for _ in range(n)]
+
+
+def test_a_seed_repeats_and_others_differ() -> None:
+    torch.manual_seed(0)
+    first = draws(7)
+    torch.manual_seed(1)
+    assert draws(7) == first, "the global generator plays no part"
+    assert draws(8) != first
+    assert draws(-3) == draws(-3), "negative seeds are allowed"
+    assert draws(None) != draws(None)
+
+
+def test_impossible_tokens_are_never_drawn() -> None:
+    logits = torch.tensor([0.0, float("-inf"), 0.0, float("-inf")])
+    assert set(draws(0, logits, 200)) == {0, 2}

@@ -1,0 +1,134 @@
+"""From a clone to an honest answer: `dve serve` with the embedded model, asked by the official client.
+
+The server is a real process; the pictures are the repository's examples, held out from training.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+QUESTIONS = json.loads((EXAMPLES / "questions.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("DVE_")}
+    command = [sys.executable, "-m", "service.cli", "serve", "--port", "0"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        base, lines = "", []
+        for line in process.stdout:
+            lines.append(line)
+            base = (re.findall(r"http://[\w.:]+", line) or [base])[0]
+            if "ready" in line:
+                break
+        assert base, "".join(lines)
+        assert httpx.get(f"{base}/health/ready").status_code == 200, "".join(lines)
+        yield base
+    finally:
+        process.terminate()
+        process.stdout.read()
+        assert process.wait(30) == 0
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def ask(image: str, question: str) -> list[dict]:
+    data = base64.b64encode((EXAMPLES / image).read_bytes()).decode()
+    picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+    return [{"role": "user", "content": [picture, {"type": "text", "text": question}]}]
+
+
+def test_a_right_answer_that_both_encoders_took_part_in(client: openai.OpenAI) -> None:
+    done = client.chat.completions.create(model="dve-demo", messages=ask("dog.png", "what is this?"))
+    assert "dog" in done.choices[0].message.content
+    (weights,) = done.model_extra["fusion"]
+    assert weights["qwen_weight"] + weights["dinov2_weight"] == pytest.approx(1.0, abs=1e-5)
+    assert min(weights["qwen_weight"], weights["dinov2_weight"]) > 0.02
+    assert weights["warnings"] == [], "fusion is trained"
+
+
+def test_most_example_questions_are_answered_right(client: openai.OpenAI) -> None:
+    from model_core.demo.questions import grade
+
+    def answer(one: dict) -> str:
+        messages = ask(one["image"], one["question"])
+        return client.chat.completions.create(model="dve-demo", messages=messages).choices[0].message.content
+
+    with ThreadPoolExecutor(8) as pool:  # concurrent, so that they are batched
+        answers = list(pool.map(answer, QUESTIONS))
+    wrong = [
+        (one["image"], one["question"], got)
+        for one, got in zip(QUESTIONS, answers, strict=True)
+        if not grade(one["kind"], one["answer"], got)
+    ]
+    assert len(wrong) <= len(QUESTIONS) // 6, wrong
+
+
+def test_streamed_equals_not_streamed_and_usage_is_counted(client: openai.OpenAI) -> None:
+    messages = ask("pair.png", "Describe the picture.")
+    whole = client.chat.completions.create(model="dve-demo", messages=messages)
+    chunks = list(
+        client.chat.completions.create(
+            model="dve-demo", messages=messages, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    streamed = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert streamed == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage
+    assert whole.usage.prompt_tokens_details.model_extra["multimodal_tokens"] == 25
+
+
+def test_shut_eyes_answer_on_the_same_endpoint(client: openai.OpenAI) -> None:
+    ids = [model.id for model in client.models.list()]
+    assert ids == ["dve-demo", *(f"dve-demo@{arm}" for arm in ("qwen-only", "dinov2-only", "blind", "unfused"))]
+    for model in ids[1:]:
+        done = client.chat.completions.create(model=model, messages=ask("dog.png", "what is this?"), max_tokens=12)
+        assert done.model == model
+
+
+def test_the_gate_is_told_over_all_and_for_one_answer(client: openai.OpenAI, url: str) -> None:
+    done = client.chat.completions.with_raw_response.create(model="dve-demo", messages=ask("group.png", "how many?"))
+    request_id = done.headers["x-request-id"]
+    told = done.parse().model_extra["fusion"]
+    rolling = httpx.get(f"{url}/fusion-weights").json()
+    one = httpx.get(f"{url}/fusion-weights", params={"request_id": request_id}).json()
+    assert f"{told[0]['qwen_weight']:.6f}"[:6] in json.dumps(one)
+    assert json.dumps(rolling).count("dve-demo") >= 1
+
+
+def test_an_uploaded_picture_is_analyzed_and_compared(url: str) -> None:
+    with (EXAMPLES / "word.png").open("rb") as file:
+        found = httpx.post(f"{url}/v1/fusion/analyze", files={"file": ("word.png", file, "image/png")}, timeout=60)
+    assert found.status_code == 200, found.text
+    assert "contribution" in found.text
+    body = {"model": "dve-demo", "messages": ask("word.png", "what does it say?"), "max_tokens": 12}
+    compared = httpx.post(f"{url}/v1/encoders/compare", json=body, timeout=60)
+    assert compared.status_code == 200, compared.text
+    for word in ("unfused", "shapley", "reliance"):
+        assert word in compared.text
+
+
+def test_free_phrasings(client: openai.OpenAI) -> None:
+    for question in ("which animal is this?", "Name the thing in the image", "what animal do you see"):
+        done = client.chat.completions.create(model="dve-demo", messages=ask("dog.png", question), max_tokens=12)
+        assert "dog" in done.choices[0].message.content, question
