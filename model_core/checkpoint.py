@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
 from transformers.utils import logging as transformers_logging
@@ -154,7 +155,7 @@ def load_checkpoint(name: str | Path, options: LoadOptions = LoadOptions(), **hu
         )
     manifest = verify_folder(Path(name), deep=False) if Path(name).is_dir() else None
     model = _from_pretrained(DualVisionModel, name, config=config, **options.kwargs(), **hub)
-    processor = DualVisionProcessor.from_pretrained(name, config=config, **hub)
+    processor = _read_processor(name, config, "model", **hub)
     fingerprint = "" if manifest is None else _fingerprint(manifest)
     created = int((Path(name) / "config.json").stat().st_mtime) if manifest is not None else 0
     return Loaded(model.to(options.resolve_device()).eval(), processor, fingerprint, created)
@@ -199,7 +200,7 @@ def combine_checkpoints(
         AutoModel, dinov2_name, dtype=qwen.dtype, attn_implementation=kwargs["attn_implementation"]
     )
     model = assemble(config, qwen, second).to(options.resolve_device()).eval()
-    processor = DualVisionProcessor.from_pretrained(qwen_name, config=config)
+    processor = _read_processor(qwen_name, config, "qwen_model_name")
     return Loaded(model, processor)
 
 
@@ -231,9 +232,16 @@ def _read_config(name: str | Path, param: str, **hub: Any) -> Any:
     return _guarded(lambda: AutoConfig.from_pretrained(name, **hub), name, param)
 
 
+def _read_processor(name: str | Path, config: DualVisionConfig, param: str, **hub: Any) -> DualVisionProcessor:
+    return _guarded(lambda: DualVisionProcessor.from_pretrained(name, config=config, **hub), name, param)
+
+
 def _from_pretrained(cls: Any, name: str | Path, **kwargs: Any) -> Any:
+    # No pickle is opened; and a tensor of another shape is ours to report, below, not transformers'.
+    kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+
     def load() -> Any:
-        model, info = cls.from_pretrained(name, output_loading_info=True, **kwargs)
+        model, info = cls.from_pretrained(name, **kwargs)
         missing = [key for key in info["missing_keys"] if not key.endswith("mask_token")]
         mismatched = list(info.get("mismatched_keys") or [])
         if missing or mismatched:
@@ -253,7 +261,7 @@ def _guarded(load: Callable[[], Any], name: str | Path, param: str) -> Any:
         return load()
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         if Path(name).is_dir():
             raise CheckpointIncompleteError(
                 f"the checkpoint folder can't be read ({str(error).splitlines()[0]})", value=str(name), param=param,

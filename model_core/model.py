@@ -194,6 +194,7 @@ class DualVisionModel(Qwen2_5_VLForConditionalGeneration):
                 allowed=str(config.llm_dim),
             )
         super(Qwen2_5_VLForConditionalGeneration, self).__init__(config)
+        self.loss_type = "ForConditionalGeneration"  # transformers looks it up by class name, and knows not ours
         self.model = DualVisionBackbone(config)
         text = config.text_config
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)

@@ -49,8 +49,9 @@ class DenseHeads(nn.Module):
     def forward(self, features: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """features: (S, C_e) by encoder -> the summed loss and the share of object cells named right."""
         losses, scores = [], {}
-        target, colour = batch.cell_class.flatten(), batch.cell_colour.flatten()
-        letters = batch.cell_letters.flatten(0, 2).flatten()
+        device = features["qwen"].device
+        target, colour = batch.cell_class.flatten().to(device), batch.cell_colour.flatten().to(device)
+        letters = batch.cell_letters.flatten().to(device)
         for name, x in features.items():
             x = x.float()
             logits = self.classes[name](x)

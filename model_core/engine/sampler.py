@@ -21,7 +21,7 @@ def build_generator(params: SamplingParams) -> torch.Generator | None:
 
 
 def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator | None) -> int:
-    """One token id from (V,) float32 logits: temperature, then top-k, min-p, top-p, as in transformers."""
+    """One token id from (V,) float32 logits: temperature, then min-p and top-k, then top-p (vLLM's order)."""
     if generator is None:
         return int(logits.argmax())
     logits = logits.cpu() / params.temperature

@@ -90,7 +90,7 @@ class DualVisionProcessor(ProcessorMixin):
         Args:
             images: PIL images (or bytes) in the order of their placeholders over all texts.
             text: one text or several, with `<|image_pad|>` / `<|video_pad|>` once an image or video.
-            videos: lists of frames.
+            videos: lists of frames; `apply_chat_template` gives a list of those for each conversation.
             fps: frames a second, one number or one a video.
         Returns:
             input_ids, attention_mask, mm_token_type_ids (B, T); pixel_values (N, 1176),
@@ -100,7 +100,7 @@ class DualVisionProcessor(ProcessorMixin):
             raise InvalidRequestError("only PyTorch tensors are made", value=return_tensors, allowed="pt")
         texts = [text] if isinstance(text, str) else list(text or [])
         stills = [] if images is None else [images] if isinstance(images, (bytes, Image.Image)) else _flatten(images)
-        clips = list(videos or [])
+        clips = _clips(videos)
         spec = self.patch_spec
         image_patches = [frames_to_patches([_rgb(image)], spec) for image in stills]
         video_patches = [frames_to_patches([_rgb(frame) for frame in clip], spec) for clip in clips]
@@ -161,6 +161,13 @@ class DualVisionProcessor(ProcessorMixin):
 
 def _flatten(images: Any) -> list[Any]:
     return [x for item in images for x in (item if isinstance(item, (list, tuple)) else [item])]
+
+
+def _clips(videos: Any) -> list[Sequence[Any]]:
+    """Lists of frames, from one list of them or one a conversation."""
+    clips = list(videos or [])
+    is_nested = any(isinstance(item, (list, tuple)) for clip in clips for item in clip)
+    return [clip for item in clips for clip in item] if is_nested else clips
 
 
 def _rgb(image: Any) -> Image.Image:
