@@ -242,13 +242,15 @@ def _from_pretrained(cls: Any, name: str | Path, **kwargs: Any) -> Any:
 
     def load() -> Any:
         model, info = cls.from_pretrained(name, **kwargs)
-        missing = [key for key in info["missing_keys"] if not key.endswith("mask_token")]
-        mismatched = list(info.get("mismatched_keys") or [])
-        if missing or mismatched:
+        wrong = [f"{key} missing" for key in sorted(info["missing_keys"]) if not key.endswith("mask_token")]
+        wrong += [f"{key} is {tuple(a)}, not {tuple(b)}" for key, a, b in sorted(info["mismatched_keys"] or [])]
+        if cls is not AutoModel:  # a second encoder may carry a head that is not used here
+            wrong += [f"{key} has no place" for key in sorted(info["unexpected_keys"])]
+        if wrong:
             raise CheckpointMismatchError(
                 "the weights don't fill this architecture",
-                value=", ".join(map(str, (missing or mismatched)[:3])) + f" and {len(missing + mismatched)} in all",
-                allowed="every tensor that the config names, in its shape",
+                value=f"{', '.join(wrong[:3])}; {len(wrong)} in all",
+                allowed="every tensor that the config names, in its shape, and no other",
             )
         return model
 
@@ -262,9 +264,10 @@ def _guarded(load: Callable[[], Any], name: str | Path, param: str) -> Any:
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        if Path(name).is_dir():
+        if Path(name).is_dir() or isinstance(error, SafetensorError):  # the latter: damaged in the hub's cache
+            why = (str(error) or type(error).__name__).splitlines()[0]
             raise CheckpointIncompleteError(
-                f"the checkpoint folder can't be read ({str(error).splitlines()[0]})", value=str(name), param=param,
+                f"the checkpoint can't be read ({why})", value=str(name), param=param,
                 allowed="a complete folder of safetensors and config.json", fix="Copy or download it again",
             ) from error  # fmt: skip
         if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:

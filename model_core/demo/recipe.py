@@ -77,7 +77,7 @@ RECIPE = Recipe(
     stages=(
         Stage("see", 500, ("encoders",), 2e-3, dense_weight=1.0, answer_weight=0.0, decay_steps=1100),
         Stage("spell", 700, ("encoders",), 2e-3, dense_weight=1.0, answer_weight=0.0, kinds=MORE_WORDS),
-        Stage("join", 500, ("fusion", "llm"), 2e-3, dense_weight=0.0, answer_weight=1.0, encoder_dropout=0.2),
+        Stage("join", 450, ("fusion", "llm"), 2e-3, dense_weight=0.0, answer_weight=1.0, encoder_dropout=0.2),
         Stage(
             "all", 450, ("encoders", "fusion", "llm"), 8e-4, dense_weight=0.3, answer_weight=1.0, encoder_dropout=0.2
         ),

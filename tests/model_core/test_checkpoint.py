@@ -21,7 +21,6 @@ from model_core.checkpoint import Loaded, LoadOptions, combine_checkpoints, load
 from model_core.config import DualVisionConfig
 from model_core.encoder import DualVisionEncoder
 from model_core.errors import (
-    CheckpointError,
     CheckpointIncompleteError,
     CheckpointMismatchError,
     ConfigError,
@@ -266,9 +265,9 @@ def test_a_damaged_folder_is_incomplete(dual: Path, file: str, damage: Callable[
         ("qwen/model.safetensors", cut, CheckpointIncompleteError, "can't be read.*Copy or download it again"),
         ("dinov2/model.safetensors", cut, CheckpointIncompleteError, "can't be read"),
         ("dinov2/config.json", lambda file: file.write_text("{"), CheckpointIncompleteError, "can't be read"),
-        ("qwen/tokenizer.json", Path.unlink, CheckpointError, "qwen"),
-        ("qwen/preprocessor_config.json", Path.unlink, CheckpointError, "qwen"),
-        ("dinov2/config.json", edit(hidden_size=32), CheckpointMismatchError, "don't fill this architecture"),
+        ("qwen/tokenizer.json", Path.unlink, CheckpointIncompleteError, "can't be read.*tokenizer"),
+        ("qwen/preprocessor_config.json", Path.unlink, CheckpointIncompleteError, "can't.*image processor"),
+        ("dinov2/config.json", edit(hidden_size=32), CheckpointMismatchError, r"don't fill.*is \(.*24.*\), not \(.*32"),
         ("dinov2/config.json", edit(num_hidden_layers=3), CheckpointMismatchError, r"don't fill.*layer\.2"),
         ("dinov2/config.json", edit(patch_size=16), ConfigError, r"patch size.*16.*14"),
     ],
@@ -297,6 +296,17 @@ def test_another_architecture_is_a_mismatch(dual: Path, parts: tuple[Path, Path]
             combine_checkpoints(wrong, dinov2)
     with pytest.raises(CheckpointMismatchError, match=r"dinov2_model_name is not.*qwen2_5_vl.*dinov2_with_registers"):
         combine_checkpoints(qwen, qwen)
+
+
+def test_weights_of_another_strategy_are_refused_not_dropped(dual: Path) -> None:
+    """transformers loads what fits and warns: a gated model would come back as `static`, its gate gone."""
+    (dual / "manifest.json").unlink()  # as in a plain folder from a hub
+    edit(fusion="static")(dual / "config.json")
+    with pytest.raises(CheckpointMismatchError, match=r"fusion\.gate\.\d\.\w+ has no place"):
+        load_checkpoint(dual)
+    edit(fusion="cross_attention")(dual / "config.json")
+    with pytest.raises(CheckpointMismatchError, match=r"fusion\.\w+.* missing"):
+        load_checkpoint(dual)
 
 
 def test_settings_are_checked_before_any_weight_is_read(parts: tuple[Path, Path]) -> None:
