@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
@@ -272,6 +273,10 @@ def _guarded(load: Callable[[], Any], name: str | Path, param: str) -> Any:
             ) from error  # fmt: skip
         if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
             raise CheckpointIncompleteError("there is no such folder", value=str(name), param=param) from error
+        # A bad hub id is a ValueError of the hub's own; any other ValueError came from what the hub gave.
+        if not isinstance(error, (OSError, HFValidationError)):
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            raise CheckpointError(f"the checkpoint can't be loaded ({why})", value=str(name), param=param) from error
         raise HubUnreachableError(
             "the model is neither a folder nor in the local hub cache, and the hub did not give it",
             value=str(name),

@@ -72,14 +72,24 @@ class Recipe:
 
 #: single, pair, group, shapes, word. Letters are learnt slowest: a word is a fifth of the pictures in the usual mix.
 MORE_WORDS = (0.24, 0.2, 0.08, 0.08, 0.4)
+MIXED = (0.27, 0.2, 0.13, 0.12, 0.28)
 
 RECIPE = Recipe(
     stages=(
         Stage("see", 500, ("encoders",), 2e-3, dense_weight=1.0, answer_weight=0.0, decay_steps=1100),
         Stage("spell", 700, ("encoders",), 2e-3, dense_weight=1.0, answer_weight=0.0, kinds=MORE_WORDS),
-        Stage("join", 450, ("fusion", "llm"), 2e-3, dense_weight=0.0, answer_weight=1.0, encoder_dropout=0.2),
         Stage(
-            "all", 450, ("encoders", "fusion", "llm"), 8e-4, dense_weight=0.3, answer_weight=1.0, encoder_dropout=0.2
+            "join", 450, ("fusion", "llm"), 2e-3, dense_weight=0.0, answer_weight=1.0, encoder_dropout=0.2, kinds=MIXED
+        ),
+        Stage(
+            "all",
+            420,
+            ("encoders", "fusion", "llm"),
+            1.2e-3,
+            dense_weight=0.5,
+            answer_weight=1.0,
+            encoder_dropout=0.2,
+            kinds=MIXED,
         ),
     )
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 _INCOMPLETE = "\ufffd"
+_WINDOW_TOKENS = 8
 
 
 class Detokenizer:
@@ -16,35 +17,44 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, stop
-        self._ids: list[int] = []
-        self._start = 0  # decoding starts here: far enough back to get the spaces right
-        self._read = 0  # tokens before this are already text
+        self._ids: list[int] = []  # those that may still matter: all, until `_forget` drops the settled ones
+        self._given = 0  # characters of their text that were released
         self._held = ""
         self.is_stopped = False
 
     def push(self, token_id: int) -> str:
         """Add a token; the new text that is safe to show."""
         self._ids.append(token_id)
-        before = self._decode(self._start, self._read)
-        now = self._decode(self._start, len(self._ids))
-        if len(now) <= len(before) or now.endswith(_INCOMPLETE):
-            return ""
-        self._start, self._read = self._read, len(self._ids)
-        return self._release(now[len(before) :])
+        text = self._decode(self._ids)
+        # Only the last character can still change: a byte sequence that is not whole decodes to one U+FFFD.
+        settled = text[:-1] if text.endswith(_INCOMPLETE) else text
+        new = settled[self._given :]
+        self._given = max(self._given, len(settled))
+        if len(self._ids) > _WINDOW_TOKENS:
+            self._forget(text)
+        return self._release(new) if new else ""
 
     def finish(self) -> str:
         """Whatever is still held back, at the end of generation; an unfinished character as U+FFFD."""
         if self.is_stopped:
             return ""
-        rest = self._decode(self._start, len(self._ids))[len(self._decode(self._start, self._read)) :]
-        self._read = len(self._ids)
+        rest = self._decode(self._ids)[self._given :]
+        self._given += len(rest)
         text = self._release(rest) + self._held
         self._held = ""
         return text
 
-    def _decode(self, start: int, end: int) -> str:
+    def _forget(self, text: str) -> None:
+        """Drop early tokens where that changes nothing, so that a push never decodes more than a few."""
+        for cut in range(len(self._ids) - 1, 0, -1):
+            head = self._decode(self._ids[:cut])
+            if len(head) <= self._given and head + self._decode(self._ids[cut:]) == text:
+                self._ids, self._given = self._ids[cut:], self._given - len(head)
+                return
+
+    def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(
-            self._ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
     def _release(self, text: str) -> str:

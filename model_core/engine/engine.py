@@ -138,7 +138,16 @@ class MicroBatchEngine:
 
     def _decode(self, events: list[TokenEvent]) -> None:
         rows = list(self._running)  # freeing a row reorders the list
-        for sequence, logits in zip(rows, self.runner.decode(rows), strict=True):
+        try:
+            batch = self.runner.decode(rows)
+        except RuntimeError as error:
+            # Out of memory, most likely. The newest row ends; a step writes the same cache places when
+            # it is done again, so the others go on with the next one as if nothing had been.
+            newest = max(rows, key=lambda s: s.admitted_at)
+            self._free(newest)
+            events.append(self._failed(newest, error))
+            return
+        for sequence, logits in zip(rows, batch, strict=True):
             events.append(self._advance(sequence, logits, TokenEvent(sequence.request_id)))
 
     def _advance(self, sequence: Sequence, logits: Tensor, event: TokenEvent) -> TokenEvent:

@@ -226,6 +226,28 @@ def test_an_encode_that_raises_for_one_is_retried_one_by_one(monkeypatch: pytest
     assert sum(event.error is None for event in merged.values()) == 3
 
 
+def test_a_decode_that_fails_ends_the_newest_row_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step's RuntimeError reached every row of the batch."""
+    encoder = tiny.encoder(max_num_seqs=4)
+    requests = [random_request(number, max_tokens=8) for number in range(4)]
+    undisturbed = run(encoder, requests)
+    original, calls = encoder.engine.runner.decode, []
+
+    def fails_once(rows: list) -> torch.Tensor:
+        calls.append(len(rows))
+        if len(calls) == 3:
+            original(rows)  # as far as the cache: the retried step must not see it
+            encoder.engine.runner.cache.lengths = [n - 1 for n in encoder.engine.runner.cache.lengths]
+            raise RuntimeError("out of memory, say")
+        return original(rows)
+
+    monkeypatch.setattr(encoder.engine.runner, "decode", fails_once)
+    merged = run(encoder, requests)
+    failed = [name for name, event in merged.items() if event.error is not None]
+    assert len(failed) == 1
+    assert all(merged[n].token_ids == undisturbed[n].token_ids for n in merged if n not in failed)
+
+
 def test_a_prompt_past_the_context_is_refused_with_its_counts() -> None:
     encoder = tiny.encoder()
     message = ChatMessage("user", (TextPart("x" * 3000),))

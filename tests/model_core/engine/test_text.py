@@ -195,3 +195,14 @@ def test_a_seed_repeats_and_others_differ() -> None:
 def test_impossible_tokens_are_never_drawn() -> None:
     logits = torch.tensor([0.0, float("-inf"), 0.0, float("-inf")])
     assert set(draws(0, logits, 200)) == {0, 2}
+
+
+def test_a_long_run_of_broken_bytes_is_shown_as_it_comes() -> None:
+    """It was held back to its end and decoded anew at every token: quadratic time, and no text."""
+    tokenizer = tiny.byte_tokenizer()
+    broken = tokenizer.encode("\u00e9", add_special_tokens=False)[1]  # a continuation byte on its own
+    detokenizer = Detokenizer(tokenizer)
+    shown = [detokenizer.push(broken) for _ in range(300)]
+    assert len("".join(shown)) == 299
+    assert len(detokenizer._ids) < 20
+    assert "".join(shown) + detokenizer.finish() == "\ufffd" * 300
