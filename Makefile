@@ -61,8 +61,7 @@ fmt: $(VENV)/.dev ## format, and mend what can be mended
 demo: $(VENV)/.runtime ## build the demo model anew (long) [ARGS="..."]
 	@$(BIN)/dve demo build $(ARGS)
 
-IMAGE ?= $(firstword $(wildcard examples/*.png examples/*.jpg))
+IMAGE ?= examples/dog.png
 QUESTION ?= what is this?
 bench: $(VENV)/.runtime ## time one answer, encoder by encoder [IMAGE=path] [QUESTION=text] [MODEL=..]
-	@test -n '$(IMAGE)' || { echo "no picture in examples/: name one, make bench IMAGE=path" >&2; exit 1; }
 	@$(BIN)/dve infer --image '$(IMAGE)' --question '$(QUESTION)' --benchmark $(call flag,MODEL,--model) $(ARGS)
