@@ -83,7 +83,7 @@ RECIPE = Recipe(
         ),
         Stage(
             "all",
-            520,
+            420,
             ("encoders", "fusion", "llm"),
             1.2e-3,
             dense_weight=0.5,
