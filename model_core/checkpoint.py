@@ -80,33 +80,36 @@ class LoadOptions:
             device = torch.device(self.device)
         except RuntimeError as error:
             raise ConfigError("unknown device", value=self.device, allowed="auto, cpu, cuda, cuda:N") from error
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("no CUDA device was found", value=self.device, allowed="auto or cpu on this machine")
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if device.type == "cuda" and (device.index or 0) >= found:
+            allowed = ", ".join(["auto", "cpu", *(f"cuda:{i}" for i in range(found))])
+            raise ConfigError("there is no such CUDA device", value=self.device, allowed=allowed)
         return device
 
-    def attention(self) -> str:
-        """transformers' name of the attention to use."""
+    def attention(self, dtype: torch.dtype) -> str:
+        """transformers' name of the attention to use. The flash kernels take 16-bit numbers only."""
         from transformers.utils import is_flash_attn_2_available  # noqa: PLC0415  probes the CUDA driver
 
         on_cuda = self.resolve_device().type == "cuda"
-        available = on_cuda and is_flash_attn_2_available()
+        available = on_cuda and is_flash_attn_2_available() and dtype in (torch.float16, torch.bfloat16)
         if self.use_flash_attention and not available:
             raise ConfigError(
                 "flash attention was asked for and can't be used",
-                value=f"device {self.resolve_device().type}, flash-attn installed: {is_flash_attn_2_available()}",
-                allowed="a CUDA device with flash-attn installed",
-                fix="pip install 'dual-vision-encoder[cuda]', or leave use_flash_attention out",
+                value=f"{self.resolve_device().type}, {dtype}, flash-attn installed: {is_flash_attn_2_available()}",
+                allowed="a CUDA device, bfloat16 or float16, and flash-attn installed",
+                fix="Install the extra 'cuda', or leave use_flash_attention out",
             )
         return "flash_attention_2" if available and self.use_flash_attention is not False else "sdpa"
 
-    def kwargs(self) -> dict[str, Any]:
-        dtype = self.dtype if self.dtype is not None else "auto"
-        if isinstance(dtype, str) and dtype != "auto":
+    def kwargs(self, config: Any) -> dict[str, Any]:
+        """What `from_pretrained` is told; `config` is the checkpoint's."""
+        dtype = self.dtype if self.dtype not in (None, "auto") else getattr(config, "dtype", None) or torch.float32
+        if isinstance(dtype, str):
             found = getattr(torch, dtype, None)
-            if not isinstance(found, torch.dtype):
+            if found not in (torch.float32, torch.bfloat16, torch.float16):
                 raise ConfigError("unknown dtype", value=dtype, allowed="float32, bfloat16, float16")
             dtype = found
-        return {"dtype": dtype, "attn_implementation": self.attention()}
+        return {"dtype": dtype, "attn_implementation": self.attention(dtype)}
 
 
 def quiet_unless_terminal() -> None:
@@ -155,7 +158,7 @@ def load_checkpoint(name: str | Path, options: LoadOptions = LoadOptions(), **hu
             fix="To combine public checkpoints name both: --qwen_model_name ... --dinov2_model_name ...",
         )
     manifest = verify_folder(Path(name), deep=False) if Path(name).is_dir() else None
-    model = _from_pretrained(DualVisionModel, name, config=config, **options.kwargs(), **hub)
+    model = _from_pretrained(DualVisionModel, name, config=config, **options.kwargs(config), **hub)
     processor = _read_processor(name, config, "model", **hub)
     fingerprint = "" if manifest is None else _fingerprint(manifest)
     created = int((Path(name) / "config.json").stat().st_mtime) if manifest is not None else 0
@@ -195,7 +198,7 @@ def combine_checkpoints(
     config = DualVisionConfig.from_parts(qwen_config, dinov2_config, **names, **fusion_settings)
     with torch.device("meta"):  # every setting is checked here, before gigabytes are read
         DualVisionModel(config)
-    kwargs = options.kwargs()
+    kwargs = options.kwargs(qwen_config)
     qwen = _from_pretrained(Qwen2_5_VLForConditionalGeneration, qwen_name, **kwargs)
     second = _from_pretrained(
         AutoModel, dinov2_name, dtype=qwen.dtype, attn_implementation=kwargs["attn_implementation"]

@@ -7,25 +7,29 @@ Messages are Qwen's: {"role", "content": text or parts}, images as paths, PIL im
 from __future__ import annotations
 
 import itertools
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub import HfApi
 from PIL import Image
 
 from model_core.analysis import compare
 from model_core.analysis.benchmark import Benchmark, run_benchmark
 from model_core.checkpoint import Loaded, LoadOptions, combine_checkpoints, load_checkpoint, save_checkpoint
 from model_core.demo_model import demo_folder
+from model_core.encoders.base import PixelSpec
 from model_core.engine.engine import MicroBatchEngine
 from model_core.engine.model_runner import ModelRunner
 from model_core.errors import ConfigError, InvalidRequestError
 from model_core.fusion.attribution import dominant, entropy
 from model_core.processing.batch import InputFormat
-from model_core.processing.images import ImageLimits
+from model_core.processing.images import ImageLimits, PatchSpec
 from model_core.types import (
     Arm,
     ChatMessage,
@@ -126,6 +130,7 @@ class DualVisionEncoder:
     def _set_up(self, loaded: Loaded, model_id: str, max_num_seqs: int) -> None:
         self.model, self.processor = loaded.model.eval(), loaded.processor
         processor, config = loaded.processor, loaded.model.config
+        _check_pixels(processor.patch_spec, PixelSpec.from_config(config))
         self.format = InputFormat(
             tokenizer=processor.tokenizer,
             special=processor.special,
@@ -147,6 +152,7 @@ class DualVisionEncoder:
         runner = ModelRunner(self.model, self.format, time.perf_counter)
         self.engine = MicroBatchEngine(runner, self.info, _eos_ids(loaded), max_num_seqs)
         self._ids = itertools.count()
+        self._inbox: dict[str, deque[TokenEvent]] = {}
 
     def save_pretrained(self, folder: str | Path, *, push_to_hub: bool = False, **hub: Any) -> None:
         """One folder: config, sharded safetensors, tokenizer, processor, manifest last; whole or not at all."""
@@ -154,10 +160,14 @@ class DualVisionEncoder:
         if push_to_hub:
             self.push_to_hub(hub.pop("repo_id", Path(folder).name), **hub)
 
-    def push_to_hub(self, repo_id: str, **hub: Any) -> Any:
-        """Upload model and processor, as in transformers."""
-        self.processor.push_to_hub(repo_id, **hub)
-        return self.model.push_to_hub(repo_id, **hub)
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **commit: Any) -> Any:
+        """Upload the very folder that `save_pretrained` writes. commit: commit_message, revision, create_pr."""
+        api = HfApi(token=token)
+        repository = api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "checkpoint"
+            save_checkpoint(self.model, self.processor, folder)
+            return api.upload_folder(repo_id=repository.repo_id, folder_path=folder, **commit)
 
     def chat(
         self,
@@ -235,16 +245,15 @@ class DualVisionEncoder:
         Raises:
             DualVisionError: the first error of any of them; the others are aborted.
         """
+        prepared = [self._prepare(request) for request in requests.values()]  # all of them, or none is queued
         events: dict[str, list[TokenEvent]] = {r.request_id: [] for r in requests.values()}
-        for request in requests.values():
-            self.engine.add_request(self._prepare(request))
-        while self.engine.has_work():
-            for event in self.engine.step():
-                events[event.request_id].append(event)
-                if event.error is not None:
-                    for request_id in events:
-                        self.engine.abort(request_id)
-                    raise event.error
+        streams = {p.request_id: self._events(p) for p in prepared}
+        try:
+            for request_id, stream in streams.items():
+                events[request_id] = list(stream)
+        finally:
+            for stream in streams.values():
+                stream.close()
         return {key: compare.collect_answer(events[request.request_id]) for key, request in requests.items()}
 
     def benchmark(self, messages: Messages, *, max_tokens: int = 64, rounds: int = 10) -> Benchmark:
@@ -268,19 +277,35 @@ class DualVisionEncoder:
         return given if given and len(given) == len(messages) else messages_from_dicts(messages)
 
     def _run(self, request: GenerationRequest) -> Iterator[TokenEvent]:
-        engine, finished = self.engine, False
-        engine.add_request(self._prepare(request))
+        return self._events(self._prepare(request))
+
+    def _events(self, prepared: Any) -> Generator[TokenEvent, None, None]:
+        """Queue a request at once; its events as they are asked for, whoever else uses the engine meanwhile."""
+        self.engine.add_request(prepared)
+        self._inbox[prepared.request_id] = deque()
+        return self._read(prepared.request_id)
+
+    def _read(self, request_id: str) -> Generator[TokenEvent, None, None]:
+        inbox, finished = self._inbox[request_id], False
         try:
             while not finished:
-                for event in engine.step():
-                    if event.request_id == request.request_id:
-                        finished = event.is_terminal
-                        if event.error is not None:
-                            raise event.error
-                        yield event
+                while not inbox:
+                    self._pump()
+                event = inbox.popleft()
+                finished = event.is_terminal
+                if event.error is not None:
+                    raise event.error
+                yield event
         finally:
+            self._inbox.pop(request_id, None)
             if not finished:
-                engine.abort(request.request_id)
+                self.engine.abort(request_id)
+
+    def _pump(self) -> None:
+        """One step of the engine; each event to the stream that waits for it."""
+        for event in self.engine.step():
+            if event.request_id in self._inbox:
+                self._inbox[event.request_id].append(event)
 
     def _prepare(self, request: GenerationRequest) -> Any:
         # Paths are for whoever holds the Python object; a server's engine never opens one.
@@ -313,6 +338,17 @@ def summarise_weights(fusion: Sequence[FusionWeights] | None, encoders: Sequence
         "fusion_trained": all(f.fusion_trained for f in found),
         "images": images,
     }
+
+
+def _check_pixels(given: PatchSpec, expected: PixelSpec) -> None:
+    """DINOv2's pixels are recovered from Qwen's, so both sides must mean the same patches."""
+    for name in ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std"):
+        if getattr(given, name) != getattr(expected, name):
+            raise ConfigError(
+                f"the preprocessor's {name} is not the model's",
+                value=getattr(given, name),
+                allowed=getattr(expected, name),
+            )
 
 
 def _eos_ids(loaded: Loaded) -> frozenset[int]:

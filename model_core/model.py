@@ -38,6 +38,8 @@ class DualVisionBackbone(Qwen2_5_VLModel):
         self.second_name = next(name for name in self.encoders if name != "qwen")
         self.add_module(self.second_name, self.encoders[self.second_name].build())
         self.fusion: FusionStrategy = build_fusion(config, {n: e.output_dim for n, e in self.encoders.items()})
+        # Each mean by name: for the whole module transformers would cast the count as well.
+        self._keep_in_fp32_modules_strict = {f"fusion.means.{name}" for name in self.encoders}
         self.post_init()
 
     @property
@@ -219,16 +221,14 @@ class DualVisionModel(Qwen2_5_VLForConditionalGeneration):
         Raises:
             InvalidRequestError: there was no batch; the means are left as they were.
         """
-        backbone, gathered = self.model, None
-        for pixel_values, grid_thw in batches:
-            features = backbone.encode_images(pixel_values, grid_thw, backbone.encoders)
-            if gathered is None:
-                backbone.fusion.means.reset()
-                gathered = backbone.fusion.means
-            gathered.observe(backbone.fusion.project(features, len(next(iter(features.values())))))
-        if gathered is None:
+        count = self.fusion.means.set_from(self._project(*batch) for batch in batches)
+        if not count:
             raise InvalidRequestError("calibrate was given no images", value=0, allowed="at least one batch")
-        return int(gathered.count)
+        return count
+
+    def _project(self, pixel_values: Tensor, grid_thw: Tensor) -> dict[str, Tensor]:
+        features = self.model.encode_images(pixel_values, grid_thw, self.model.encoders)
+        return self.fusion.project(features, len(features["qwen"]))
 
 
 def register() -> None:

@@ -6,6 +6,7 @@ event that has a `finish_reason` or an `error`. The service knows these types an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args
@@ -44,6 +45,10 @@ class ImagePart:
     image: Any
     max_pixels: int | None = None
 
+    def __post_init__(self) -> None:
+        is_count = self.max_pixels is None or (type(self.max_pixels) is int and self.max_pixels > 0)
+        _check("max_pixels", self.max_pixels, is_count, "an integer above 0")
+
 
 @dataclass(frozen=True, slots=True)
 class VideoPart:
@@ -51,6 +56,10 @@ class VideoPart:
 
     frames: tuple[Any, ...]
     fps: float = 2.0
+
+    def __post_init__(self) -> None:
+        is_rate = isinstance(self.fps, (int, float)) and not isinstance(self.fps, bool) and 0 < self.fps < math.inf
+        _check("fps", self.fps, is_rate, "a finite number above 0")
 
 
 Part = TextPart | ImagePart | VideoPart
@@ -275,8 +284,8 @@ def _part(where: str, part: Mapping[str, Any]) -> Part:
         return TextPart(part["text"])
     if kind == "image" and part.get("image") is not None:
         return ImagePart(part["image"], part.get("max_pixels"))
-    if kind == "video" and isinstance(part.get("video"), Sequence) and part["video"]:
-        return VideoPart(tuple(part["video"]), float(part.get("fps", 2.0)))
+    if kind == "video" and isinstance(part.get("video"), (list, tuple)) and part["video"]:
+        return VideoPart(tuple(part["video"]), part.get("fps", 2.0))
     raise InvalidRequestError(
         f"{where} is not a part that can be read",
         value=part,

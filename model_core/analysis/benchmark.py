@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from model_core.errors import ConfigError
 from model_core.types import Engine, GenerationRequest
 
 Clock = Callable[[], float]
@@ -65,9 +66,11 @@ def run_benchmark(
     Args:
         prepare: how to prepare a request; None is the engine's own (which opens no local path).
     """
+    if rounds < 1 or warmup < 0:
+        raise ConfigError("the benchmark's rounds are out of range", value=rounds, allowed="1 or more")
     is_cuda = engine.info.device.startswith("cuda")
     if is_cuda:
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(engine.info.device)
     samples: list[dict[str, float]] = []
     encoders: dict[str, list[float]] = {}
     request = replace(request, sampling=replace(request.sampling, ignore_eos=True))
@@ -93,7 +96,7 @@ def run_benchmark(
         prefill_ms=median("prefill"),
         ttft_ms=median("ttft"),
         tpot_ms=median("tpot"),
-        peak_memory_bytes=torch.cuda.max_memory_allocated() if is_cuda else _peak_rss_bytes(),
+        peak_memory_bytes=torch.cuda.max_memory_allocated(engine.info.device) if is_cuda else _peak_rss_bytes(),
         encoder_ms={name: 1000 * statistics.median(seconds) for name, seconds in encoders.items()},
     )
 

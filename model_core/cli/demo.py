@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,12 +54,11 @@ def _build(args: argparse.Namespace) -> int:
     artwork = load_artwork(args.artwork)
     device = str(LoadOptions(args.device).resolve_device())
     builder = DemoBuilder(recipe, artwork, args.work, device)
-    start = time.monotonic()
     with _Progress() as report:
         builder.run(report)
-    minutes = (time.monotonic() - start) / 60
     out = args.out or default_out()
-    publish(builder, out, artwork, minutes=minutes, eval_count=args.eval_count)
+    print(f"trained for {builder.seconds / 60:.0f} minutes in {args.work} (remove it to train anew); scoring ...")
+    publish(builder, out, artwork, eval_count=args.eval_count)
     print(f"wrote {out}")
     return 0
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from model_core.demo.batches import Batch, SceneBatches
 from model_core.demo.recipe import Recipe, Stage, build_config
 from model_core.demo.scenes import CLASS_NAMES, COLOUR_NAMES
 from model_core.demo.tokenizer import build_tokenizer
+from model_core.errors import ConfigError
 from model_core.model import DualVisionModel
 from model_core.vision_tokens import cell_grids
 
@@ -136,12 +137,14 @@ class DemoBuilder:
         backbone = self.model.model
         self.heads = DenseHeads({n: e.output_dim for n, e in backbone.encoders.items()}).to(self.device)
         self.stage_index, self.step = 0, 0
+        self.seconds = 0.0  # of training, over all sessions of this build
         self.optimizers: Optimizers | None = None
+        self.resume_folder: Path | None = None
         self.work.mkdir(parents=True, exist_ok=True)
 
     def run(self, report: Report, *, deadline_seconds: float = math.inf) -> bool:
         """Train to the end. Returns False if the deadline came first; the folder can be resumed."""
-        start = time.monotonic()
+        start = last = time.monotonic()
         self._resume()
         while self.stage_index < len(self.recipe.stages):
             stage = self.recipe.stages[self.stage_index]
@@ -149,6 +152,8 @@ class DemoBuilder:
             for batch in self._batches():
                 scores = self._train_step(stage, batch, optimizers)
                 self.step += 1
+                now = time.monotonic()
+                self.seconds, last = self.seconds + now - last, now
                 report(stage.name, self.step, stage.steps, scores)
                 if self.step % SAVE_EVERY_STEPS == 0:
                     self.save()
@@ -166,9 +171,8 @@ class DemoBuilder:
             parameter.requires_grad_(component_of(name) in stage.trains)
         if self.optimizers is None:
             self.optimizers = Optimizers({n: p for n, p in named.items() if p.requires_grad}, stage.learning_rate)
-            saved = self.work / "optimizer.safetensors"
-            if self.step and saved.exists():
-                self.optimizers.load_state(load_file(saved))
+            if self.step and self.resume_folder is not None:
+                self.optimizers.load_state(load_file(self.resume_folder / "optimizer.safetensors"))
         self.model.train()
         return self.optimizers
 
@@ -235,25 +239,37 @@ class DemoBuilder:
         return F.one_hot(which, num_encoders).bool() & drop[:, None]
 
     def save(self) -> None:
-        """Whole state under temporary names, then renamed, the small index last. `run` calls it; so may you."""
+        """Whole state into a new folder, then the small index that names it, then the old folder goes.
+
+        `run` calls it; so may you. A kill at any moment leaves an index whose folder is whole.
+        """
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items() if k != "lm_head.weight"}
         tensors |= {f"heads.{k}": v for k, v in self.heads.state_dict().items()}
         optimizer: dict[str, Tensor] = self.optimizers.state() if self.optimizers else {}
+        folder = self.work / f"state-{self.stage_index}-{self.step}"
+        folder.mkdir(exist_ok=True)
         for name, part in (("optimizer", optimizer), ("state", tensors)):
-            path = self.work / f"{name}.safetensors"
-            save_file({k: v.contiguous() for k, v in part.items()}, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
-        index: dict[str, Any] = {"stage": self.stage_index, "step": self.step, "seed": self.recipe.seed}
-        (self.work / "progress.tmp").write_text(json.dumps(index))
+            save_file({k: v.contiguous() for k, v in part.items()}, folder / f"{name}.safetensors")
+        index = {"folder": folder.name, "stage": self.stage_index, "step": self.step, "seconds": self.seconds}
+        (self.work / "progress.tmp").write_text(json.dumps(index | {"recipe": self.recipe.fingerprint}))
         (self.work / "progress.tmp").replace(self.work / "progress.json")
+        for old in self.work.glob("state-*"):
+            if old != folder:
+                shutil.rmtree(old)
 
     def _resume(self) -> None:
         index_path = self.work / "progress.json"
         if not index_path.exists():
             return
         index = json.loads(index_path.read_text())
-        self.stage_index, self.step = index["stage"], index["step"]
-        saved = load_file(self.work / "state.safetensors", device=str(self.device))
+        if index["recipe"] != self.recipe.fingerprint:
+            raise ConfigError(
+                "the work folder holds a build of another recipe", value=index["recipe"],
+                allowed=self.recipe.fingerprint, fix=f"Name another --work folder, or remove {self.work}",
+            )  # fmt: skip
+        self.stage_index, self.step, self.seconds = index["stage"], index["step"], index["seconds"]
+        self.resume_folder = self.work / index["folder"]
+        saved = load_file(self.resume_folder / "state.safetensors", device=str(self.device))
         own = {k[6:]: v for k, v in saved.items() if k.startswith("model.")}
         self.model.load_state_dict(own, strict=False)
         self.heads.load_state_dict({k[6:]: v for k, v in saved.items() if k.startswith("heads.")})

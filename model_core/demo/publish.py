@@ -37,7 +37,7 @@ def default_out() -> Path:
     return Path(demo.__file__).parent / "weights"
 
 
-def publish(builder: DemoBuilder, out: Path, artwork: Artwork, *, minutes: float, eval_count: int) -> None:
+def publish(builder: DemoBuilder, out: Path, artwork: Artwork, *, eval_count: int) -> None:
     """Write the checkpoint, score what was written, write the card into it."""
     model = builder.model.eval()
     model.calibrate(_calibration(builder))
@@ -51,7 +51,8 @@ def publish(builder: DemoBuilder, out: Path, artwork: Artwork, *, minutes: float
     )
     images = Qwen2VLImageProcessorPil(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
     processor = DualVisionProcessor(images, builder.tokenizer)
-    progress = {"minutes": round(minutes, 1), "seed": builder.recipe.seed}
+    recipe = builder.recipe
+    progress = {"minutes": round(builder.seconds / 60, 1), "seed": recipe.seed, "recipe": recipe.fingerprint}
     _save(model, processor, out, progress)
     encoder = DualVisionEncoder.from_pretrained(out, device=str(builder.device))
     arms = score_arms(encoder, artwork, eval_count)

@@ -7,6 +7,7 @@ alone does not take off in the time there is (ARCHITECTURE.md, decisions).
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,6 +55,11 @@ class Recipe:
     vision_hidden: int = 192
     vision_layers: int = 6
     dinov2_layers: int = 6
+
+    @property
+    def fingerprint(self) -> str:
+        """Of every number in it: a build goes on only under the recipe that it began with."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
     def scaled(self, factor: float) -> Recipe:
         """The same curriculum with every stage's steps times `factor`, at least one each."""

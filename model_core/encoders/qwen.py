@@ -21,7 +21,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     eager_attention_forward,
 )
 from transformers.utils.generic import is_flash_attention_requested
-from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 from model_core.encoders.base import VisionEncoder
 from model_core.vision_tokens import VisionTokens, cell_grids
@@ -128,6 +128,7 @@ class QwenEncoder(VisionEncoder):
         output = module(
             pixel_values.to(module.dtype),
             grid_thw=grid_thw,
+            position_ids=get_vision_position_ids(grid, vision.spatial_merge_size).to(device),
             cu_seqlens=cu_full,
             window_index=window_index.to(device),
             cu_window_seqlens=cu_windows,

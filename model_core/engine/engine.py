@@ -106,7 +106,7 @@ class MicroBatchEngine:
         try:
             self.runner.encode(sequences)
             return sequences
-        except (RuntimeError, ValueError, DualVisionError) as error:
+        except (RuntimeError, ValueError, MemoryError, DualVisionError) as error:
             if len(sequences) == 1:
                 events.append(self._failed(sequences[0], error))
                 return []
@@ -141,11 +141,11 @@ class MicroBatchEngine:
         try:
             batch = self.runner.decode(rows)
         except RuntimeError as error:
-            # Out of memory, most likely. The newest row ends; a step writes the same cache places when
-            # it is done again, so the others go on with the next one as if nothing had been.
-            newest = max(rows, key=lambda s: s.admitted_at)
-            self._free(newest)
-            events.append(self._failed(newest, error))
+            # Out of memory, most likely, and the longest row holds the most. A step that is done again
+            # writes the same cache places, so the others go on with the next one as if nothing had been.
+            longest = max(rows, key=lambda s: len(s.inputs.input_ids) + len(s.token_ids))
+            self._free(longest)
+            events.append(self._failed(longest, error))
             return
         for sequence, logits in zip(rows, batch, strict=True):
             events.append(self._advance(sequence, logits, TokenEvent(sequence.request_id)))
@@ -156,11 +156,15 @@ class MicroBatchEngine:
             self._free(sequence)
             return self._failed(sequence, RequestFailedError("the model gave logits that are not finite"))
         sampling = sequence.request.sampling
-        token = sample(logits, sampling, sequence.generator)
+        try:
+            token = sample(logits, sampling, sequence.generator)
+            is_eos = token in self._eos_ids and not sampling.ignore_eos
+            text = "" if is_eos else sequence.detokenizer.push(token)
+        except (RuntimeError, ValueError) as error:  # this row's own: the others must not feel it
+            self._free(sequence)
+            return self._failed(sequence, error)
         sequence.token_ids.append(token)
         self._num_generation_tokens += 1
-        is_eos = token in self._eos_ids and not sampling.ignore_eos
-        text = "" if is_eos else sequence.detokenizer.push(token)
         event = replace(event, text=text, token_ids=(token,))
         if is_eos or sequence.detokenizer.is_stopped:
             return self._finish(sequence, event, "stop")

@@ -18,9 +18,11 @@ from model_core.fusion.attribution import describe_fusion
 from model_core.language.decoder import Decoder
 from model_core.model import DualVisionModel
 from model_core.processing.batch import InputFormat, normalise_pixels
+from model_core.types import ARM_REMOVES
 from model_core.vision_tokens import cell_counts, cell_grids
 
 Clock = Callable[[], float]
+SCORE_ROWS = 256
 
 
 class ModelRunner:
@@ -63,7 +65,11 @@ class ModelRunner:
         lengths = [n * backbone.fusion.tokens_per_cell for n in cell_counts(grids)]
         notes = [w for s in sequences for w in s.inputs.warnings]
         trained = backbone.fusion.is_trained
-        described = describe_fusion(output, list(backbone.encoders), lengths, is_trained=trained, warnings=notes)
+        has_means = int(backbone.fusion.means.count) > 0
+        calibrated = [has_means or not ARM_REMOVES[arm] or arm == "unfused" for arm in arms]
+        described = describe_fusion(
+            output, list(backbone.encoders), lengths, is_trained=trained, is_calibrated=calibrated, warnings=notes
+        )
         parts, seconds = output.tokens.split(lengths), self._now() - start
         self.num_images_encoded += len(lengths)
         at = 0
@@ -109,9 +115,13 @@ class ModelRunner:
     @torch.inference_mode()
     def score(self, hidden: Tensor, token_ids: Items[int]) -> list[float]:
         """log p of each of the last len(token_ids) tokens of the sequence, natural logarithm."""
-        n = len(token_ids)
-        logprobs = self.decoder.logits(hidden[-n - 1 : -1]).log_softmax(-1)
-        return logprobs.gather(1, torch.tensor(token_ids, device=self.device)[:, None])[:, 0].tolist()
+        rows = hidden[-len(token_ids) - 1 : -1].split(SCORE_ROWS)  # a whole answer's logits can be gigabytes
+        wanted = torch.tensor(token_ids, device=self.device)[:, None].split(SCORE_ROWS)
+        scored = [
+            self.decoder.logits(part).log_softmax(-1).gather(1, ids)[:, 0]
+            for part, ids in zip(rows, wanted, strict=True)
+        ]
+        return torch.cat(scored).tolist()
 
     @torch.inference_mode()
     def decode(self, rows: Items[Sequence]) -> Tensor:

@@ -7,10 +7,13 @@ from torch import Tensor
 
 from model_core.types import SamplingParams
 
+#: Colder is greedy: dividing float32 logits by less overflows.
+LEAST_TEMPERATURE = 1e-5
+
 
 def build_generator(params: SamplingParams) -> torch.Generator | None:
     """None for greedy. Without a seed the draw is the operating system's."""
-    if params.temperature == 0.0:
+    if params.temperature < LEAST_TEMPERATURE:
         return None
     generator = torch.Generator()
     if params.seed is None:

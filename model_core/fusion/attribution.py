@@ -17,6 +17,7 @@ from model_core.types import FusionWeights
 
 #: Weights closer than this are a tie: a fresh gate gives exactly equal ones.
 TIE = 1e-6
+UNCALIBRATED = "the checkpoint carries no means yet: the encoder that was taken away is replaced by zeros"
 UNTRAINED = "fusion is not trained: the second encoder changes nothing yet, and weights say nothing"
 
 
@@ -26,12 +27,14 @@ def describe_fusion(
     lengths: Sequence[int],
     *,
     is_trained: bool,
+    is_calibrated: Sequence[bool] = (),
     warnings: Sequence[tuple[str, ...]] = (),
 ) -> list[FusionWeights]:
     """One entry an image.
 
     Args:
         lengths: rows of `output.tokens` that belong to each image.
+        is_calibrated: for each image, False if an encoder was taken away and the checkpoint has no means.
         warnings: what decoding each image had to say.
     """
     table = None if output.weights is None else output.weights.detach().float().cpu().tolist()
@@ -45,6 +48,8 @@ def describe_fusion(
     for i in range(len(lengths)):
         weights = None if table is None else dict(zip(names, table[i], strict=True))
         notes = tuple(warnings[i]) if i < len(warnings) else ()
+        if i < len(is_calibrated) and not is_calibrated[i]:
+            notes = (*notes, UNCALIBRATED)
         found.append(
             FusionWeights(
                 weights=weights,

@@ -8,8 +8,9 @@ gate, model.md section 4), and the carried means. A strategy sees only the z's.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,16 +51,41 @@ class EncoderMeans(nn.Module):
             self.register_buffer(name, torch.zeros(dim))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> EncoderMeans:
+        """Moves with the model, but stays float32: in bfloat16 a running mean stops running."""
+        kept = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            now = getattr(self, name)
+            if now.is_floating_point() and now.dtype != torch.float32:
+                setattr(self, name, now.float() if before.is_meta else before.to(now.device, torch.float32))
+        return self
+
     @torch.no_grad()
-    def observe(self, z: Mapping[str, Tensor], max_count: int | None = None) -> None:
-        """Fold these tokens in: a running mean, or a moving one once `max_count` tokens were seen."""
+    def observe(self, z: Mapping[str, Tensor], max_count: int) -> None:
+        """Fold these tokens in: a running mean, and a moving one once `max_count` tokens were seen."""
         n = next(iter(z.values())).shape[0]
-        seen = int(self.count) if max_count is None else min(int(self.count), max_count)
+        seen = min(int(self.count), max_count)
         for name, tokens in z.items():
             mean = getattr(self, name)
-            update = tokens.detach().double().mean(0).to(mean.device)
-            mean.copy_((mean.double() * seen + update * n) / (seen + n))
+            mean.lerp_(tokens.detach().float().mean(0).to(mean.dtype), n / (seen + n))
         self.count.add_(n)
+
+    @torch.no_grad()
+    def set_from(self, batches: Iterable[Mapping[str, Tensor]]) -> int:
+        """Replace by the exact means over all these z's; the number of tokens. Unchanged if there are none."""
+        sums: dict[str, Tensor] = {}
+        count = 0
+        for z in batches:
+            for name, tokens in z.items():
+                total = tokens.detach().float().sum(0).cpu().double()
+                sums[name] = sums[name] + total if name in sums else total
+            count += next(iter(z.values())).shape[0]
+        for name, total in sums.items():
+            getattr(self, name).copy_(total / count)
+        if count:
+            self.count.fill_(count)
+        return count
 
     def reset(self) -> None:
         for buffer in self.buffers():

@@ -1,6 +1,6 @@
 """Keys and values of the running sequences, one dense block a layer, rows packed at the front.
 
-Capacity grows by powers of two in rows and by steps in length, and falls back when the cache empties.
+Capacity is a power of two in rows and steps in length, fitted to the need whenever it must grow.
 Freeing a row moves the last one into its place, so a decode step always reads rows 0..n without a
 gather. Knows no request: the caller keeps which row is whose.
 """
@@ -72,10 +72,11 @@ class BatchCache:
         have_rows, have_length = (0, 0) if self._store is None else (self._store.shape[2], self._store.shape[4])
         if rows <= have_rows and length <= have_length:
             return
-        want_rows = have_rows if rows <= have_rows else 1 << (rows - 1).bit_length()
-        want_length = have_length if length <= have_length else -(-(length + 1) // LENGTH_STEP) * LENGTH_STEP
+        # By need, not by what there was: a new store is the occasion to give back what left.
+        want_rows, want_length = 1 << (rows - 1).bit_length(), -(-(length + 1) // LENGTH_STEP) * LENGTH_STEP
         shape = (self.num_layers, 2, want_rows, self._heads, want_length, self._head_dim)
         grown = torch.zeros(shape, device=self._device, dtype=self._dtype)
         if self._store is not None:
-            grown[:, :, :have_rows, :, :have_length] = self._store
+            n, filled = len(self.lengths), max(self.lengths, default=0)
+            grown[:, :, :n, :, :filled] = self._store[:, :, :n, :, :filled]
         self._store = grown

@@ -8,10 +8,13 @@ of every assistant answer is known exactly (for labels). Knows no image and no t
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from tokenizers import Tokenizer
 
 from model_core.errors import ConfigError, InvalidRequestError
 from model_core.types import ChatMessage, ImagePart, TextPart, VideoPart
@@ -76,7 +79,7 @@ def encode_chat(tokenizer: Any, messages: Sequence[ChatMessage], *, add_generati
     spans: list[tuple[int, int, int]] = []
     for i, piece in enumerate(_MARK.split(rendered)):
         if i % 2 == 0:
-            ids += tokenizer.encode(piece, add_special_tokens=False) if piece else []
+            ids += _backends(tokenizer, len(tokenizer))[0].encode(piece, add_special_tokens=False).ids if piece else []
         else:
             text, index = texts[int(piece)]
             start = len(ids)
@@ -93,7 +96,23 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
         raise InvalidRequestError(
             "a text is not valid Unicode", value=ascii(text[error.start : error.end]), allowed="no lone surrogates"
         ) from error
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []
+    return _backends(tokenizer, len(tokenizer))[1].encode(text, add_special_tokens=False).ids if text else []
+
+
+@functools.lru_cache(maxsize=8)
+def _backends(tokenizer: Any, _: int) -> tuple[Tokenizer, Tokenizer]:
+    """Two copies of the tokenizer: one that knows special tokens, one that splits them.
+
+    transformers keeps "split special tokens" as state of the one tokenizer and sets it before each
+    encode, so two threads would encode with each other's setting. These never change.
+    """
+    serialised = tokenizer.backend_tokenizer.to_str()
+    special, plain = Tokenizer.from_str(serialised), Tokenizer.from_str(serialised)
+    for copy in (special, plain):
+        copy.no_padding()
+        copy.no_truncation()
+    special.encode_special_tokens, plain.encode_special_tokens = False, True
+    return special, plain
 
 
 def _render(tokenizer: Any, turns: list[dict[str, Any]], add_generation_prompt: bool) -> str:
@@ -118,7 +137,9 @@ def expand_placeholders(ids: Sequence[int], counts: Sequence[int], special: Spec
     remaining = iter(counts)
     for token in ids:
         kind = 1 if token == special.image else 2 if token == special.video else 0
-        n = next(remaining) if kind else 1
+        n = next(remaining, None) if kind else 1
+        if n is None:
+            raise InvalidRequestError("there are more image placeholders than images", value=len(counts))
         out += [token] * n
         types += [kind] * n
     return out, types

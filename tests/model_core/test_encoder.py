@@ -179,3 +179,89 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
         DualVisionEncoder(qwen_model_name="only/one")
     with pytest.raises(ConfigError, match=r"already built.*common_dim, fusion"):
         DualVisionEncoder(common_dim=512, fusion="concat")
+
+
+def test_two_streams_at_once_keep_apart(encoder: Any, picture: Image.Image) -> None:
+    """One stream's steps swallowed the other's events, which then waited for ever."""
+    first, second = ask(picture), ask(picture.rotate(90, expand=True))
+    alone = [encoder.chat(m, max_tokens=8) for m in (first, second)]
+    one = encoder.chat_stream(first, max_tokens=8)
+    started = next(one)
+    two = encoder.chat_stream(second, max_tokens=8)
+    mixed = next(two)
+    compared = encoder.compare_encoders(first, max_tokens=2)
+    assert [started + "".join(one), mixed + "".join(two)] == alone
+    assert compared.arms["fused"].answer.finish_reason == "length"
+
+
+def test_a_batch_with_one_bad_request_queues_none(encoder: Any, picture: Image.Image) -> None:
+    from model_core.types import GenerationRequest, messages_from_dicts
+
+    good = GenerationRequest("good", messages_from_dicts(ask(picture)))
+    bad = GenerationRequest("bad", messages_from_dicts(ask("/no/such/picture.png")))
+    with pytest.raises(ImageNotFoundError):
+        encoder.run_requests({"a": good, "b": bad})
+    assert not encoder.engine.has_work()
+
+
+@pytest.mark.parametrize("fps", [0, -1.0, float("nan"), float("inf"), None, "x", True])
+def test_a_frame_rate_is_a_number(encoder: Any, picture: Image.Image, fps: Any) -> None:
+    content = [{"type": "video", "video": [picture], "fps": fps}, {"type": "text", "text": "?"}]
+    with pytest.raises(InvalidRequestError, match="'fps'"):
+        encoder.chat([{"role": "user", "content": content}])
+
+
+@pytest.mark.parametrize(
+    "part", [{"type": "video", "video": "clip.mp4"}, {"type": "image", "image": b"", "max_pixels": "x"}]
+)
+def test_a_part_of_the_wrong_type_is_named(encoder: Any, part: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError):
+        encoder.chat([{"role": "user", "content": [part]}])
+
+
+def test_an_uncalibrated_model_says_what_an_arm_puts_in_place(picture: Image.Image) -> None:
+    from model_core.fusion.attribution import UNCALIBRATED
+
+    model = tiny.trained_model()
+    model.fusion.means.count.zero_()
+    encoder = tiny.encoder(model)
+    found = encoder.compare_encoders(ask(picture), max_tokens=1)
+    assert UNCALIBRATED in found.arms["blind"].answer.fusion[0].warnings
+    assert UNCALIBRATED not in found.arms["fused"].answer.fusion[0].warnings
+
+
+def test_another_preprocessor_than_the_models_is_refused() -> None:
+    from model_core.checkpoint import Loaded
+    from model_core.encoder import DualVisionEncoder
+
+    made = tiny.processor()
+    made.image_processor.image_mean = [0.5, 0.5, 0.5]
+    with pytest.raises(ConfigError, match="image_mean"):
+        DualVisionEncoder.from_loaded(Loaded(tiny.dual_model(), made), "x")
+
+
+def test_push_uploads_the_folder_that_save_writes(
+    encoder: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import huggingface_hub
+
+    from model_core import encoder as module
+
+    seen: dict[str, Any] = {}
+
+    class Hub:
+        def __init__(self, token: str | None = None) -> None:
+            seen["token"] = token
+
+        def create_repo(self, repo_id: str, **options: Any) -> Any:
+            return huggingface_hub.RepoUrl(f"https://hub.test/{repo_id}", endpoint="https://hub.test")
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, **options: Any) -> str:
+            seen.update(options, repo_id=repo_id, files=sorted(p.name for p in folder_path.iterdir()))
+            return "commit"
+
+    monkeypatch.setattr(module, "HfApi", Hub)
+    assert encoder.push_to_hub("me/model", token="t", commit_message="first") == "commit"
+    encoder.save_pretrained(tmp_path / "saved")
+    assert seen["files"] == sorted(p.name for p in (tmp_path / "saved").iterdir())
+    assert (seen["repo_id"], seen["token"], seen["commit_message"]) == ("me/model", "t", "first")

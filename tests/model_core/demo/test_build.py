@@ -14,6 +14,7 @@ from model_core.demo.build import DemoBuilder, component_of, schedule
 from model_core.demo.publish import publish
 from model_core.demo.recipe import RECIPE, Recipe
 from model_core.encoder import DualVisionEncoder
+from model_core.errors import ConfigError
 
 TINY = replace(
     RECIPE,
@@ -91,7 +92,7 @@ def test_a_batch_is_a_function_of_its_number(tmp_path: Path, artwork: Artwork) -
 def test_published_folder_answers_and_tells_its_scores(tmp_path: Path, artwork: Artwork) -> None:
     builder = build(tmp_path / "work", artwork)
     out = tmp_path / "demo"
-    publish(builder, out, artwork, minutes=1.0, eval_count=1)
+    publish(builder, out, artwork, eval_count=1)
     encoder = DualVisionEncoder.from_pretrained(out)
     assert encoder.info.dtype == "float32"
     assert int(encoder.model.fusion.means.count) > 0
@@ -108,3 +109,19 @@ def test_schedule_warms_up_and_falls() -> None:
     assert values[0] < values[3] < max(values) == pytest.approx(1.0, abs=0.01)
     assert values[99] == pytest.approx(0.05, abs=0.01)
     assert values[5:] == sorted(values[5:], reverse=True)
+
+
+def test_a_build_goes_on_only_under_its_own_recipe(tmp_path: Path, artwork: Artwork) -> None:
+    build(tmp_path, artwork, stop_after=1)
+    other = replace(TINY, seed=TINY.seed + 1)
+    with pytest.raises(ConfigError, match="another recipe"):
+        DemoBuilder(other, artwork, tmp_path).run(quiet)
+
+
+def test_one_saved_state_is_kept(tmp_path: Path, artwork: Artwork) -> None:
+    builder = build(tmp_path, artwork)
+    assert len(list(tmp_path.glob("state-*"))) == 1
+    assert builder.seconds > 0
+    again = DemoBuilder(TINY, artwork, tmp_path)
+    assert again.run(quiet), "a finished build has nothing left to train"
+    assert again.seconds == builder.seconds

@@ -204,3 +204,17 @@ def test_unknown_encoder_lists_what_there_is() -> None:
 def test_modules_are_transformers_own_classes() -> None:
     encoders = build_encoders(tiny.dual_config())
     assert type(encoders["dinov2"].build()) is type(AutoModel.from_config(tiny.dinov2_config()))
+
+
+def test_the_tower_gets_every_index_ready_made_beside_its_pixels() -> None:
+    """transformers computes positions on the grid's device: a grid on the CPU broke every image on CUDA."""
+    encoder = build_encoders(tiny.dual_config())["qwen"]
+    module, seen = encoder.build().eval(), []
+    module.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    pixel_values, grid = tiny.pixels((1, 4, 6))
+    with torch.no_grad():
+        encoder.encode(module, pixel_values, grid)
+    ((args, kwargs),) = seen
+    assert {"position_ids", "cu_seqlens", "cu_window_seqlens", "window_index"} <= kwargs.keys()
+    used = [args[0], *(v for k, v in kwargs.items() if k != "grid_thw")]
+    assert {tensor.device for tensor in used} == {pixel_values.device}

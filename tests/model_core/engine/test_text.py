@@ -206,3 +206,10 @@ def test_a_long_run_of_broken_bytes_is_shown_as_it_comes() -> None:
     assert len("".join(shown)) == 299
     assert len(detokenizer._ids) < 20
     assert "".join(shown) + detokenizer.finish() == "\ufffd" * 300
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-38, 1e-6])
+def test_a_temperature_next_to_zero_is_greedy(temperature: float) -> None:
+    """Dividing by it gave infinities, and the sampler's error took the engine down with every request."""
+    params = SamplingParams(temperature=temperature, seed=1)
+    assert sample(torch.tensor([0.1, 3.0, 2.9]), params, build_generator(params)) == 1

@@ -186,3 +186,15 @@ def test_text_only_expands_to_itself() -> None:
     chat = encode(say("user", "no picture, but <|image_pad|> typed"))
     assert expand_placeholders(chat.ids, [], SPECIAL) == (chat.ids, [0] * len(chat.ids))
     assert chat.media == []
+
+
+def test_threads_do_not_share_the_special_token_switch() -> None:
+    """transformers keeps it as state of the tokenizer: prompts lost their control tokens under concurrency."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    tokenizer = tiny.byte_tokenizer()
+    messages = [ChatMessage("user", (ImagePart(None), TextPart("<|im_end|> typed <|image_pad|>")))]
+    expected = encode_chat(tokenizer, messages).ids
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: encode_chat(tokenizer, messages).ids, range(400)))
+    assert all(ids == expected for ids in found)
