@@ -24,6 +24,7 @@ from model_core.processing.chat import SpecialIds, answer_labels, encode_chat, e
 from model_core.types import ChatMessage, ImagePart, Part, TextPart
 
 PATCH, MERGE = 14, 2
+CONVERSATION_SHARE = 0.25
 _MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
 _STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
 
@@ -39,7 +40,15 @@ class Batch:
     input_ids: Tensor | None
     labels: Tensor | None
     position_ids: Tensor | None
-    attention_mask: Tensor | None
+    blocks: Tensor | None
+
+    def may_attend(self, device: torch.device) -> Tensor:
+        """(B, 1, T, T): causal, and a question sees no other question. Padding sees itself, to stay finite."""
+        blocks = self.blocks.to(device)
+        query, key = blocks[:, :, None], blocks[:, None, :]
+        causal = torch.ones(blocks.shape[1], blocks.shape[1], dtype=torch.bool, device=device).tril()
+        seen = causal & (key >= 0) & ((key == 0) | (key == query))
+        return (seen | torch.eye(blocks.shape[1], dtype=torch.bool, device=device))[:, None]
 
     def pixel_values(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Patches (B*h*w, 1176) in Qwen's order and grids (B, 3), normalised on the device."""
@@ -84,36 +93,82 @@ class SceneBatches(Dataset):
 
     def _text(self, scenes: list[Any], rng: random.Random, size: tuple[int, int]) -> tuple[Tensor, ...]:
         grid = (1, size[0] // PATCH, size[1] // PATCH)
-        rows = [self._conversation(scene, rng, grid) for scene in scenes]
-        length = max(len(ids) for ids, _, _ in rows)
-        pad = self.tokenizer.pad_token_id
-        input_ids = torch.full((len(rows), length), pad)
+        rows = [self._row(scene, rng, grid) for scene in scenes]
+        length = max(len(row.ids) for row in rows)
+        input_ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
         labels = torch.full((len(rows), length), -100)
+        blocks = torch.full((len(rows), length), -1)
         positions = torch.zeros(3, len(rows), length, dtype=torch.long)
-        mask = torch.zeros(len(rows), length, dtype=torch.long)
-        for i, (ids, row_labels, types) in enumerate(rows):
-            n = len(ids)
-            input_ids[i, :n], labels[i, :n], mask[i, :n] = torch.tensor(ids), torch.tensor(row_labels), 1
-            positions[:, i, :n] = mrope_positions(types, [grid], [], [], self.layout)[0]
-        return input_ids, labels, positions, mask
+        for i, row in enumerate(rows):
+            n = len(row.ids)
+            input_ids[i, :n], labels[i, :n] = torch.tensor(row.ids), torch.tensor(row.labels)
+            blocks[i, :n], positions[:, i, :n] = torch.tensor(row.blocks), row.positions
+        return input_ids, labels, positions, blocks
 
-    def _conversation(self, scene: Any, rng: random.Random, grid: tuple[int, int, int]) -> tuple[list[int], ...]:
-        messages = []
-        for i, turn in enumerate(ask(scene, rng, limit=5)):
-            question = TextPart(turn.question)
-            parts: tuple[Part, ...] = (question,)
-            if i == 0:
-                # Clients put the picture before or after the question; most before.
-                parts = (ImagePart(None), question) if rng.random() < 0.8 else (question, ImagePart(None))
-            messages += [ChatMessage("user", parts), ChatMessage("assistant", (TextPart(turn.answer),))]
-        if rng.random() < 0.1:
-            messages.insert(0, ChatMessage("system", (TextPart(rng.choice(SYSTEM_PROMPTS)),)))
+    def _row(self, scene: Any, rng: random.Random, grid: tuple[int, int, int]) -> _Row:
+        """Most scenes: several questions that can't see each other, behind one picture. Some: a conversation.
+
+        In a conversation an earlier answer often holds a later one's, so that it can be copied without
+        looking; a model trained on conversations alone learnt just that, and asked alone it guessed.
+        """
+        image = ImagePart(None)
+        if rng.random() < CONVERSATION_SHARE:
+            messages = []
+            for i, turn in enumerate(ask(scene, rng, limit=2)):
+                question = TextPart(turn.question)
+                parts: tuple[Part, ...] = (question,)
+                if i == 0:  # clients put the picture before the question or after it
+                    parts = (image, question) if rng.random() < 0.5 else (question, image)
+                messages += [ChatMessage("user", parts), ChatMessage("assistant", (TextPart(turn.answer),))]
+            return self._encode(messages, rng, grid)
+        system = self._system(rng)
+        rows = [
+            self._encode(
+                [
+                    *system,
+                    ChatMessage("user", (image, TextPart(turn.question))),
+                    ChatMessage("assistant", (TextPart(turn.answer),)),
+                ],
+                None,
+                grid,
+            )
+            for turn in ask(scene, rng, limit=6)
+        ]
+        # Everything up to <|vision_end|> is the same in all of them.
+        shared = len(rows[0].ids) - rows[0].ids[::-1].index(self.special.image) + 1
+        packed = _Row(rows[0].ids[:shared], [-100] * shared, [0] * shared, rows[0].positions[:, :shared])
+        for number, row in enumerate(rows, start=1):
+            tail = len(row.ids) - shared
+            packed = _Row(
+                packed.ids + row.ids[shared:],
+                packed.labels + row.labels[shared:],
+                packed.blocks + [number] * tail,
+                torch.cat([packed.positions, row.positions[:, shared:]], dim=1),
+            )
+        return packed
+
+    def _system(self, rng: random.Random) -> list[ChatMessage]:
+        return [ChatMessage("system", (TextPart(rng.choice(SYSTEM_PROMPTS)),))] if rng.random() < 0.1 else []
+
+    def _encode(self, messages: list[ChatMessage], rng: random.Random | None, grid: tuple[int, int, int]) -> _Row:
+        messages = [*(self._system(rng) if rng is not None else []), *messages]
         chat = encode_chat(self.tokenizer, messages, add_generation_prompt=False)
         labels = answer_labels(chat, [m.role for m in messages], self.special)
         count = grid[1] * grid[2] // MERGE**2
         ids, types = expand_placeholders(chat.ids, [count], self.special)
         at = chat.ids.index(self.special.image)
-        return ids, labels[:at] + [-100] * count + labels[at + 1 :], types
+        labels = labels[:at] + [-100] * count + labels[at + 1 :]
+        return _Row(ids, labels, [0] * len(ids), mrope_positions(types, [grid], [], [], self.layout)[0])
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One sequence. blocks: 0 what all may see, n question n, which sees that and itself."""
+
+    ids: list[int]
+    labels: list[int]
+    blocks: list[int]
+    positions: Tensor
 
 
 SYSTEM_PROMPTS = (

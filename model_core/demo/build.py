@@ -120,9 +120,10 @@ class Optimizers:
 
 
 def component_of(name: str) -> str:
-    if ".visual." in name or ".dinov2." in name or name.startswith("heads."):
-        return "encoders"
-    return "fusion" if ".fusion." in name else "llm"
+    """The part of the curriculum that a parameter belongs to. Fusion first: it has a projector called dinov2."""
+    if ".fusion." in name:
+        return "fusion"
+    return "encoders" if ".visual." in name or ".dinov2." in name or name.startswith("heads.") else "llm"
 
 
 class DemoBuilder:
@@ -222,7 +223,7 @@ class DemoBuilder:
         hidden = backbone.language_model(
             inputs_embeds=embeds,
             position_ids=batch.position_ids.to(self.device),
-            attention_mask=batch.attention_mask.to(self.device),
+            attention_mask={"full_attention": batch.may_attend(self.device)},
             use_cache=False,
         ).last_hidden_state
         labels = batch.labels.to(self.device)[:, 1:]

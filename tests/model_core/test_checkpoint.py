@@ -339,7 +339,10 @@ def test_options_are_honoured_or_refused(dual: Path, monkeypatch: pytest.MonkeyP
     assert model.config._attn_implementation == "sdpa"
     assert model.fusion.means.count.dtype == torch.int64
     for options, message in (
-        (LoadOptions(use_flash_attention=True), r"flash attention.*cpu, torch.float32.*CUDA.*leave use_flash_attention out"),
+        (
+            LoadOptions(use_flash_attention=True),
+            r"flash attention.*cpu, torch.float32.*CUDA.*leave use_flash_attention out",
+        ),
         (LoadOptions(dtype="float31"), r"unknown dtype.*float31.*bfloat16"),
         (LoadOptions(device="cuda"), r"no CUDA device.*cuda.*auto or cpu"),
         (LoadOptions(device="quantum"), r"unknown device.*quantum.*cuda:N"),

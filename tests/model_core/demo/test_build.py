@@ -75,6 +75,15 @@ def test_each_stage_trains_what_it_names(tmp_path: Path, artwork: Artwork) -> No
         assert changed == set(stage.trains), stage.name
 
 
+def test_fusion_owns_the_projector_that_is_called_dinov2() -> None:
+    """It was counted to the encoders and stayed zero while they were frozen: the second eye was never wired in."""
+    assert component_of("model.model.fusion.projectors.dinov2.weight") == "fusion"
+    assert component_of("model.model.fusion.norms.dinov2.bias") == "fusion"
+    assert component_of("model.model.dinov2.encoder.layer.0.norm1.weight") == "encoders"
+    assert component_of("model.model.visual.merger.ln_q.weight") == "encoders"
+    assert component_of("model.model.language_model.norm.weight") == "llm"
+
+
 def test_a_batch_is_a_function_of_its_number(tmp_path: Path, artwork: Artwork) -> None:
     builder = DemoBuilder(TINY, artwork, tmp_path)
     join = next(i for i, stage in enumerate(TINY.stages) if stage.answer_weight)
@@ -87,6 +96,21 @@ def test_a_batch_is_a_function_of_its_number(tmp_path: Path, artwork: Artwork) -
     assert 0 < labels.numel() < one.labels.numel() / 2, "answers carry labels, prompts and pictures don't"
     image = builder.model.config.image_token_id
     assert (one.input_ids == image).sum(1).tolist() == [16, 16]
+
+
+def test_questions_behind_one_picture_do_not_see_each_other(tmp_path: Path, artwork: Artwork) -> None:
+    """Trained on conversations, the model copied answers from earlier turns and, asked alone, guessed."""
+    builder = DemoBuilder(TINY, artwork, tmp_path)
+    join = next(i for i, stage in enumerate(TINY.stages) if stage.answer_weight)
+    data = SceneBatches(TINY, join, artwork, builder.tokenizer, builder.model.model.mrope_layout)
+    batch = next(b for b in (data[i] for i in range(50)) if int(b.blocks.max()) >= 2)
+    row = int((batch.blocks == 2).any(1).nonzero()[0])
+    sees, blocks = batch.may_attend(torch.device("cpu"))[row, 0], batch.blocks[row]
+    first, second = (int((blocks == n).nonzero()[-1]) for n in (1, 2))
+    assert set(blocks[sees[second]].tolist()) == {0, 2}
+    assert set(blocks[sees[first]].tolist()) == {0, 1}
+    starts = [batch.position_ids[0, row, int((blocks == n).nonzero()[0])] for n in (1, 2)]
+    assert starts[0] == starts[1], "each question stands where it would stand alone"
 
 
 def test_published_folder_answers_and_tells_its_scores(tmp_path: Path, artwork: Artwork) -> None:
