@@ -31,6 +31,10 @@ from model_core.vision_tokens import cell_grids
 
 NUM_LETTERS = 27
 SAVE_EVERY_STEPS = 50
+#: The gate reads pooled features of large norm: at the others' rate it is at 1 and 0 before the second encoder has
+#: learnt to say anything, and there it stays.
+GATE_LEARNING_RATE_SHARE = 0.05
+GATE_LOSS_WEIGHT = 1.0
 Report = Callable[[str, int, int, dict[str, float]], None]
 
 
@@ -85,9 +89,11 @@ class Optimizers:
 
         self.named, self.base = named, learning_rate
         matrices = [p for n, p in named.items() if is_matrix(n, p)]
-        rest = [p for n, p in named.items() if not is_matrix(n, p)]
+        gate = [p for n, p in named.items() if ".fusion.gate." in n]
+        rest = [p for n, p in named.items() if not is_matrix(n, p) and ".fusion.gate." not in n]
+        groups = [{"params": rest, "share": 1.0}, {"params": gate, "share": GATE_LEARNING_RATE_SHARE}]
         self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+            torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
         ]
         if matrices:
             muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
@@ -96,7 +102,7 @@ class Optimizers:
     def step(self, scale: float) -> None:
         for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = self.base * scale
+                group["lr"] = self.base * scale * group.get("share", 1.0)
             part.step()
             part.zero_grad(set_to_none=True)
 
@@ -230,6 +236,11 @@ class DemoBuilder:
         is_label = labels != -100
         logits = self.model.lm_head(hidden[:, :-1][is_label]).float()  # the rows that carry a label, nothing else
         loss = F.cross_entropy(logits, labels[is_label])
+        if (
+            fused.weights is not None
+        ):  # marginal_kl: over many pictures both eyes are used, in one picture either may win
+            mean = fused.weights.mean(0)
+            loss = loss + GATE_LOSS_WEIGHT * (mean * (mean * len(mean)).log()).sum()
         return loss, float((logits.argmax(-1) == labels[is_label]).float().mean())
 
     def _encoder_dropout(self, num_images: int, chance: float, num_encoders: int) -> Tensor:
