@@ -30,7 +30,7 @@ WANTED: dict[str, tuple[str, Callable[[Scene], bool]]] = {
     "shapes": ("shapes", lambda s: len(s.objects) == 2),
     "word": ("word", lambda s: s.word is not None and len(s.word) == 4),
 }
-FIGURE = ("pair", "describe the picture.")
+FIGURE = ("dog", "what is this?")
 INK, PAPER, BLUE, ORANGE, GREY = (32, 33, 36), (255, 255, 255), (66, 103, 178), (230, 126, 34), (120, 124, 130)
 
 

@@ -18,7 +18,7 @@ def test_the_first_snippet_runs_as_it_stands(
     monkeypatch.chdir(ROOT)
     exec(compile(SNIPPETS[0], "README.md", "exec"), {})
     answer, weights = capsys.readouterr().out.strip().split("\n", 1)
-    assert "cat" in answer
+    assert "dog" in answer
     assert "'dominant_encoder'" in weights
 
 
