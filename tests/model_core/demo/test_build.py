@@ -84,6 +84,19 @@ def test_fusion_owns_the_projector_that_is_called_dinov2() -> None:
     assert component_of("model.model.language_model.norm.weight") == "llm"
 
 
+def test_the_gate_learns_slower_than_what_it_weighs(tmp_path: Path, artwork: Artwork) -> None:
+    """At the others' learning rate it closed on the second encoder before that had learnt anything."""
+    join = next(stage for stage in TINY.stages if "fusion" in stage.trains)
+    builder = DemoBuilder(replace(TINY, stages=(join,)), artwork, tmp_path)
+    builder.run(quiet)
+    optimizers = builder._begin(join)
+    optimizers.step(1.0)
+    rates = {id(p): group["lr"] for part in optimizers.parts for group in part.param_groups for p in group["params"]}
+    gate = {rates[id(p)] for p in builder.model.fusion.gate.parameters()}
+    others = {rates[id(p)] for p in builder.model.fusion.projectors.parameters()}
+    assert max(gate) < 0.1 * min(others)
+
+
 def test_a_batch_is_a_function_of_its_number(tmp_path: Path, artwork: Artwork) -> None:
     builder = DemoBuilder(TINY, artwork, tmp_path)
     join = next(i for i, stage in enumerate(TINY.stages) if stage.answer_weight)
