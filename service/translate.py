@@ -251,6 +251,7 @@ def to_finish_reason(reason: FinishReason | None) -> Literal["stop", "length"]:
 def to_completion(
     plan: ChatPlan, answer: TokenEvent, info: ModelInfo, *, completion_id: str, created: int
 ) -> ChatCompletion:
+    """A whole answer as OpenAI's `chat.completion` object, with `fusion` beside the choices."""
     return ChatCompletion(
         id=completion_id,
         created=created,
@@ -297,6 +298,7 @@ def server_timing(timings: Timings | None) -> str:
 
 
 def to_comparison(comparison: Comparison, encoders: Sequence[str]) -> dict[str, Any]:
+    """A Comparison as JSON: each arm's answer and likelihood, then the sums."""
     by_token = comparison.reliance_by_token
     reliance = comparison.reliance
     return {

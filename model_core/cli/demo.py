@@ -13,6 +13,7 @@ from model_core.errors import DualVisionError
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Two commands, build and eval."""
     parser = argparse.ArgumentParser(prog="dve demo", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("build", help="train the demo model; a second call continues where one stopped")

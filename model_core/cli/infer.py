@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Flags as users of the original know them, with underscores or dashes."""
     parser = argparse.ArgumentParser(prog="dve infer", description=__doc__)
     parser.add_argument("--image", required=True, help="path of a picture")
     parser.add_argument("--question", default="Describe this image", help="what to ask about it")

@@ -12,6 +12,8 @@ from model_core.fusion.base import FusionInputs, FusionOutput, FusionStrategy
 
 
 class ConcatFusion(FusionStrategy):
+    """See the module. Without a gate there are no weights, and no exact contribution of either encoder."""
+
     has_residual = True
 
     def __init__(self, dims: Mapping[str, int], common_dim: int, dropout: float = 0.0) -> None:

@@ -20,6 +20,8 @@ HALO = 1
 
 
 class CrossAttentionFusion(FusionStrategy):
+    """See the module. A cell at the border attends to the patches of its window that lie in the picture."""
+
     has_residual = True
 
     def __init__(self, dims: Mapping[str, int], common_dim: int, dropout: float = 0.0, merge_size: int = 2) -> None:

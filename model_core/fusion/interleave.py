@@ -14,6 +14,8 @@ from model_core.fusion.base import FusionInputs, FusionOutput, FusionStrategy
 
 
 class InterleaveFusion(FusionStrategy):
+    """See the module. Tokens come as q_0, d_0, q_1, d_1, ...: two a cell."""
+
     is_identity_at_birth = False
     has_residual = True
     tokens_per_cell = 2

@@ -126,6 +126,8 @@ class FusionOptions(BaseModel):
 
 
 class ChatCompletionRequest(BaseModel):
+    """OpenAI's body, strict; `check_supported` says which of its parameters this server refuses."""
+
     model_config = TOLERANT
 
     model: Annotated[str, Field(min_length=1, max_length=512)]

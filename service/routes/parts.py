@@ -20,6 +20,8 @@ from service.translate import count_images, to_messages
 
 @dataclass(frozen=True, slots=True)
 class AppParts:
+    """What the routes work with; made once by create_app, reached through the request."""
+
     settings: Settings
     client: EngineClient
     metrics: Metrics

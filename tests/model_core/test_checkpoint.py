@@ -344,7 +344,7 @@ def test_options_are_honoured_or_refused(dual: Path, monkeypatch: pytest.MonkeyP
             r"flash attention.*cpu, torch.float32.*CUDA.*leave use_flash_attention out",
         ),
         (LoadOptions(dtype="float31"), r"unknown dtype.*float31.*bfloat16"),
-        (LoadOptions(device="cuda"), r"no CUDA device.*cuda.*auto or cpu"),
+        (LoadOptions(device="cuda"), r"no such CUDA device.*cuda.*auto, cpu"),
         (LoadOptions(device="quantum"), r"unknown device.*quantum.*cuda:N"),
     ):
         with pytest.raises(ConfigError, match=message):

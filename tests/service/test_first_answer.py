@@ -43,8 +43,8 @@ def url() -> Iterator[str]:
         yield base
     finally:
         process.terminate()
-        process.stdout.read()
-        assert process.wait(30) == 0
+        process.communicate(timeout=30)
+        assert process.returncode == 0
 
 
 @pytest.fixture(scope="module")
