@@ -57,8 +57,9 @@ A {parameters} M parameter model of the same two architectures as the real thing
 DINOv2's, `gated` fusion), trained from scratch by this project on generated pictures, so that
 everything can be seen working without a hub and without a GPU.
 
-**It knows nothing else.** It names {num_things} things drawn in two emoji styles, plain coloured shapes,
-counts up to four, left/right/above/below of two objects, and short words. Photographs, other things,
+**It knows nothing else** than what it was trained on: {num_things} things drawn in two emoji styles, plain coloured
+shapes, counting to four, left/right/above/below of two objects, and short words. How well it does each of them
+stands under Scores; where a target is not met, don't rely on it. Photographs, other things,
 longer texts and conversation are beyond it: it will answer, and the answer will be wrong.
 
 ## What it can be asked
@@ -92,7 +93,7 @@ the gate; `unfused` is Qwen's own tokens, for which this language model was neve
 
 The dense loss asks each encoder, cell by cell, which thing and colour is there, and Qwen's tower also
 which letter: DINOv2 is not taught to read, as in life. Optimizer: Muon for the matrices inside blocks,
-AdamW for the rest, bfloat16 autocast.
+AdamW for the rest, bfloat16 autocast. The gate learns at a twentieth of the rate and has a marginal KL loss.
 
 Data: scenes composed from emoji artwork ({styles}) on varied backgrounds, plain shapes, and words in
 several fonts; every question is generated from the scene. See NOTICE for the artwork's licences.

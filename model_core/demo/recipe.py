@@ -1,4 +1,4 @@
-"""The recipe of `dve-demo`: its size, its three stages, and the seeds that make a build repeatable.
+"""The recipe of `dve-demo`: its size, its stages, and the seeds that make a build repeatable.
 
 Encoders first, on dense labels (which thing, colour and letter is in which cell); then fusion and the
 language model on their features; then everything together. Training all of it from scratch on answers
