@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from model_core.demo.artwork import Artwork
+from model_core.demo.labels import cell_counts, cell_places
 from model_core.demo.questions import ask
 from model_core.demo.recipe import Recipe, Stage
 from model_core.demo.scenes import KINDS, make_scene
@@ -24,21 +25,24 @@ from model_core.processing.chat import SpecialIds, answer_labels, encode_chat, e
 from model_core.types import ChatMessage, ImagePart, Part, TextPart
 
 PATCH, MERGE = 14, 2
-CONVERSATION_SHARE = 0.25
+CONVERSATION_SHARE = 0.15
 _MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
 _STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """images: (B, H, W, 3) uint8; cells: (B, gh, gw, ...) int64 labels; the rest as the model takes it."""
+    """images: (B, H, W, 3) uint8; cells: {what: (B, gh, gw, ...)}, int64 but for places; the rest goes to the model.
+
+    weights: (B, T) of each label. An answer of n tokens weighs sqrt(n), not n: or descriptions, the longest answers,
+    would drown the one token of a yes.
+    """
 
     images: Tensor
-    cell_class: Tensor
-    cell_colour: Tensor
-    cell_letters: Tensor
+    cells: dict[str, Tensor]
     input_ids: Tensor | None
     labels: Tensor | None
+    weights: Tensor | None
     position_ids: Tensor | None
     blocks: Tensor | None
 
@@ -59,6 +63,26 @@ class Batch:
         x = x.view(b, 3, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH).permute(0, 2, 5, 3, 6, 1, 4, 7)
         x = x.reshape(b * h * w, 3, 1, PATCH, PATCH).expand(-1, -1, 2, -1, -1).reshape(b * h * w, -1)
         return x, torch.tensor([[1, h, w]] * b)
+
+
+_CELLS = {
+    "class": lambda scene: scene.cell_class.astype(np.int64),
+    "colour": lambda scene: scene.cell_colour.astype(np.int64),
+    "letters": lambda scene: scene.cell_letters.astype(np.int64),
+    "spots": lambda scene: scene.cell_spots.astype(np.int64),
+    "counts": lambda scene: cell_counts(scene).astype(np.int64),
+    "places": cell_places,
+}
+
+
+def answer_weights(labels: Tensor) -> Tensor:
+    """(T,): 1 / sqrt(n) for each of the n labels of one answer, 0 where there is no label (-100)."""
+    weights = torch.zeros(labels.shape)
+    is_label = torch.cat([torch.tensor([False]), labels != -100, torch.tensor([False])])
+    change = (is_label[1:] != is_label[:-1]).nonzero().flatten().tolist()
+    for begin, end in zip(change[::2], change[1::2], strict=True):
+        weights[begin:end] = (end - begin) ** -0.5
+    return weights
 
 
 class SceneBatches(Dataset):
@@ -83,13 +107,10 @@ class SceneBatches(Dataset):
         shares = self.stage.kinds
         kinds = rng.choices(KINDS, shares, k=self.stage.batch_size) if shares else [None] * self.stage.batch_size
         scenes = [make_scene(base + i, self.artwork, size, kind) for i, kind in enumerate(kinds)]
-        cells = [
-            torch.from_numpy(np.stack([getattr(s, name) for s in scenes]).astype(np.int64))
-            for name in ("cell_class", "cell_colour", "cell_letters")
-        ]
+        cells = {name: torch.from_numpy(np.stack([read(s) for s in scenes])) for name, read in _CELLS.items()}
         images = torch.from_numpy(np.stack([np.asarray(s.image) for s in scenes]))
-        text = self._text(scenes, rng, size) if self.stage.answer_weight else (None, None, None, None)
-        return Batch(images, *cells, *text)
+        text = self._text(scenes, rng, size) if self.stage.answer_weight else (None, None, None, None, None)
+        return Batch(images, cells, *text)
 
     def _text(self, scenes: list[Any], rng: random.Random, size: tuple[int, int]) -> tuple[Tensor, ...]:
         grid = (1, size[0] // PATCH, size[1] // PATCH)
@@ -97,13 +118,15 @@ class SceneBatches(Dataset):
         length = max(len(row.ids) for row in rows)
         input_ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
         labels = torch.full((len(rows), length), -100)
+        weights = torch.zeros(len(rows), length)
         blocks = torch.full((len(rows), length), -1)
         positions = torch.zeros(3, len(rows), length, dtype=torch.long)
         for i, row in enumerate(rows):
             n = len(row.ids)
             input_ids[i, :n], labels[i, :n] = torch.tensor(row.ids), torch.tensor(row.labels)
+            weights[i, :n] = answer_weights(labels[i, :n])
             blocks[i, :n], positions[:, i, :n] = torch.tensor(row.blocks), row.positions
-        return input_ids, labels, positions, blocks
+        return input_ids, labels, weights, positions, blocks
 
     def _row(self, scene: Any, rng: random.Random, grid: tuple[int, int, int]) -> _Row:
         """Most scenes: several questions that can't see each other, behind one picture. Some: a conversation.

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from model_core.demo.artwork import Artwork
 from model_core.demo.batches import Batch, SceneBatches
+from model_core.demo.labels import MAX_COUNT, MAX_SPOT
 from model_core.demo.recipe import Recipe, Stage, build_config
 from model_core.demo.scenes import CLASS_NAMES, COLOUR_NAMES
 from model_core.demo.tokenizer import build_tokenizer
@@ -41,34 +42,42 @@ Report = Callable[[str, int, int, dict[str, float]], None]
 class DenseHeads(nn.Module):
     """Linear read-outs of each encoder's cells, for the first stage; never part of the checkpoint.
 
-    Letters are asked of Qwen's tower only, as in life: DINOv2 was never taught to read, so that the demo's
-    two eyes differ as the real ones do.
+    Both learn what is in a cell, its colour and where the object's middle is. Letters are asked of Qwen's tower
+    only and how many there are of DINOv2 only: one was taught to read and the other knows one object from the
+    next, in life as here, so that there is something to learn from which of them an answer relied on.
     """
 
     def __init__(self, dims: dict[str, int]) -> None:
         super().__init__()
         self.classes = nn.ModuleDict({n: nn.Linear(d, len(CLASS_NAMES)) for n, d in dims.items()})
         self.colours = nn.ModuleDict({n: nn.Linear(d, len(COLOUR_NAMES) + 1) for n, d in dims.items()})
+        self.places = nn.ModuleDict({n: nn.Linear(d, 2) for n, d in dims.items()})
         self.letters = nn.Linear(dims["qwen"], 2 * NUM_LETTERS)
+        self.spots = nn.Linear(dims["qwen"], 2 * (MAX_SPOT + 1))
+        self.counts = nn.Linear(dims["dinov2"], 2 * (MAX_COUNT + 1))
 
     def forward(self, features: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """features: (S, C_e) by encoder -> the summed loss and the share of object cells named right."""
-        losses, scores = [], {}
+        """features: (S, C_e) by encoder -> the summed loss and the shares of labelled cells that are right."""
         device = features["qwen"].device
-        target, colour = batch.cell_class.flatten().to(device), batch.cell_colour.flatten().to(device)
-        letters = batch.cell_letters.flatten().to(device)
+        cells = {name: grid.to(device) for name, grid in batch.cells.items()}
+        losses, scores = [], {}
+
+        def read(head: nn.Linear, x: Tensor, name: str, weight: float, score: str | None = None) -> None:
+            target = cells[name].flatten()
+            logits = head(x).view(len(target), -1)
+            losses.append(weight * _weighted(logits, target))
+            if score and bool((target > 0).any()):
+                scores[score] = float((logits.argmax(-1) == target)[target > 0].float().mean())
+
         for name, x in features.items():
-            x = x.float()
-            logits = self.classes[name](x)
-            losses += [_weighted(logits, target), 0.5 * _weighted(self.colours[name](x), colour)]
-            is_object = target > 0
-            scores[f"cells_{name}"] = float((logits.argmax(-1) == target)[is_object].float().mean())
-            if name == "qwen":
-                read = self.letters(x).view(-1, NUM_LETTERS)
-                losses.append(_weighted(read, letters))
-                is_letter = letters > 0
-                if bool(is_letter.any()):
-                    scores["letters"] = float((read.argmax(-1) == letters)[is_letter].float().mean())
+            read(self.classes[name], x.float(), "class", 1.0, f"cells_{name}")
+            read(self.colours[name], x.float(), "colour", 0.5)
+            places = self.places[name](x.float())
+            losses.append(F.mse_loss(places, cells["places"].view(-1, 2)))
+        read(self.letters, features["qwen"].float(), "letters", 1.5, "letters")
+        read(self.spots, features["qwen"].float(), "spots", 0.5, "spots")
+        if "dinov2" in features:
+            read(self.counts, features["dinov2"].float(), "counts", 0.5, "counts")
         return torch.stack(losses).sum(), scores
 
 
@@ -132,6 +141,14 @@ def component_of(name: str) -> str:
     return "encoders" if ".visual." in name or ".dinov2." in name or name.startswith("heads.") else "llm"
 
 
+def is_trained(name: str, stage: Stage) -> bool:
+    """Does the stage change this parameter? Stage "qwen" is the encoders without DINOv2."""
+    component = component_of(name)
+    return component in stage.trains or (
+        "qwen" in stage.trains and component == "encoders" and not name.startswith("model.model.dinov2.")
+    )
+
+
 class DemoBuilder:
     """One build in one work folder. `run` continues where the folder says the last one stopped."""
 
@@ -175,7 +192,7 @@ class DemoBuilder:
         named = {f"model.{n}": p for n, p in self.model.named_parameters()}
         named |= {f"heads.{n}": p for n, p in self.heads.named_parameters()}
         for name, parameter in named.items():
-            parameter.requires_grad_(component_of(name) in stage.trains)
+            parameter.requires_grad_(is_trained(name, stage))
         if self.optimizers is None:
             self.optimizers = Optimizers({n: p for n, p in named.items() if p.requires_grad}, stage.learning_rate)
             if self.step and self.resume_folder is not None:
@@ -196,9 +213,9 @@ class DemoBuilder:
         pixel_values, grid = batch.pixel_values(self.device)
         backbone, scores = self.model.model, {}
         total = torch.zeros((), device=self.device)
-        names = list(backbone.encoders)
+        names = [n for n in backbone.encoders if stage.answer_weight or "encoders" in stage.trains or n in stage.trains]
         with torch.autocast(self.device.type, torch.bfloat16):
-            with torch.set_grad_enabled("encoders" in stage.trains):
+            with torch.set_grad_enabled(bool({"encoders", "qwen"} & set(stage.trains))):
                 features = backbone.encode_images(pixel_values, grid, names)
             if stage.dense_weight:
                 with torch.autocast(self.device.type, enabled=False):
@@ -232,10 +249,11 @@ class DemoBuilder:
             attention_mask={"full_attention": batch.may_attend(self.device)},
             use_cache=False,
         ).last_hidden_state
-        labels = batch.labels.to(self.device)[:, 1:]
+        labels, weights = batch.labels.to(self.device)[:, 1:], batch.weights.to(self.device)[:, 1:]
         is_label = labels != -100
         logits = self.model.lm_head(hidden[:, :-1][is_label]).float()  # the rows that carry a label, nothing else
-        loss = F.cross_entropy(logits, labels[is_label])
+        each = F.cross_entropy(logits, labels[is_label], reduction="none")
+        loss = (each * weights[is_label]).sum() / weights[is_label].sum()
         if (
             fused.weights is not None
         ):  # marginal_kl: over many pictures both eyes are used, in one picture either may win

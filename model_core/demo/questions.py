@@ -261,7 +261,8 @@ def _readings(scene: Scene, rng: random.Random) -> Iterator[Turn]:
 
 
 def _descriptions(scene: Scene, rng: random.Random) -> Iterator[Turn]:
-    yield Turn("describe", _ask(rng, PHRASES["describe"]), describe(scene))
+    if scene.objects or scene.word is not None:
+        yield Turn("describe", _ask(rng, PHRASES["describe"]), describe(scene))
 
 
 def _probe(kind: str, scene: Scene, rng: random.Random) -> Turn | None:

@@ -26,15 +26,16 @@ from model_core.demo.canvas import (
     sprite_patch,
     wear,
 )
+from model_core.demo.labels import CELL, CellLabels
 from model_core.demo.things import THINGS
 from model_core.demo.words import draw_word
 from model_core.errors import ConfigError
 
 Box = tuple[int, int, int, int]
 
-KINDS = ("single", "pair", "group", "shapes", "word")
-_KIND_SHARES = (0.32, 0.2, 0.16, 0.16, 0.16)
-CELL = 28
+#: A page is several lines of words: many letters to learn from, nothing to ask about. It comes when asked for only.
+KINDS = ("single", "pair", "group", "shapes", "word", "page")
+_KIND_SHARES = (0.32, 0.2, 0.16, 0.16, 0.16, 0.0)
 #: Index 0 is background; then the things, then the shapes.
 CLASS_NAMES: tuple[str, ...] = ("background", *(thing.name for thing in THINGS), *SHAPES)
 COLOUR_NAMES: tuple[str, ...] = tuple(COLOURS)
@@ -69,7 +70,9 @@ class Scene:
     """image: uint8 (H, W, 3). word: lower case, whatever case it was drawn in.
 
     cell_class, cell_colour: int16 (H/28, W/28), indices into CLASS_NAMES and (from 1) COLOUR_NAMES, 0 for none.
-    cell_letters: int16 (H/28, W/28, 2), the letter (1..26) over the left and right half of a cell, 0 for none.
+    cell_object: int16 (H/28, W/28), which of `objects` (from 1), 0 for none.
+    cell_letters, cell_spots: int16 (H/28, W/28, 2), the letter (1..26) over the left and right half of a cell and
+        which letter of its word it is (from 1), 0 for none.
     """
 
     image: np.ndarray
@@ -81,6 +84,8 @@ class Scene:
     cell_class: np.ndarray
     cell_colour: np.ndarray
     cell_letters: np.ndarray
+    cell_object: np.ndarray
+    cell_spots: np.ndarray
 
     def picture(self) -> Image.Image:
         return Image.fromarray(self.image)
@@ -141,7 +146,8 @@ def make_scene(seed: int, artwork: Artwork, size: tuple[int, int] = (168, 168), 
         raise ConfigError("unknown kind of scene", value=kind, allowed=", ".join(KINDS))
     rng = np.random.default_rng((seed, width, height))
     chosen = KINDS[int(rng.choice(len(KINDS), p=_KIND_SHARES))] if kind is None else kind
-    line = None
+    lines: list[_Line] = []
+    items: list[_Item] = []
     if chosen == "single":
         items = [_thing(rng, artwork, _log_uniform(rng, 45, 0.98 * min(frame)))]
         _fit(items, frame)
@@ -152,10 +158,12 @@ def make_scene(seed: int, artwork: Artwork, size: tuple[int, int] = (168, 168), 
         items = _group(rng, artwork, frame)
     elif chosen == "shapes":
         items = _shapes(rng, frame)
+    elif chosen == "word":
+        lines = [_line(rng, artwork, frame, held_out=seed >= HELD_OUT_FIRST_SEED)]
+        items = _beside_word(rng, artwork, lines[0], frame)
     else:
-        line = _line(rng, artwork, frame, held_out=seed >= HELD_OUT_FIRST_SEED)
-        items = _beside_word(rng, artwork, line, frame)
-    return _paint(rng, artwork, items, line, chosen, frame)
+        lines = _page(rng, artwork, frame, held_out=seed >= HELD_OUT_FIRST_SEED)
+    return _paint(rng, artwork, items, lines, chosen, frame)
 
 
 def _thing(rng: np.random.Generator, artwork: Artwork, side: float, name: str | None = None) -> _Item:
@@ -261,6 +269,20 @@ def _line(rng: np.random.Generator, artwork: Artwork, frame: tuple[int, int], *,
     return line
 
 
+def _page(rng: np.random.Generator, artwork: Artwork, frame: tuple[int, int], *, held_out: bool) -> list[_Line]:
+    """Lines of one colour, far enough apart that no two share a row of cells; the first always fits."""
+    lines: list[_Line] = []
+    top = _EDGE + int(rng.integers(0, 8))
+    while True:
+        line = _line(rng, artwork, frame, held_out=held_out)
+        if lines and top + line.height > frame[1] - _EDGE:
+            return lines
+        line.y = min(top, frame[1] - _EDGE - line.height)
+        line.colour = lines[0].colour if lines else line.colour
+        lines.append(line)
+        top = line.y + max(line.height + 2, CELL) + int(rng.integers(0, 5))
+
+
 def _beside_word(rng: np.random.Generator, artwork: Artwork, line: _Line, frame: tuple[int, int]) -> list[_Item]:
     """Two times in five a thing above or below the word; the word moves to the edge to make room."""
     if rng.random() > 0.4:
@@ -324,7 +346,7 @@ def _paint(
     rng: np.random.Generator,
     artwork: Artwork,
     items: Sequence[_Item],
-    line: _Line | None,
+    lines: Sequence[_Line],
     kind: str,
     frame: tuple[int, int],
 ) -> Scene:
@@ -338,14 +360,12 @@ def _paint(
         else:
             patches.append(sprite_patch(artwork.sprites[item.style, item.name], max(int(item.side), 8), item.angle))
             avoid.append(mean_colour(patches[-1]))
-    if line is not None:
-        avoid, distance = [line.colour], _WORD_DISTANCE
+    if lines:
+        avoid, distance = [lines[0].colour], _WORD_DISTANCE
     pixels = paint_background(rng, frame, np.stack(avoid), distance=distance)
     size = (frame[1], frame[0])
-    grid = (size[0] // CELL, size[1] // CELL)
-    labels = [np.zeros(grid, np.int16), np.zeros(grid, np.int16)]
-    best = np.full(grid, 0.25)
-    objects = []
+    labels = CellLabels(*size)
+    objects: list[SceneObject] = []
     for item, patch in zip(items, patches, strict=True):
         height, width = patch.shape[:2]
         x = int(np.clip(item.x + (item.reach - width) / 2, 0, frame[0] - width))
@@ -354,40 +374,17 @@ def _paint(
         is_a = "shape" if item.style is None else "thing"
         one = SceneObject(item.name, is_a, item.style, item.colour, (x, y, x + width, y + height))
         objects.append(one)
-        _label_cells(one, patch, labels, best)
-    letters = np.zeros((*grid, 2), np.int16)
-    word_box = _set_line(line, pixels, letters) if line is not None else None
-    word = None if line is None else line.word
-    return Scene(wear(rng, pixels), tuple(objects), word, word_box, kind, size, labels[0], labels[1], letters)
+        colour = 0 if one.colour is None else COLOUR_NAMES.index(one.colour) + 1
+        labels.add_object(len(objects), one.box, patch, _CLASS_INDEX[one.name], colour)
+    boxes = [_set_line(line, pixels, labels) for line in lines]
+    word, word_box = (lines[0].word, boxes[0]) if kind == "word" else (None, None)
+    cells = (labels.class_, labels.colour, labels.letters, labels.object, labels.spots)
+    return Scene(wear(rng, pixels), tuple(objects), word, word_box, kind, size, *cells)
 
 
-def _label_cells(one: SceneObject, patch: np.ndarray, labels: list[np.ndarray], best: np.ndarray) -> None:
-    """A cell belongs to the object that covers most of it (a quarter at least) or whose middle it holds."""
-    x, y = one.box[:2]
-    left, top = x % CELL, y % CELL
-    rows, columns = -(-(top + patch.shape[0]) // CELL), -(-(left + patch.shape[1]) // CELL)
-    mask = np.zeros((rows * CELL, columns * CELL), bool)
-    mask[top : top + patch.shape[0], left : left + patch.shape[1]] = patch[:, :, 3] > 127
-    cover = mask.reshape(rows, CELL, columns, CELL).mean(axis=(1, 3))
-    middle_x, middle_y = one.centre
-    cover[int(middle_y) // CELL - y // CELL, int(middle_x) // CELL - x // CELL] += 1.0
-    window = np.s_[y // CELL : y // CELL + rows, x // CELL : x // CELL + columns]
-    won = cover >= best[window]
-    best[window][won] = cover[won]
-    labels[0][window][won] = _CLASS_INDEX[one.name]
-    labels[1][window][won] = 0 if one.colour is None else COLOUR_NAMES.index(one.colour) + 1
-
-
-def _set_line(line: _Line, pixels: np.ndarray, labels: np.ndarray) -> Box:
+def _set_line(line: _Line, pixels: np.ndarray, labels: CellLabels) -> Box:
     """Paint the word and label the half cells that its letters stand on."""
     baseline = line.y + line.ascent
-    centres = np.arange(labels.shape[1] * 2) * (CELL // 2) + CELL // 4
-    # One band for the whole word, so that its letters lie in the same row of cells.
-    band = float(np.median([-letter.glyph.top for letter in line.letters]))
-    edges = np.arange(labels.shape[0]) * CELL
-    overlap = np.minimum(edges + CELL, baseline) - np.maximum(edges, baseline - band)
-    rows = overlap >= 0.5 * min(CELL, band)
-    flat = labels.reshape(labels.shape[0], -1)
     for letter in line.letters:
         mask = letter.glyph.mask
         slack = letter.x1 - letter.x0 - mask.shape[1]
@@ -395,6 +392,7 @@ def _set_line(line: _Line, pixels: np.ndarray, labels: np.ndarray) -> Box:
         under = pixels[y : y + mask.shape[0], x : x + mask.shape[1]]
         weight = mask[:, :, None] / np.float32(255)
         np.copyto(under, (under + (line.colour - under) * weight).astype(np.uint8))
-        columns = (centres >= line.x + letter.x0) & (centres < line.x + letter.x1)
-        flat[np.ix_(rows, columns)] = ord(letter.letter.lower()) - 96
+    # One band for the whole word, so that its letters lie in the same row of cells.
+    band = float(np.median([-letter.glyph.top for letter in line.letters]))
+    labels.add_word(baseline, band, [(one.letter, line.x + one.x0, line.x + one.x1) for one in line.letters])
     return line.x, line.y, line.x + line.width, line.y + line.height

@@ -1,0 +1,79 @@
+"""What each 28-pixel cell of a scene shows, as the dense losses of the demo's build ask for it.
+
+In: objects with their painted patches, letters with their places. Out: integer grids. An object takes the
+cells it covers; "place" and "counts" are told of every cell of an object, so that whoever reads any one of
+its cells knows where its middle is and how many of its kind there are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+CELL = 28
+MAX_COUNT = 5
+MAX_SPOT = 6
+
+
+class CellLabels:
+    """Grids of (gh, gw): object (1-based index, 0 none), class and colour (0 none); of (gh, gw, 2), for the left
+    and right half of a cell: letter (1..26) and spot (which letter of its word, from 1), 0 for none."""
+
+    def __init__(self, height: int, width: int) -> None:
+        grid = (height // CELL, width // CELL)
+        self.object, self.class_, self.colour = (np.zeros(grid, np.int16) for _ in range(3))
+        self.letters, self.spots = (np.zeros((*grid, 2), np.int16) for _ in range(2))
+        self._best = np.full(grid, 0.25)
+
+    def add_object(
+        self, number: int, box: tuple[int, int, int, int], patch: np.ndarray, class_: int, colour: int
+    ) -> None:
+        """A cell belongs to the object that covers most of it (a quarter at least) or whose middle it holds."""
+        x, y = box[:2]
+        left, top = x % CELL, y % CELL
+        rows, columns = -(-(top + patch.shape[0]) // CELL), -(-(left + patch.shape[1]) // CELL)
+        mask = np.zeros((rows * CELL, columns * CELL), bool)
+        mask[top : top + patch.shape[0], left : left + patch.shape[1]] = patch[:, :, 3] > 127
+        cover = mask.reshape(rows, CELL, columns, CELL).mean(axis=(1, 3))
+        middle_x, middle_y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+        cover[int(middle_y) // CELL - y // CELL, int(middle_x) // CELL - x // CELL] += 1.0
+        window = np.s_[y // CELL : y // CELL + rows, x // CELL : x // CELL + columns]
+        won = cover >= self._best[window]
+        self._best[window][won] = cover[won]
+        for grid, value in ((self.object, number), (self.class_, class_), (self.colour, colour)):
+            grid[window][won] = value
+
+    def add_word(self, baseline: int, band: float, letters: Sequence[tuple[str, int, int]]) -> None:
+        """letters: (letter, x0, x1). All lie in the rows of cells that hold half of `band`, the letters' height."""
+        centres = np.arange(self.letters.shape[1] * 2) * (CELL // 2) + CELL // 4
+        edges = np.arange(self.letters.shape[0]) * CELL
+        overlap = np.minimum(edges + CELL, baseline) - np.maximum(edges, baseline - band)
+        rows = overlap >= 0.5 * min(CELL, band)
+        flat, spots = (grid.reshape(grid.shape[0], -1) for grid in (self.letters, self.spots))
+        for spot, (letter, x0, x1) in enumerate(letters, start=1):
+            columns = (centres >= x0) & (centres < x1)
+            flat[np.ix_(rows, columns)] = ord(letter.lower()) - 96
+            spots[np.ix_(rows, columns)] = min(spot, MAX_SPOT)
+
+
+def cell_places(scene: Any) -> np.ndarray:
+    """float32 (gh, gw, 2): the middle (x, y) of the cell's object, of the cell itself where there is none,
+    as shares of the picture's width and height, from -1 to 1."""
+    rows, columns = scene.cell_object.shape
+    y, x = np.meshgrid((np.arange(rows) + 0.5) / rows, (np.arange(columns) + 0.5) / columns, indexing="ij")
+    places = np.stack([x, y], axis=-1).astype(np.float32)
+    for number, one in enumerate(scene.objects, start=1):
+        places[scene.cell_object == number] = (one.centre[0] / scene.size[1], one.centre[1] / scene.size[0])
+    return 2 * places - 1
+
+
+def cell_counts(scene: Any) -> np.ndarray:
+    """int16 (gh, gw, 2): in an object's cells how many objects of its name, and how many in all; else 0."""
+    counts = np.zeros((*scene.cell_object.shape, 2), np.int16)
+    by_name = Counter(one.name for one in scene.objects)
+    for number, one in enumerate(scene.objects, start=1):
+        counts[scene.cell_object == number] = np.minimum((by_name[one.name], len(scene.objects)), MAX_COUNT)
+    return counts
