@@ -24,8 +24,8 @@ from model_core.analysis.benchmark import Benchmark, run_benchmark
 from model_core.checkpoint import Loaded, LoadOptions, combine_checkpoints, load_checkpoint, save_checkpoint
 from model_core.demo_model import demo_folder
 from model_core.encoders.base import PixelSpec
-from model_core.engine.engine import MicroBatchEngine
-from model_core.engine.model_runner import ModelRunner
+from model_core.engine.build import build_engine
+from model_core.engine.config import EngineConfig
 from model_core.errors import ConfigError, InvalidRequestError
 from model_core.fusion.attribution import dominant, entropy
 from model_core.processing.batch import InputFormat
@@ -59,6 +59,7 @@ class DualVisionEncoder:
         use_flash_attention: None uses it where it is installed and the device is CUDA.
         device: None or "auto" picks CUDA if there is one.
         dtype: None is the checkpoint's own.
+        engine_config: sizes of the batch and of the caches.
         settings: further fields of DualVisionConfig (encoder, static_weights, dinov2_max_patches).
     Raises:
         CheckpointError, HubUnreachableError, ConfigError: see model_core.errors.
@@ -75,7 +76,7 @@ class DualVisionEncoder:
         use_flash_attention: bool | None = None,
         device: str | None = None,
         dtype: torch.dtype | str | None = None,
-        max_num_seqs: int = 16,
+        engine_config: EngineConfig | None = None,
         model_id: str | None = None,
         **settings: Any,
     ) -> None:
@@ -94,13 +95,13 @@ class DualVisionEncoder:
                     "the demo model is already built, its architecture can't be changed", value=", ".join(wrong),
                     fix="Name two checkpoints to build a model of your own",
                 )  # fmt: skip
-            self._set_up(load_checkpoint(demo_folder(), options), model_id or "dve-demo", max_num_seqs)
+            self._set_up(load_checkpoint(demo_folder(), options), model_id or "dve-demo", engine_config)
             if dropout:
                 self.model.model.fusion.dropout.p = dropout
         else:
             chosen = {"common_dim": common_dim, "dropout": dropout, "fusion": fusion, **settings}
             loaded = combine_checkpoints(qwen_model_name, dinov2_model_name, options, **chosen)
-            self._set_up(loaded, model_id or f"dual-{Path(str(qwen_model_name)).name}", max_num_seqs)
+            self._set_up(loaded, model_id or f"dual-{Path(str(qwen_model_name)).name}", engine_config)
 
     @classmethod
     def from_pretrained(
@@ -110,24 +111,24 @@ class DualVisionEncoder:
         device: str | None = None,
         dtype: torch.dtype | str | None = None,
         use_flash_attention: bool | None = None,
-        max_num_seqs: int = 16,
+        engine_config: EngineConfig | None = None,
         model_id: str | None = None,
         **hub: Any,
     ) -> DualVisionEncoder:
         """A saved dual checkpoint, folder or hub id. `hub`: revision, token, cache_dir, local_files_only."""
         self = cls.__new__(cls)
         loaded = load_checkpoint(name, LoadOptions(device or "auto", dtype, use_flash_attention), **hub)
-        self._set_up(loaded, model_id or Path(str(name)).resolve().name, max_num_seqs)
+        self._set_up(loaded, model_id or Path(str(name)).resolve().name, engine_config)
         return self
 
     @classmethod
-    def from_loaded(cls, loaded: Loaded, model_id: str, max_num_seqs: int = 16) -> DualVisionEncoder:
+    def from_loaded(cls, loaded: Loaded, model_id: str, engine_config: EngineConfig | None = None) -> DualVisionEncoder:
         """Around a model that is already in memory (a trainer's, a test's)."""
         self = cls.__new__(cls)
-        self._set_up(loaded, model_id, max_num_seqs)
+        self._set_up(loaded, model_id, engine_config)
         return self
 
-    def _set_up(self, loaded: Loaded, model_id: str, max_num_seqs: int) -> None:
+    def _set_up(self, loaded: Loaded, model_id: str, engine_config: EngineConfig | None) -> None:
         self.model, self.processor = loaded.model.eval(), loaded.processor
         processor, config = loaded.processor, loaded.model.config
         _check_pixels(processor.patch_spec, PixelSpec.from_config(config))
@@ -149,8 +150,8 @@ class DualVisionEncoder:
             num_parameters=sum(p.numel() for p in loaded.model.parameters()),
             created_unix=loaded.created_unix,
         )
-        runner = ModelRunner(self.model, self.format, time.perf_counter)
-        self.engine = MicroBatchEngine(runner, self.info, _eos_ids(loaded), max_num_seqs)
+        sizes, eos = engine_config or EngineConfig(), _eos_ids(loaded)
+        self.engine = build_engine(self.model, self.format, self.info, eos, sizes, time.perf_counter)
         self._ids = itertools.count()
         self._inbox: dict[str, deque[TokenEvent]] = {}
 

@@ -17,6 +17,8 @@ Role = Literal["system", "user", "assistant"]
 Arm = Literal["fused", "qwen-only", "dinov2-only", "blind", "unfused"]
 FinishReason = Literal["stop", "length", "abort"]
 
+#: As OpenAI's API has it.
+MAX_LOGPROBS = 20
 ROLES: tuple[str, ...] = get_args(Role)
 ARMS: tuple[Arm, ...] = get_args(Arm)
 
@@ -79,7 +81,12 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to choose tokens. `temperature == 0` is greedy; `seed` gives the request its own generator."""
+    """How to choose tokens. `temperature == 0` is greedy; `seed` gives the request its own generator.
+
+    presence_penalty, frequency_penalty: OpenAI's, over the tokens generated so far; repetition_penalty: over prompt
+    and generated tokens, 1 is off. logit_bias: {token id: added to its logit}. logprobs: None is off, else how many of
+    the most likely tokens to report beside the chosen one. min_tokens: no end of text before so many tokens.
+    """
 
     max_tokens: int = 256
     temperature: float = 0.0
@@ -89,6 +96,13 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "an integer of at least 1")
@@ -98,6 +112,16 @@ class SamplingParams:
         _check("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "0 to 1")
         _check("seed", self.seed, self.seed is None or -(2**63) <= self.seed < 2**63, "a signed 64-bit integer")
         _check("stop", self.stop, len(self.stop) <= 4 and all(self.stop), "at most 4 strings, none empty")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(name, getattr(self, name), -2.0 <= getattr(self, name) <= 2.0, "-2 to 2")
+        _check(
+            "repetition_penalty", self.repetition_penalty, 0.0 < self.repetition_penalty <= 2.0, "above 0, at most 2"
+        )
+        is_bias = all(-100.0 <= bias <= 100.0 for bias in self.logit_bias.values())
+        _check("logit_bias", dict(self.logit_bias), is_bias, "biases from -100 to 100")
+        _check("logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "0 to 20")
+        _check("min_tokens", self.min_tokens, 0 <= self.min_tokens <= self.max_tokens, "0 to max_tokens")
+        _check("stop_token_ids", self.stop_token_ids, len(self.stop_token_ids) <= 64, "at most 64 token ids")
 
 
 def _check(name: str, value: object, is_allowed: bool, allowed: str) -> None:
@@ -113,6 +137,8 @@ class GenerationRequest:
     assistant's answer; the terminal event carries their log-likelihoods and no new token is made.
     `encode_only`: stop after the encoders and the gate; the one event carries `fusion` with each
     encoder's contribution.
+    `priority`: lower goes first; requests of one priority go in the order of their arrival.
+    `timeout_seconds`: from `add_request` on; past it the request ends with RequestFailedError, whatever its stage.
     """
 
     request_id: str
@@ -121,6 +147,8 @@ class GenerationRequest:
     arm: Arm = "fused"
     score_token_ids: tuple[int, ...] | None = None
     encode_only: bool = False
+    priority: int = 0
+    timeout_seconds: float | None = None
 
     def __post_init__(self) -> None:
         if self.arm not in ARMS:
@@ -155,9 +183,24 @@ class FusionWeights:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
+    """cached_tokens: prompt tokens whose keys and values came from the prefix cache."""
+
     prompt_tokens: int
     completion_tokens: int
     image_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Of one generated token under the distribution before temperature, penalties and filters, as vLLM reports it.
+
+    top: the most likely (token id, logprob) pairs, best first, as many as asked for.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +233,7 @@ class TokenEvent:
     usage: Usage | None = None
     timings: Timings | None = None
     score_logprobs: tuple[float, ...] | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
     @property
     def is_terminal(self) -> bool:
@@ -207,6 +251,15 @@ class EngineStats:
     num_generation_tokens: int = 0
     num_images_encoded: int = 0
     encoder_seconds: Mapping[str, float] = field(default_factory=dict)
+    num_encoding: int = 0
+    num_preemptions: int = 0
+    kv_cache_usage_ratio: float = 0.0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    encoder_cache_hits: Mapping[str, int] = field(default_factory=dict)
+    encoder_cache_misses: Mapping[str, int] = field(default_factory=dict)
+    encoder_cache_evictions: Mapping[str, int] = field(default_factory=dict)
+    encoder_cache_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +297,12 @@ class Engine(Protocol):
 
     def step(self) -> list[TokenEvent]:
         """Do one bounded piece of work for the whole batch. An error inside one row ends that row alone."""
+
+    def reset_caches(self) -> None:
+        """Forget kept prefixes and features: the weights have changed, or every round shall cost the same."""
+
+    def token_text(self, token_id: int) -> tuple[str, list[int]]:
+        """A token as text and as bytes, for log-probabilities on the wire. May run in any thread."""
 
     def has_work(self) -> bool:
         """True while anything waits or runs."""

@@ -29,13 +29,22 @@ def load_engine(settings: Settings) -> Engine:
     # Here and not above: importing torch takes seconds, and the port should answer before that.
     from model_core.checkpoint import quiet_unless_terminal  # noqa: PLC0415
     from model_core.encoder import DualVisionEncoder  # noqa: PLC0415
+    from model_core.engine.config import EngineConfig  # noqa: PLC0415
     from model_core.processing.images import ImageLimits  # noqa: PLC0415
 
     quiet_unless_terminal()
     common: dict[str, Any] = {
         "device": None if settings.device == "auto" else settings.device,
         "dtype": None if settings.dtype == "auto" else settings.dtype,
-        "max_num_seqs": settings.max_num_seqs,
+        "engine_config": EngineConfig(
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_encode_tokens=settings.max_encode_tokens,
+            encode_window_seconds=settings.encode_window_seconds,
+            kv_cache_bytes=settings.kv_cache_bytes,
+            encoder_cache_bytes=settings.encoder_cache_bytes,
+            enable_prefix_caching=settings.enable_prefix_caching,
+        ),
     }
     if settings.model is not None:
         encoder = DualVisionEncoder.from_pretrained(settings.model, **common)

@@ -33,6 +33,18 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's own")
     max_num_seqs: int = Field(16, ge=1, le=4096, description="requests that run at once")
     max_waiting: int = Field(64, ge=0, le=100_000, description="requests that may wait; one more is refused (503)")
+    max_num_batched_tokens: int = Field(
+        2048, ge=1, description="tokens of one engine step; long prompts come in chunks"
+    )
+    max_encode_tokens: int = Field(4096, ge=1, description="image tokens of one pass of the encoders")
+    encode_window_seconds: float = Field(
+        0.0, ge=0, le=1, description="while others are answered, a picture waits so long for company in the encoders"
+    )
+    kv_cache_bytes: int | None = Field(
+        None, ge=1, description="KV cache; none: 1 GiB on a CPU, 85 % of what a GPU has free"
+    )
+    encoder_cache_bytes: int = Field(256 * _MIB, ge=0, description="features of pictures seen before; 0: none are kept")
+    enable_prefix_caching: bool = Field(True, description="keep keys and values of prompts for those that begin alike")
     max_body_bytes: int = Field(48 * _MIB, ge=1024, description="largest request body")
     max_images: int = Field(16, ge=1, le=1024, description="images in one request")
     max_image_bytes: int = Field(20 * _MIB, ge=64, description="largest encoded image")
@@ -61,6 +73,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"max_image_bytes={self.max_image_bytes} needs a body of {needed} bytes in base64, but "
                 f"max_body_bytes={self.max_body_bytes}: raise the second or lower the first"
+            )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} can't hold one token of each of "
+                f"max_num_seqs={self.max_num_seqs} requests: raise the first or lower the second"
             )
         if self.batch_window_seconds >= self.request_timeout_seconds:
             raise ValueError(

@@ -69,6 +69,29 @@ class Detokenizer:
         return text
 
 
+def text_of(tokenizer: Any, token_id: int) -> str:
+    """One token as text; bytes that are no whole character as U+FFFD."""
+    return str(tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def bytes_of(tokenizer: Any, token_id: int) -> list[int]:
+    """One token's own bytes: of a byte-level vocabulary exactly, of another its text in UTF-8."""
+    token = tokenizer.convert_ids_to_tokens(token_id)
+    if token is None or token in tokenizer.get_added_vocab() or any(c not in _BYTE_OF for c in token):
+        return list(text_of(tokenizer, token_id).encode())
+    return [_BYTE_OF[c] for c in token]
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's letters for bytes: printable ones stand for themselves, the others for letters from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(plain)]
+    return {chr(byte): byte for byte in plain} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
 def _overlap(text: str, stop: str) -> int:
     """How many of the last characters of `text` begin `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,11 +1,13 @@
-"""The engine's first form: a dynamic micro-batcher behind the `Engine` interface.
+"""Continuous batching behind the `Engine` interface (model_core.types).
 
-Each step admits what waits (one encode for all their images), prefills it, then decodes one token for
-every running row. Synchronous, deterministic, no thread, no sleep, no wall clock of its own.
+Each step encodes pictures that wait, asks the scheduler for work under one token budget, runs it as one
+packed forward, and turns the last row of every finished prompt and decode into a token. Synchronous and
+deterministic; no thread, no sleep, no wall clock of its own.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,174 +15,306 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from model_core.engine.detokenizer import Detokenizer
+from model_core.engine.block_manager import BlockManager
+from model_core.engine.config import BLOCK_SIZE, EngineConfig
+from model_core.engine.detokenizer import Detokenizer, bytes_of, text_of
 from model_core.engine.model_runner import ModelRunner
-from model_core.engine.sampler import build_generator, sample
+from model_core.engine.prefix_hash import PrefixHasher, prefix_root
+from model_core.engine.sampler import Sampled, SamplerState, check_params, sample_batch
+from model_core.engine.scheduler import Chunk, Scheduler, SchedulerConfig
 from model_core.engine.sequence import Sequence
-from model_core.errors import DualVisionError, InvalidRequestError, RequestFailedError
+from model_core.errors import ContextLengthError, DualVisionError, InvalidRequestError, RequestFailedError
 from model_core.processing.batch import InputFormat, prepare_inputs
 from model_core.types import EngineStats, FinishReason, GenerationRequest, ModelInfo, TokenEvent
 
+#: What one row may do wrong without taking the others with it.
+ROW_ERRORS = (RuntimeError, ValueError, MemoryError, DualVisionError)
 
-class MicroBatchEngine:
-    """See `model_core.types.Engine`. `max_num_seqs` rows run at once, the rest wait in order."""
 
-    def __init__(self, runner: ModelRunner, info: ModelInfo, eos_ids: frozenset[int], max_num_seqs: int = 16) -> None:
-        self.runner, self.info = runner, info
-        self._eos_ids, self._max_num_seqs = eos_ids, max_num_seqs
-        self._waiting: OrderedDict[str, Sequence] = OrderedDict()
-        self._running: list[Sequence] = []  # in cache row order
+class ContinuousEngine:
+    """See `model_core.types.Engine`. Everything but `prepare` belongs to one thread."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        info: ModelInfo,
+        eos_ids: frozenset[int],
+        blocks: BlockManager,
+        config: EngineConfig | None = None,
+    ) -> None:
+        config = config or EngineConfig()
+        self.runner, self.info, self.config, self.blocks = runner, info, config, blocks
+        self.scheduler: Scheduler[Sequence] = Scheduler(
+            SchedulerConfig(config.max_num_seqs, config.max_num_batched_tokens), blocks
+        )
+        self._eos_ids = eos_ids
+        self._vocab_size = runner.decoder.config.vocab_size
+        self._arrivals = itertools.count()
+        self._known: dict[str, Sequence] = {}
+        self._to_encode: OrderedDict[str, Sequence] = OrderedDict()
         self._num_steps = self._num_prompt_tokens = self._num_generation_tokens = 0
 
     def prepare(self, request: GenerationRequest, fmt: InputFormat | None = None) -> Sequence:
-        """Pure and thread-safe: decodes images, encodes text, checks the context.
+        """Pure and thread-safe: decodes images, encodes text, checks that it can ever fit.
 
         `fmt`: instead of the engine's own (the Python facade's opens local paths).
         """
         clock: Callable[[], float] = self.runner.clock
         start = clock()
-        suffix = request.score_token_ids or ()
-        room = self.info.max_context_tokens - (0 if suffix or request.encode_only else 1)
-        inputs = prepare_inputs(request.messages, fmt or self.runner.fmt, room, suffix)
-        sampling = request.sampling
+        sampling, suffix = request.sampling, request.score_token_ids or ()
+        check_params(sampling, self._vocab_size)
+        most = self.info.max_context_tokens
+        inputs = prepare_inputs(
+            request.messages, fmt or self.runner.fmt, most - (0 if suffix or request.encode_only else 1), suffix
+        )
+        room = self.blocks.num_blocks * BLOCK_SIZE
+        if len(inputs.input_ids) + 1 > room and not request.encode_only:
+            raise ContextLengthError(
+                "the prompt does not fit the KV cache",
+                value=f"{len(inputs.input_ids)} tokens ({inputs.num_image_tokens} image)",
+                allowed=f"{room - 1} tokens",
+                fix="Shorten it, or start the server with a larger KV cache",
+                param="messages",
+            )
+        tokenizer = self.runner.fmt.tokenizer
         return Sequence(
             request=request,
             inputs=inputs,
-            max_tokens=min(sampling.max_tokens, self.info.max_context_tokens - len(inputs.input_ids)),
-            detokenizer=Detokenizer(self.runner.fmt.tokenizer, sampling.stop),
-            generator=build_generator(sampling),
+            max_tokens=min(sampling.max_tokens, most - len(inputs.input_ids), room - len(inputs.input_ids)),
+            detokenizer=Detokenizer(tokenizer, sampling.stop),
+            sampler=SamplerState(sampling, inputs.input_ids, self._eos_ids),
+            hasher=self._hasher(request),
             preprocess_seconds=clock() - start,
         )
 
+    def _hasher(self, request: GenerationRequest) -> PrefixHasher | None:
+        if not self.config.enable_prefix_caching:
+            return None
+        info = self.info
+        return PrefixHasher(prefix_root(info.model_id, request.arm, info.fingerprint), BLOCK_SIZE)
+
     def add_request(self, prepared: Sequence) -> None:
-        known = prepared.request_id in self._waiting or any(s.request_id == prepared.request_id for s in self._running)
-        if known:
+        if prepared.request_id in self._known:
             raise InvalidRequestError("this request id is already in the engine", value=prepared.request_id)
-        prepared.added_at = self.runner.clock()
-        self._waiting[prepared.request_id] = prepared
+        prepared.added_at, prepared.arrival = self.runner.clock(), next(self._arrivals)
+        self._known[prepared.request_id] = prepared
+        self._to_encode[prepared.request_id] = prepared
 
     @torch.inference_mode()
     def abort(self, request_id: str) -> None:
-        if self._waiting.pop(request_id, None) is None:
-            for sequence in self._running:
-                if sequence.request_id == request_id:
-                    self._free(sequence)
-                    break
+        sequence = self._known.get(request_id)
+        if sequence is not None:
+            self._free(sequence)
+
+    def reset_caches(self) -> None:
+        self.blocks.reset_cache()
+        self.runner.features.clear()
 
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running)
+        return bool(self._known)
+
+    def token_text(self, token_id: int) -> tuple[str, list[int]]:
+        """A token as text and as its own bytes, for log-probabilities on the wire."""
+        tokenizer = self.runner.fmt.tokenizer
+        return text_of(tokenizer, token_id), bytes_of(tokenizer, token_id)
 
     def stats(self) -> EngineStats:
+        scheduler, cache = self.scheduler, self.runner.features
         return EngineStats(
-            num_running=len(self._running),
-            num_waiting=len(self._waiting),
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting) + len(self._to_encode),
             num_steps=self._num_steps,
             num_prompt_tokens=self._num_prompt_tokens,
             num_generation_tokens=self._num_generation_tokens,
             num_images_encoded=self.runner.num_images_encoded,
             encoder_seconds=dict(self.runner.encoder_seconds),
+            num_encoding=len(self._to_encode),
+            num_preemptions=scheduler.num_preemptions,
+            kv_cache_usage_ratio=self.blocks.usage_ratio,
+            prefix_cache_queries=scheduler.num_prefix_queries,
+            prefix_cache_hits=scheduler.num_prefix_hits,
+            encoder_cache_hits=dict(cache.hits),
+            encoder_cache_misses=dict(cache.misses),
+            encoder_cache_evictions=dict(cache.evictions),
+            encoder_cache_bytes=dict(cache.bytes),
         )
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
         self._num_steps += 1
         events: list[TokenEvent] = []
-        self._admit(events)
-        if self._running:
-            self._decode(events)
+        self._expire(events)
+        self._encode_waiting(events)
+        chunks = self.scheduler.schedule()
+        for sequence in self.scheduler.preempted:
+            self.runner.store.close(sequence)
+        if chunks:
+            self._run(sorted(chunks, key=lambda c: c.length != 1), events)
         return events
 
-    def _admit(self, events: list[TokenEvent]) -> None:
-        room = self._max_num_seqs - len(self._running)
-        admitted = [self._waiting.popitem(last=False)[1] for _ in range(min(room, len(self._waiting)))]
-        if not admitted:
+    def _expire(self, events: list[TokenEvent]) -> None:
+        timed = [s for s in self._known.values() if s.deadline is not None]
+        if not timed:
             return
         now = self.runner.clock()
-        for sequence in admitted:
-            sequence.admitted_at = now
-        for sequence in self._encode(admitted, events):
-            self._start(sequence, events)
+        for sequence in timed:
+            if now >= sequence.deadline:
+                seconds = sequence.request.timeout_seconds
+                late = RequestFailedError("the request ran out of time", value=f"{seconds:g} s", allowed="less")
+                events.append(self._fail(sequence, late))
 
-    def _encode(self, sequences: list[Sequence], events: list[TokenEvent]) -> list[Sequence]:
-        """One encode for all; if it fails, one at a time, so that only the culprit ends."""
+    # Encoding
+
+    def _encode_waiting(self, events: list[TokenEvent]) -> None:
+        """Text goes on at once; pictures in the order of their rank, up to the budget of one pass."""
+        with_images = []
+        for sequence in list(self._to_encode.values()):
+            if sequence.inputs.pixels is None:
+                self._encode([sequence], events)
+            else:
+                with_images.append(sequence)
+        if not with_images or not self._is_window_over(with_images):
+            return
+        batch: list[Sequence] = []
+        tokens = 0
+        for sequence in sorted(with_images, key=lambda s: (s.priority, s.arrival)):
+            tokens += sequence.inputs.num_image_tokens
+            if batch and tokens > self.config.max_encode_tokens:
+                break
+            batch.append(sequence)
+        self._encode(batch, events)
+
+    def _is_window_over(self, waiting: list[Sequence]) -> bool:
+        window = self.config.encode_window_seconds
+        if not window or not self.scheduler.running:
+            return True
+        tokens = sum(s.inputs.num_image_tokens for s in waiting)
+        oldest = min(s.added_at for s in waiting)
+        return tokens >= self.config.max_encode_tokens or self.runner.clock() - oldest >= window
+
+    def _encode(self, sequences: list[Sequence], events: list[TokenEvent]) -> None:
+        """One pass for all; if it fails, half and half again, so that only the culprit ends."""
         try:
             self.runner.encode(sequences)
-            return sequences
-        except (RuntimeError, ValueError, MemoryError, DualVisionError) as error:
+        except ROW_ERRORS as error:
             if len(sequences) == 1:
-                events.append(self._failed(sequences[0], error))
-                return []
-            return [s for one in sequences for s in self._encode([one], events)]
-
-    def _start(self, sequence: Sequence, events: list[TokenEvent]) -> None:
-        """First event of a sequence: its fusion, and its first token or its scores."""
-        request = sequence.request
-        opening = TokenEvent(sequence.request_id, fusion=sequence.fusion, usage=sequence.usage())
-        if request.encode_only:
-            events.append(self._closed(sequence, opening, "stop"))
-            return
-        try:
-            hidden = self.runner.prefill(sequence)
-            self._running.append(sequence)
-            self._num_prompt_tokens += len(sequence.inputs.input_ids)
-            if request.score_token_ids is not None:
-                scores = self.runner.score(hidden, request.score_token_ids)
-                self._free(sequence)
-                events.append(self._closed(sequence, replace(opening, score_logprobs=tuple(scores)), "stop"))
+                events.append(self._fail(sequences[0], error))
                 return
-            logits = self.runner.first_logits(hidden)
-        except (RuntimeError, DualVisionError) as error:
-            if sequence.row is not None:
-                self._free(sequence)
-            events.append(self._failed(sequence, error))
+            half = len(sequences) // 2
+            self._encode(sequences[:half], events)
+            self._encode(sequences[half:], events)
             return
-        events.append(self._advance(sequence, logits, opening))
+        for sequence in sequences:
+            del self._to_encode[sequence.request_id]
+            if sequence.request.encode_only:
+                sequence.admitted_at = self.runner.clock()
+                events.append(self._close(sequence, self._opening(sequence), "stop"))
+            else:
+                self.scheduler.add(sequence)
 
-    def _decode(self, events: list[TokenEvent]) -> None:
-        rows = list(self._running)  # freeing a row reorders the list
+    # Running
+
+    def _run(self, chunks: list[Chunk[Sequence]], events: list[TokenEvent]) -> None:
+        """One forward over all chunks; if it fails, half and half again. Writing a place twice does no harm."""
+        start = self.runner.clock()
         try:
-            batch = self.runner.decode(rows)
-        except RuntimeError as error:
-            # Out of memory, most likely, and the longest row holds the most. A step that is done again
-            # writes the same cache places, so the others go on with the next one as if nothing had been.
-            longest = max(rows, key=lambda s: len(s.inputs.input_ids) + len(s.token_ids))
-            self._free(longest)
-            events.append(self._failed(longest, error))
+            for chunk in chunks:
+                self._open(chunk, start)
+            hidden = self.runner.run(chunks)
+            ends = list(itertools.accumulate(c.length for c in chunks))
+            for chunk, end in zip(chunks, ends, strict=True):
+                if chunk.sequence.request.score_token_ids is not None:
+                    chunk.sequence.scores += self.runner.score(hidden[end - chunk.length : end], chunk)
+            answering = [(c, end - 1) for c, end in zip(chunks, ends, strict=True) if _is_answering(c)]
+            logits = self.runner.logits(hidden, [row for _, row in answering]) if answering else None
+        except ROW_ERRORS as error:
+            self._split(chunks, error, events)
             return
-        for sequence, logits in zip(rows, batch, strict=True):
-            events.append(self._advance(sequence, logits, TokenEvent(sequence.request_id)))
+        self._commit(chunks, self.runner.clock() - start)
+        for chunk in chunks:
+            if chunk.is_last and chunk.sequence.request.score_token_ids is not None:
+                scored = replace(self._opening(chunk.sequence), score_logprobs=tuple(chunk.sequence.scores))
+                events.append(self._close(chunk.sequence, scored, "stop"))
+        if answering:
+            self._sample([c.sequence for c, _ in answering], logits, events)
 
-    def _advance(self, sequence: Sequence, logits: Tensor, event: TokenEvent) -> TokenEvent:
-        """Choose a token, turn it to text, and see whether the sequence ends."""
-        if not bool(torch.isfinite(logits).all()):
-            self._free(sequence)
-            return self._failed(sequence, RequestFailedError("the model gave logits that are not finite"))
-        sampling = sequence.request.sampling
-        try:
-            token = sample(logits, sampling, sequence.generator)
-            is_eos = token in self._eos_ids and not sampling.ignore_eos
-            text = "" if is_eos else sequence.detokenizer.push(token)
-        except (RuntimeError, ValueError) as error:  # this row's own: the others must not feel it
-            self._free(sequence)
-            return self._failed(sequence, error)
+    def _open(self, chunk: Chunk[Sequence], now: float) -> None:
+        """A sequence that begins to run, or begins again after it was preempted, starts behind its cached prefix."""
+        if chunk.sequence not in self.runner.store:
+            chunk.sequence.admitted_at = chunk.sequence.admitted_at or now
+            self.runner.store.open(chunk.sequence, chunk.sequence.blocks[: chunk.start // BLOCK_SIZE])
+
+    def _split(self, chunks: list[Chunk[Sequence]], error: Exception, events: list[TokenEvent]) -> None:
+        if len(chunks) == 1:
+            events.append(self._fail(chunks[0].sequence, error))
+            return
+        half = len(chunks) // 2
+        for part in (chunks[:half], chunks[half:]):
+            for chunk in part:
+                del chunk.sequence.scores[self._num_scored(chunk) :]
+            self._run(part, events)
+
+    def _num_scored(self, chunk: Chunk[Sequence]) -> int:
+        """How many scores a sequence has before this chunk: what a failed try has added goes."""
+        suffix = chunk.sequence.request.score_token_ids or ()
+        return max(0, chunk.start - (chunk.sequence.num_prompt - len(suffix) - 1))
+
+    def _commit(self, chunks: list[Chunk[Sequence]], seconds: float) -> None:
+        self.scheduler.commit(chunks)
+        for chunk in chunks:
+            sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.length
+            first, last = start // BLOCK_SIZE, end // BLOCK_SIZE
+            if self.config.enable_prefix_caching and first < last:
+                self.runner.store.keep(sequence, first, sequence.blocks[first:last])
+            if not sequence.has_opened:
+                sequence.prefill_seconds += seconds
+                self._num_prompt_tokens += chunk.length
+
+    def _sample(self, sequences: list[Sequence], logits: Tensor, events: list[TokenEvent]) -> None:
+        for sequence, chosen in zip(sequences, sample_batch(logits, [s.sampler for s in sequences]), strict=True):
+            if isinstance(chosen, Exception):
+                events.append(self._fail(sequence, chosen))
+                continue
+            try:
+                events.append(self._advance(sequence, chosen))
+            except ROW_ERRORS as error:  # this row's own: the others must not feel it
+                events.append(self._fail(sequence, error))
+
+    def _advance(self, sequence: Sequence, chosen: Sampled) -> TokenEvent:
+        """Add the token, turn it to text, and see whether the sequence ends."""
+        event = self._opening(sequence) if not sequence.has_opened else TokenEvent(sequence.request_id)
+        sampling, token = sequence.request.sampling, chosen.token_id
+        is_end = token in sampling.stop_token_ids or (token in self._eos_ids and not sampling.ignore_eos)
+        text = "" if is_end else sequence.detokenizer.push(token)
         sequence.token_ids.append(token)
+        sequence.sampler.push(token)
         self._num_generation_tokens += 1
-        event = replace(event, text=text, token_ids=(token,))
-        if is_eos or sequence.detokenizer.is_stopped:
-            return self._finish(sequence, event, "stop")
-        if len(sequence.token_ids) >= sequence.max_tokens:
-            return self._finish(sequence, event, "length")
-        return event
+        logprobs = None if chosen.logprob is None else (chosen.logprob,)
+        event = replace(event, text=text, token_ids=(token,), logprobs=logprobs)
+        reason: FinishReason | None = None
+        if is_end or sequence.detokenizer.is_stopped:
+            reason = "stop"
+        elif len(sequence.token_ids) >= sequence.max_tokens:
+            reason = "length"
+        if reason is None:
+            return event
+        return self._close(sequence, replace(event, text=event.text + sequence.detokenizer.finish()), reason)
 
-    def _finish(self, sequence: Sequence, event: TokenEvent, reason: FinishReason) -> TokenEvent:
+    # Ends
+
+    def _opening(self, sequence: Sequence) -> TokenEvent:
+        """The first event of a request: its fusion, and the prompt's counts."""
+        sequence.has_opened = True
+        sequence.prefilled_at = self.runner.clock()
+        return TokenEvent(sequence.request_id, fusion=sequence.fusion, usage=sequence.usage())
+
+    def _close(self, sequence: Sequence, event: TokenEvent, reason: FinishReason) -> TokenEvent:
         self._free(sequence)
-        return self._closed(sequence, replace(event, text=event.text + sequence.detokenizer.finish()), reason)
-
-    def _closed(self, sequence: Sequence, event: TokenEvent, reason: FinishReason) -> TokenEvent:
         timings = sequence.timings(self.runner.clock())
         return replace(event, finish_reason=reason, usage=sequence.usage(), timings=timings)
 
-    def _failed(self, sequence: Sequence, error: Exception) -> TokenEvent:
+    def _fail(self, sequence: Sequence, error: Exception) -> TokenEvent:
+        self._free(sequence)
         shown = error if isinstance(error, DualVisionError) else RequestFailedError(
             "the model failed on this request", value=type(error).__name__
         )  # fmt: skip
@@ -189,11 +323,13 @@ class MicroBatchEngine:
         return TokenEvent(sequence.request_id, error=shown, usage=sequence.usage(), timings=timings)
 
     def _free(self, sequence: Sequence) -> None:
-        """Give the cache row back; the last row moves into the gap, in the cache and in our list."""
-        row = sequence.row
-        self.runner.cache.remove_row(row)
-        sequence.row = None
-        if row < len(self._running) and self._running[row] is sequence:
-            last = self._running.pop()
-            if last is not sequence:
-                last.row, self._running[row] = row, last
+        """Whatever its stage: nothing of it is left after this."""
+        self._known.pop(sequence.request_id, None)
+        self._to_encode.pop(sequence.request_id, None)
+        self.scheduler.remove(sequence)
+        self.runner.store.close(sequence)
+        sequence.embeds = None
+
+
+def _is_answering(chunk: Chunk[Sequence]) -> bool:
+    return chunk.is_last and chunk.sequence.request.score_token_ids is None

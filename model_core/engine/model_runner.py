@@ -1,4 +1,4 @@
-"""Runs the model for the engine: images to fused tokens, prompts to first logits, rows to next logits.
+"""Runs the model for the engine: images to fused tokens, packed chunks to hidden states, rows to logits.
 
 Knows tensors and one clock; knows no queue, no sampling and no text.
 """
@@ -12,26 +12,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model_core.engine.encoder_cache import EncoderCache
+from model_core.engine.scheduler import Chunk
 from model_core.engine.sequence import Sequence
 from model_core.errors import RequestFailedError
 from model_core.fusion.attribution import describe_fusion
 from model_core.language.decoder import Decoder
+from model_core.language.kv_cache import KVStore, Work
 from model_core.model import DualVisionModel
 from model_core.processing.batch import InputFormat, normalise_pixels
-from model_core.types import ARM_REMOVES
-from model_core.vision_tokens import cell_counts, cell_grids
+from model_core.types import ARM_REMOVES, Arm
+from model_core.vision_tokens import Grid, cell_counts
 
 Clock = Callable[[], float]
 SCORE_ROWS = 256
 
 
 class ModelRunner:
-    """The model on its device, with one cache for all running rows."""
+    """The model on its device. Stateless between steps but for the caches that it is given."""
 
-    def __init__(self, model: DualVisionModel, fmt: InputFormat, clock: Clock) -> None:
-        self.model, self.fmt, self.clock = model, fmt, clock
-        self.decoder = Decoder(model.model.language_model, model.lm_head)
-        self.cache = self.decoder.new_cache()
+    def __init__(
+        self,
+        model: DualVisionModel,
+        decoder: Decoder,
+        fmt: InputFormat,
+        clock: Clock,
+        *,
+        store: KVStore,
+        features: EncoderCache,
+    ) -> None:
+        self.model, self.decoder, self.fmt, self.clock = model, decoder, fmt, clock
+        self.store, self.features = store, features
         self.device = model.device
         self.encoder_seconds: dict[str, float] = dict.fromkeys(model.model.encoders, 0.0)
         self.num_images_encoded = 0
@@ -48,30 +59,23 @@ class ModelRunner:
 
     def _encode_images(self, sequences: list[Sequence]) -> None:
         backbone, start = self.model.model, self._now()
-        pixels = np.concatenate([s.inputs.pixels for s in sequences])
-        pixel_values = normalise_pixels(pixels, self.fmt.patches, self.device)
-        grid_thw = torch.tensor([g for s in sequences for g in s.inputs.grids])
         arms = [s.request.arm for s in sequences for _ in s.inputs.grids]
-        features: dict[str, Tensor] = {}
-        spent: dict[str, float] = {}
-        for name in backbone.needed_encoders(arms):
-            begin = self._now()
-            features |= backbone.encode_images(pixel_values, grid_thw, [name])
-            spent[name] = self._now() - begin
-            self.encoder_seconds[name] += spent[name]
-        grids = cell_grids(grid_thw, self.model.config.merge_size)
+        merge = self.model.config.merge_size
+        grids: tuple[Grid, ...] = tuple((t, h // merge, w // merge) for s in sequences for t, h, w in s.inputs.grids)
+        features, spent = self._features(sequences, arms)
         want = any(s.request.encode_only for s in sequences)
         output = backbone.fuse(features, grids, arms, want_contributions=want)
         lengths = [n * backbone.fusion.tokens_per_cell for n in cell_counts(grids)]
-        notes = [w for s in sequences for w in s.inputs.warnings]
-        trained = backbone.fusion.is_trained
         has_means = int(backbone.fusion.means.count) > 0
-        calibrated = [has_means or not ARM_REMOVES[arm] or arm == "unfused" for arm in arms]
         described = describe_fusion(
-            output, list(backbone.encoders), lengths, is_trained=trained, is_calibrated=calibrated, warnings=notes
+            output,
+            list(backbone.encoders),
+            lengths,
+            is_trained=backbone.fusion.is_trained,
+            is_calibrated=[has_means or not ARM_REMOVES[arm] or arm == "unfused" for arm in arms],
+            warnings=[w for s in sequences for w in s.inputs.warnings],
         )
         parts, seconds = output.tokens.split(lengths), self._now() - start
-        self.num_images_encoded += len(lengths)
         at = 0
         for sequence in sequences:
             end = at + len(sequence.inputs.grids)
@@ -79,58 +83,143 @@ class ModelRunner:
             sequence.fusion = tuple(described[at:end])
             sequence.encode_seconds, sequence.encoder_seconds = seconds, spent
             at = end
+            self._check_embeds(sequence)
 
-    @torch.inference_mode()
-    def prefill(self, sequence: Sequence) -> Tensor:
-        """Run the prompt into a new cache row. Returns hidden states (T, D).
-
-        Raises:
-            RequestFailedError: the features are not finite, or don't fill the placeholders.
-        """
-        start = self._now()
-        inputs = sequence.inputs
-        embeds = self.decoder.model.embed_tokens(torch.tensor(inputs.input_ids, device=self.device))  # (T, D)
-        if sequence.embeds is not None:
-            if not bool(torch.isfinite(sequence.embeds).all()):
-                raise RequestFailedError("an image gave features that are not finite", fix="Try another image")
-            is_image = torch.tensor(inputs.token_types, device=self.device) > 0
-            if int(is_image.sum()) != sequence.embeds.shape[0]:
-                raise RequestFailedError(
-                    "image tokens and placeholders differ",
-                    value=f"{sequence.embeds.shape[0]} and {int(is_image.sum())}",
-                )
-            embeds[is_image] = sequence.embeds.to(embeds.dtype)
-            sequence.embeds = None
-        sequence.row = self.cache.add_row(len(inputs.input_ids))
-        hidden = self.decoder.prefill(embeds, inputs.positions.to(self.device), self.cache, sequence.row)
-        sequence.prefilled_at = self._now()
-        sequence.prefill_seconds = sequence.prefilled_at - start
-        return hidden
-
-    @torch.inference_mode()
-    def first_logits(self, hidden: Tensor) -> Tensor:
-        """(V,) for the token after the prompt."""
-        return self.decoder.logits(hidden[-1:])[0]
-
-    @torch.inference_mode()
-    def score(self, hidden: Tensor, token_ids: Items[int]) -> list[float]:
-        """log p of each of the last len(token_ids) tokens of the sequence, natural logarithm."""
-        rows = hidden[-len(token_ids) - 1 : -1].split(SCORE_ROWS)  # a whole answer's logits can be gigabytes
-        wanted = torch.tensor(token_ids, device=self.device)[:, None].split(SCORE_ROWS)
-        scored = [
-            self.decoder.logits(part).log_softmax(-1).gather(1, ids)[:, 0]
-            for part, ids in zip(rows, wanted, strict=True)
+    def _features(self, sequences: list[Sequence], arms: list[Arm]) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Features (S, C_e) of all images by encoder, from the cache or from one forward over what it lacks."""
+        images = [
+            (key, grid, pixels)
+            for s in sequences
+            for (_, _, key), grid, pixels in zip(s.inputs.spans, s.inputs.grids, _split_pixels(s), strict=True)
         ]
-        return torch.cat(scored).tolist()
+        features: dict[str, Tensor] = {}
+        spent: dict[str, float] = {}
+        backbone = self.model.model
+        needs = {arm: backbone.needed_encoders([arm]) for arm in set(arms)}
+        for name in backbone.encoders:
+            wanted = [i for i, arm in enumerate(arms) if name in needs[arm]]
+            if not wanted:
+                continue
+            begin = self._now()
+            found: dict[bytes, Tensor | None] = {}
+            missing: dict[bytes, int] = {}  # the same picture twice in a batch is encoded once
+            for i in wanted:
+                key = images[i][0]
+                if key not in found:
+                    found[key] = self.features.get(name, key)
+                    if found[key] is None:
+                        missing[key] = i
+            if missing:
+                found |= self._forward(name, [images[i] for i in missing.values()])
+            features[name] = self._lay_out(name, [found.get(key) for key, _, _ in images], [g for _, g, _ in images])
+            spent[name] = self._now() - begin
+            self.encoder_seconds[name] += spent[name]
+        return features, spent
+
+    def _forward(self, name: str, images: list[tuple[bytes, Grid, np.ndarray]]) -> dict[bytes, Tensor]:
+        pixels = np.concatenate([pixels for _, _, pixels in images])
+        values = normalise_pixels(pixels, self.fmt.patches, self.device)
+        grids = torch.tensor([grid for _, grid, _ in images])
+        tokens = self.model.model.encode_images(values, grids, [name])[name]
+        self.num_images_encoded += len(images)
+        cells = [self._num_cells(grid) for _, grid, _ in images]
+        out = {key: part for (key, _, _), part in zip(images, tokens.split(cells), strict=True)}
+        is_finite = torch.stack([torch.isfinite(part).all() for part in out.values()]).tolist()
+        for (key, part), is_sound in zip(out.items(), is_finite, strict=True):
+            if is_sound:  # or one bad forward would fail this picture for as long as it is kept
+                self.features.put(name, key, part)
+        return out
+
+    def _lay_out(self, name: str, parts: list[Tensor | None], grids: list[Grid]) -> Tensor:
+        """One after the other; zeros where an image's arm takes this encoder away (its mean comes in later)."""
+        width = self.model.model.encoders[name].output_dim
+        like = next(part for part in parts if part is not None)
+        return torch.cat(
+            [
+                like.new_zeros(self._num_cells(grid), width) if part is None else part
+                for part, grid in zip(parts, grids, strict=True)
+            ]
+        )
+
+    def _num_cells(self, grid: Grid) -> int:
+        return grid[0] * grid[1] * grid[2] // self.model.config.merge_size**2
+
+    def _check_embeds(self, sequence: Sequence) -> None:
+        """Raises RequestFailedError: the features are not finite, or don't fill the placeholders."""
+        if not bool(torch.isfinite(sequence.embeds).all()):
+            raise RequestFailedError("an image gave features that are not finite", fix="Try another image")
+        sequence.image_places = [i for i, kind in enumerate(sequence.inputs.token_types) if kind]
+        if len(sequence.image_places) != sequence.embeds.shape[0]:
+            raise RequestFailedError(
+                "image tokens and placeholders differ",
+                value=f"{sequence.embeds.shape[0]} and {len(sequence.image_places)}",
+            )
 
     @torch.inference_mode()
-    def decode(self, rows: Items[Sequence]) -> Tensor:
-        """Next logits (B, V) of the sequences in row order."""
-        tokens = torch.tensor([s.token_ids[-1] for s in rows], device=self.device)
-        positions = torch.tensor([s.next_position for s in rows], device=self.device)
-        return self.decoder.decode(tokens, positions, self.cache)
+    def run(self, chunks: Items[Chunk[Sequence]]) -> Tensor:
+        """One packed forward. Chunks of one token first. Returns hidden states (S, D) in the chunks' order."""
+        work = [Work(c.sequence, c.start, c.length, c.sequence.blocks) for c in chunks]
+        ids = [i for c in chunks for i in c.sequence.ids_between(c.start, c.start + c.length)]
+        embeds = self.decoder.embed(torch.tensor(ids, device=self.device))  # (S, D)
+        at = 0
+        for c in chunks:
+            first, last = c.sequence.images_between(c.start, c.start + c.length)
+            if first != last:
+                places = torch.tensor(c.sequence.image_places[first:last]) - c.start + at
+                embeds[places.to(self.device)] = c.sequence.embeds[first:last].to(embeds.dtype)
+            at += c.length
+        return self.decoder.forward(embeds, self._positions(chunks), self.store.begin(work))
+
+    def _positions(self, chunks: Items[Chunk[Sequence]]) -> Tensor:
+        """(3, S): the prompt's own, then one by one from where the prompt's end."""
+        parts: list[Tensor] = []
+        singles: list[int] = []
+
+        def flush() -> None:
+            if singles:
+                parts.append(torch.tensor(singles).expand(3, -1))
+                singles.clear()
+
+        for c in chunks:
+            inputs, end = c.sequence.inputs, c.start + c.length
+            n = len(inputs.input_ids)
+            if c.start < n:
+                flush()
+                parts.append(inputs.positions[:, c.start : min(end, n)])
+            singles.extend(range(max(c.start, n) + inputs.delta, end + inputs.delta))
+        flush()
+        return torch.cat(parts, dim=1).to(self.device)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor, rows: Items[int]) -> Tensor:
+        """(len(rows), V) float32 of these rows of `run`'s result."""
+        picked = hidden if len(rows) == hidden.shape[0] else hidden[torch.tensor(rows, device=self.device)]
+        return self.decoder.logits(picked)
+
+    @torch.inference_mode()
+    def score(self, hidden: Tensor, chunk: Chunk[Sequence]) -> list[float]:
+        """log p, natural logarithm, of those scored tokens that the chunk's hidden states predict.
+
+        hidden: (length, D) of this chunk alone.
+        """
+        sequence = chunk.sequence
+        n, scored = sequence.num_prompt, sequence.request.score_token_ids
+        first = n - len(scored) - 1  # the place that predicts the first of them
+        begin, end = max(chunk.start, first), min(chunk.start + chunk.length, n - 1)
+        scores: list[float] = []
+        for at in range(begin, end, SCORE_ROWS):  # a whole answer's logits can be gigabytes
+            stop = min(at + SCORE_ROWS, end)
+            wanted = torch.tensor(scored[at - first : stop - first], device=self.device)[:, None]
+            logits = self.decoder.logits(hidden[at - chunk.start : stop - chunk.start])
+            scores += logits.log_softmax(-1).gather(1, wanted)[:, 0].tolist()
+        return scores
 
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return self.clock()
+
+
+def _split_pixels(sequence: Sequence) -> list[np.ndarray]:
+    ends = np.cumsum([t * h * w for t, h, w in sequence.inputs.grids])
+    return np.split(sequence.inputs.pixels, ends[:-1])

@@ -6,6 +6,8 @@ Pixels stay uint8 until they are on the device. Runs no model.
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +41,8 @@ class ModelInputs:
     """One sequence. grids: PATCH grids in the order of the placeholders, images and videos alike.
 
     pixels: (sum t*h*w, 3*f*p*p) uint8; positions: (3, T); the next token's position is T + delta.
+    spans: (first, end, key) of each image's placeholders. Equal keys mean equal tokens at the input of the encoders
+    and equal spacing of the positions, whatever file they came from.
     """
 
     input_ids: list[int]
@@ -48,6 +52,7 @@ class ModelInputs:
     positions: Tensor
     delta: int
     warnings: tuple[tuple[str, ...], ...]
+    spans: tuple[tuple[int, int, bytes], ...] = ()
 
     @property
     def num_image_tokens(self) -> int:
@@ -94,7 +99,27 @@ def prepare_inputs(
         positions=positions,
         delta=delta,
         warnings=tuple(notes for _, notes in opened),
+        spans=_spans(types, counts, patches, chat.media),
     )
+
+
+def _spans(
+    types: Sequence[int], counts: Sequence[int], patches: Sequence[Patches], media: Sequence[ImagePart | VideoPart]
+) -> tuple[tuple[int, int, bytes], ...]:
+    places = [i for i, kind in enumerate(types) if kind]
+    found, at = [], 0
+    for count, one, part in zip(counts, patches, media, strict=True):
+        found.append((places[at], places[at + count - 1] + 1, _image_key(one, part)))
+        at += count
+    return tuple(found)
+
+
+def _image_key(patches: Patches, part: ImagePart | VideoPart) -> bytes:
+    """Of the patches as the encoders get them: turning, resizing and colour rules are in it for certain."""
+    spacing = part.fps if isinstance(part, VideoPart) else 0.0
+    digest = hashlib.blake2b(struct.pack("<3qd", *patches.grid, spacing), digest_size=16)
+    digest.update(np.ascontiguousarray(patches.pixels).data)
+    return digest.digest()
 
 
 def _patches(part: ImagePart | VideoPart, fmt: InputFormat) -> tuple[Patches, tuple[str, ...]]:

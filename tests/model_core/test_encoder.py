@@ -90,7 +90,7 @@ def test_an_abandoned_stream_leaves_nothing_behind(encoder: Any, picture: Image.
     next(stream)
     stream.close()
     assert not encoder.engine.has_work()
-    assert len(encoder.engine.runner.cache) == 0
+    assert encoder.engine.runner.store.num_open == 0
 
 
 def test_weights_are_means_over_images_and_each_images_own(encoder: Any, picture: Image.Image) -> None:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from model_core.encoder import DualVisionEncoder
+from model_core.engine.config import EngineConfig
 from model_core.errors import ContextLengthError, InvalidRequestError, RequestFailedError
 from model_core.types import (
     ChatMessage,
@@ -58,7 +59,7 @@ def run(encoder: DualVisionEncoder, requests: list[GenerationRequest], arrive: i
             assert not merged[event.request_id].is_terminal, "an event after the last one"
             merged[event.request_id] = fold(merged[event.request_id], event)
     assert all(event.is_terminal for event in merged.values())
-    assert len(engine.runner.cache) == 0, "a row was leaked"
+    assert engine.runner.store.num_open == 0, "a row was leaked"
     return merged
 
 
@@ -89,7 +90,7 @@ def generated(encoder: DualVisionEncoder, request: GenerationRequest) -> tuple[l
 
 @pytest.mark.parametrize("arrive", [1, 3, 99])
 def test_greedy_equals_generate_in_any_mix(arrive: int) -> None:
-    encoder = tiny.encoder(max_num_seqs=4)
+    encoder = tiny.encoder(engine_config=EngineConfig(max_num_seqs=4))
     requests = [random_request(seed) for seed in range(12)]
     for request in requests:
         expected, margins = generated(encoder, request)
@@ -156,7 +157,7 @@ def test_video_is_one_entry_and_its_tokens_are_counted() -> None:
 
 
 def test_abort_at_every_stage_frees_everything() -> None:
-    encoder = tiny.encoder(max_num_seqs=2)
+    encoder = tiny.encoder(engine_config=EngineConfig(max_num_seqs=2))
     engine = encoder.engine
     for request in (random_request(seed, max_tokens=9) for seed in range(4)):
         engine.add_request(engine.prepare(request))
@@ -166,7 +167,7 @@ def test_abort_at_every_stage_frees_everything() -> None:
         engine.abort(request_id)
     assert not engine.has_work()
     assert engine.step() == []
-    assert len(engine.runner.cache) == 0
+    assert engine.runner.store.num_open == 0
 
 
 def test_cancelling_one_row_leaves_the_others_as_they_were() -> None:
@@ -226,26 +227,28 @@ def test_an_encode_that_raises_for_one_is_retried_one_by_one(monkeypatch: pytest
     assert sum(event.error is None for event in merged.values()) == 3
 
 
-def test_a_decode_that_fails_ends_the_longest_row_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_fails_the_forward_ends_alone_and_a_passing_fault_ends_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """One step's RuntimeError reached every row of the batch."""
-    encoder = tiny.encoder(max_num_seqs=4)
+    encoder = tiny.encoder(engine_config=EngineConfig(max_num_seqs=4))
     requests = [random_request(number, max_tokens=8) for number in range(4)]
     undisturbed = run(encoder, requests)
-    original, calls = encoder.engine.runner.decode, []
+    original, calls = encoder.engine.runner.run, []
 
-    def fails_once(rows: list) -> torch.Tensor:
-        calls.append(len(rows))
-        if len(calls) == 3:
-            original(rows)  # as far as the cache: the retried step must not see it
-            encoder.engine.runner.cache.lengths = [n - 1 for n in encoder.engine.runner.cache.lengths]
+    def fails(chunks: list) -> torch.Tensor:
+        calls.append(len(chunks))
+        hidden = original(chunks)  # as far as the cache: a step that is run again must not see it
+        hurt = any(c.sequence.request_id == "r2" and len(c.sequence.token_ids) == 3 for c in chunks)
+        if len(calls) == 3 or hurt:
             raise RuntimeError("out of memory, say")
-        return original(rows)
+        return hidden
 
-    monkeypatch.setattr(encoder.engine.runner, "decode", fails_once)
+    monkeypatch.setattr(encoder.engine.runner, "run", fails)
     merged = run(encoder, requests)
-    failed = [name for name, event in merged.items() if event.error is not None]
-    assert failed == [max(merged, key=lambda name: undisturbed[name].usage.prompt_tokens)]
-    assert all(merged[n].token_ids == undisturbed[n].token_ids for n in merged if n not in failed)
+    assert [name for name, event in merged.items() if event.error is not None] == ["r2"]
+    assert all(merged[n].token_ids == undisturbed[n].token_ids for n in merged if n != "r2")
+    assert merged["r2"].token_ids == undisturbed["r2"].token_ids[:3]
 
 
 def test_a_prompt_past_the_context_is_refused_with_its_counts() -> None:

@@ -1,17 +1,12 @@
-"""Tokens to text without broken characters or leaked stop strings; logits to tokens as the parameters say."""
+"""Tokens to text without broken characters or leaked stop strings."""
 
 from __future__ import annotations
 
 import random
-from collections import Counter
 
 import pytest
-import torch
-from torch import Tensor
 
-from model_core.engine.detokenizer import Detokenizer
-from model_core.engine.sampler import build_generator, sample
-from model_core.types import SamplingParams
+from model_core.engine.detokenizer import Detokenizer, bytes_of, text_of
 from tests.model_core import tiny
 
 TOKENIZER = tiny.byte_tokenizer()
@@ -132,71 +127,6 @@ def test_stop_strings_equal_a_search_in_the_whole_text() -> None:
         assert ("".join(pieces), is_stopped) == (text[:cut], ended is not None), (text, stops)
 
 
-def naive(logits: list[float], params: SamplingParams) -> list[float]:
-    """Temperature, top-k, min-p, top-p over plain lists."""
-    scaled = [x / params.temperature for x in logits]
-    order = sorted(range(len(scaled)), key=lambda i: -scaled[i])
-    if params.top_k:
-        order = order[: params.top_k]
-    weights = {i: 2.718281828459045 ** (scaled[i] - scaled[order[0]]) for i in order}
-    weights = {i: w for i, w in weights.items() if w >= params.min_p}
-    total, kept, mass = sum(weights.values()), {}, 0.0
-    for i, w in weights.items():  # in falling order
-        if mass >= params.top_p * total:
-            break
-        kept[i], mass = w, mass + w
-    return [kept.get(i, 0.0) / mass for i in range(len(logits))]
-
-
-LOGITS = torch.tensor([1.0, 3.0, 0.2, 2.5, -1.0, 2.0, -4.0])
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"temperature": 1.0}, {"temperature": 0.5}, {"temperature": 2.0}, {"temperature": 1.0, "top_k": 3},
-        {"temperature": 1.0, "top_k": 1}, {"temperature": 1.0, "top_k": 99}, {"temperature": 1.0, "top_p": 0.6},
-        {"temperature": 1.0, "top_p": 0.01}, {"temperature": 1.5, "min_p": 0.2},
-        {"temperature": 1.5, "top_k": 5, "top_p": 0.8, "min_p": 0.1},
-    ],
-)  # fmt: skip
-def test_draws_follow_the_naive_distribution(options: dict[str, float]) -> None:
-    params = SamplingParams(seed=0, **options)
-    generator, n = build_generator(params), 4000
-    counts = Counter(sample(LOGITS, params, generator) for _ in range(n))
-    for token, expected in enumerate(naive(LOGITS.tolist(), params)):
-        seen = counts[token] / n
-        assert expected > 0.0 or seen == 0.0
-        assert abs(seen - expected) <= 4 * (expected * (1 - expected) / n) ** 0.5
-
-
-def test_greedy_is_the_best_token_and_needs_no_generator() -> None:
-    params = SamplingParams(temperature=0.0, top_k=2, top_p=0.1, seed=5)
-    assert build_generator(params) is None
-    assert sample(LOGITS, params, None) == 1
-
-
-def draws(seed: int | None, logits: Tensor = LOGITS, n: int = 24) -> list[int]:
-    params = SamplingParams(temperature=1.0, seed=seed)
-    generator = build_generator(params)
-    return [sample(logits, params, generator) for _ in range(n)]
-
-
-def test_a_seed_repeats_and_others_differ() -> None:
-    torch.manual_seed(0)
-    first = draws(7)
-    torch.manual_seed(1)
-    assert draws(7) == first, "the global generator plays no part"
-    assert draws(8) != first
-    assert draws(-3) == draws(-3), "negative seeds are allowed"
-    assert draws(None) != draws(None)
-
-
-def test_impossible_tokens_are_never_drawn() -> None:
-    logits = torch.tensor([0.0, float("-inf"), 0.0, float("-inf")])
-    assert set(draws(0, logits, 200)) == {0, 2}
-
-
 def test_a_long_run_of_broken_bytes_is_shown_as_it_comes() -> None:
     """It was held back to its end and decoded anew at every token: quadratic time, and no text."""
     tokenizer = tiny.byte_tokenizer()
@@ -208,8 +138,10 @@ def test_a_long_run_of_broken_bytes_is_shown_as_it_comes() -> None:
     assert "".join(shown) + detokenizer.finish() == "\ufffd" * 300
 
 
-@pytest.mark.parametrize("temperature", [5e-324, 1e-38, 1e-6])
-def test_a_temperature_next_to_zero_is_greedy(temperature: float) -> None:
-    """Dividing by it gave infinities, and the sampler's error took the engine down with every request."""
-    params = SamplingParams(temperature=temperature, seed=1)
-    assert sample(torch.tensor([0.1, 3.0, 2.9]), params, build_generator(params)) == 1
+def test_a_token_as_text_and_as_bytes() -> None:
+    ids = ids_of("a \u00e9\U0001f600")
+    assert bytes(byte for token in ids for byte in bytes_of(TOKENIZER, token)) == "a \u00e9\U0001f600".encode()
+    assert [text_of(TOKENIZER, token) for token in ids[:3]] == ["a", " ", "\ufffd"]
+    end = tiny.token_id("<|im_end|>")
+    assert text_of(TOKENIZER, end) == "<|im_end|>"
+    assert bytes(bytes_of(TOKENIZER, end)) == b"<|im_end|>"

@@ -1,0 +1,37 @@
+"""Puts an engine together for a loaded model: cache sizes from the device, the store that suits it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from model_core.engine.block_manager import BlockManager
+from model_core.engine.config import BLOCK_SIZE, EngineConfig
+from model_core.engine.encoder_cache import EncoderCache
+from model_core.engine.engine import ContinuousEngine
+from model_core.engine.model_runner import ModelRunner
+from model_core.language.decoder import Decoder
+from model_core.language.kv_cache import RowStore
+from model_core.model import DualVisionModel
+from model_core.processing.batch import InputFormat
+from model_core.types import ModelInfo
+
+
+def build_engine(
+    model: DualVisionModel,
+    fmt: InputFormat,
+    info: ModelInfo,
+    eos_ids: frozenset[int],
+    config: EngineConfig,
+    clock: Callable[[], float],
+) -> ContinuousEngine:
+    """Raises ConfigError: settings that contradict each other or the device, with both numbers."""
+    decoder = Decoder(model.model.language_model, model.lm_head)
+    shape = decoder.cache_shape
+    free = torch.cuda.mem_get_info(shape.device)[0] if shape.device.type == "cuda" else None
+    num_blocks = config.num_blocks(shape, free, info.max_context_tokens)
+    blocks = BlockManager(num_blocks, BLOCK_SIZE, enable_prefix_caching=config.enable_prefix_caching)
+    store = RowStore(shape, num_blocks if config.enable_prefix_caching else 0, BLOCK_SIZE)
+    runner = ModelRunner(model, decoder, fmt, clock, store=store, features=EncoderCache(config.encoder_cache_bytes))
+    return ContinuousEngine(runner, info, eos_ids, blocks, config)

@@ -1,0 +1,65 @@
+"""What the engine may hold and do at once. Derived from the device where it is not asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model_core.errors import ConfigError
+from model_core.language.kv_cache import CacheShape
+
+BLOCK_SIZE = 16
+_CPU_CACHE_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Settings of one engine.
+
+    max_num_seqs: sequences that run at once. max_num_batched_tokens: tokens of one step, prompts in chunks.
+    max_encode_tokens: image tokens that one pass of the encoders takes; an image above it goes alone.
+    encode_window_seconds: how long a picture may wait for company while others are being answered.
+    kv_cache_bytes: None derives it from the device. encoder_cache_bytes: 0 keeps no features.
+    """
+
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int = 2048
+    max_encode_tokens: int = 4096
+    encode_window_seconds: float = 0.0
+    kv_cache_bytes: int | None = None
+    encoder_cache_bytes: int = 256 * 2**20
+    enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_encode_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is out of range", value=getattr(self, name), allowed="1 or more")
+        if self.encode_window_seconds < 0:
+            raise ConfigError(
+                "encode_window_seconds is out of range", value=self.encode_window_seconds, allowed="0 or more"
+            )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                "a step can't hold one token of every sequence",
+                value=f"max_num_batched_tokens={self.max_num_batched_tokens}, max_num_seqs={self.max_num_seqs}",
+                allowed="max_num_batched_tokens of at least max_num_seqs",
+            )
+
+    def num_blocks(self, shape: CacheShape, free_device_bytes: int | None, max_context_tokens: int) -> int:
+        """Blocks of the cache. More than all sequences could ever fill are never taken.
+
+        Raises:
+            ConfigError: the cache can't hold one sequence of the model's context, with both numbers.
+        """
+        budget = self.kv_cache_bytes
+        if budget is None:
+            budget = _CPU_CACHE_BYTES if free_device_bytes is None else int(free_device_bytes * 0.85)
+        block_bytes = shape.token_bytes * BLOCK_SIZE
+        blocks = min(budget // block_bytes, self.max_num_seqs * -(-max_context_tokens // BLOCK_SIZE))
+        if blocks < 1:
+            raise ConfigError(
+                "the KV cache can't hold one block",
+                value=f"{budget} bytes",
+                allowed=f"at least {block_bytes} bytes, {BLOCK_SIZE} tokens",
+                fix="Raise kv_cache_bytes, or free memory on the device",
+            )
+        return blocks

@@ -1,0 +1,202 @@
+"""Chunks, prefix hits, preemption and caches change when work is done, never what comes out."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model_core.encoder import DualVisionEncoder
+from model_core.engine.config import BLOCK_SIZE, EngineConfig
+from model_core.errors import ConfigError, ContextLengthError, RequestFailedError
+from model_core.language.kv_cache import CacheShape
+from model_core.types import ChatMessage, GenerationRequest, ImagePart, SamplingParams, TextPart
+from tests.model_core import tiny
+from tests.model_core.engine.test_engine import agrees, generated, picture, random_request, run
+
+TOKEN_BYTES = 2 * 2 * 2 * 16 * 4  # keys and values, layers, kv heads, head dim, float32
+ARMS = ("fused", "qwen-only", "dinov2-only", "blind", "unfused")
+
+
+def cache_of(num_tokens: int) -> int:
+    return num_tokens * TOKEN_BYTES
+
+
+def check(encoder: DualVisionEncoder, count: int, seed: int, most_tokens: int) -> None:
+    """Random requests, in random arrival, against transformers' generate on the same model."""
+    rng = random.Random(seed)
+    requests = [random_request(seed * 1000 + n, max_tokens=rng.randint(1, most_tokens)) for n in range(count)]
+    together = run(encoder, requests, rng.choice([1, 3, 99]))
+    for request in requests:
+        expected, margins = generated(encoder, request)
+        event = together[request.request_id]
+        assert event.error is None, event.error
+        assert agrees(list(event.token_ids), expected, margins), request.request_id
+
+
+SETTINGS = {
+    "chunks of a few tokens": EngineConfig(max_num_seqs=4, max_num_batched_tokens=7),
+    "no caches at all": EngineConfig(enable_prefix_caching=False, encoder_cache_bytes=0),
+    "preemption": EngineConfig(max_num_seqs=6, kv_cache_bytes=cache_of(160), max_num_batched_tokens=64),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_greedy_equals_generate_under(name: str) -> None:
+    encoder = tiny.encoder(engine_config=SETTINGS[name])
+    check(encoder, 7, 1, 16)
+    if name == "preemption":
+        assert encoder.engine.stats().num_preemptions > 0, "this test must preempt to mean something"
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", SETTINGS)
+def test_greedy_equals_generate_on_many_requests(name: str) -> None:
+    for seed in range(2, 12):
+        check(tiny.encoder(engine_config=SETTINGS[name]), 20, seed, 48)
+
+
+def test_a_second_time_comes_from_the_caches_and_is_the_same() -> None:
+    encoder = tiny.encoder()
+    requests = [random_request(number, max_tokens=6) for number in range(6)]
+    first = run(encoder, requests)
+    before = encoder.engine.stats()
+    again = run(encoder, requests)
+    after = encoder.engine.stats()
+    for request in requests:
+        one, two = first[request.request_id], again[request.request_id]
+        assert one.token_ids == two.token_ids
+        assert one.fusion == two.fusion
+        prompt = two.usage.prompt_tokens
+        assert two.usage.cached_tokens == (prompt - 1) // BLOCK_SIZE * BLOCK_SIZE
+        assert one.usage.cached_tokens < two.usage.cached_tokens or prompt <= BLOCK_SIZE
+    assert after.num_images_encoded == before.num_images_encoded, "every feature was kept"
+    assert after.prefix_cache_hits > before.prefix_cache_hits
+
+
+def test_another_picture_another_place_another_arm_share_no_prefix() -> None:
+    encoder, rng = tiny.encoder(), random.Random(5)
+    one, other = picture(rng), picture(rng)
+    other = other.resize(one.size)
+    words = TextPart("w" * 40)
+
+    def ask(number: int, *parts: object, arm: str = "fused") -> GenerationRequest:
+        return GenerationRequest(f"q{number}", (ChatMessage("user", parts),), SamplingParams(max_tokens=4), arm)
+
+    first = ask(0, ImagePart(one), words)
+    run(encoder, [first])
+    image_at = encoder.engine.prepare(first).image_places or encoder.engine.prepare(first).inputs.spans[0][0]
+    for number, request in enumerate([ask(1, ImagePart(other), words), ask(2, ImagePart(one), words, arm="blind")], 1):
+        event = run(encoder, [request])[f"q{number}"]
+        assert event.usage.cached_tokens <= (image_at if request.arm == "fused" else 0)
+        alone = run(tiny.encoder(engine_config=SETTINGS["no caches at all"]), [request])[f"q{number}"]
+        assert event.token_ids == alone.token_ids
+
+
+def test_features_are_encoded_once_for_all_arms_and_all_copies() -> None:
+    encoder = tiny.encoder()
+    base = random_request(3, max_tokens=3)
+    num_images = len(encoder.engine.prepare(base).inputs.grids)
+    assert num_images
+    requests = [replace(base, request_id=f"{arm}-{copy}", arm=arm) for arm in ARMS for copy in range(2)]
+    together = run(encoder, requests)
+    assert encoder.engine.stats().num_images_encoded == 2 * num_images, "once by each encoder"
+    for arm in ARMS:
+        alone = run(tiny.encoder(), [replace(base, request_id="alone", arm=arm)])["alone"]
+        assert together[f"{arm}-0"].token_ids == together[f"{arm}-1"].token_ids == alone.token_ids
+        for mine, its in zip(together[f"{arm}-0"].fusion, alone.fusion, strict=True):
+            assert mine.weights == pytest.approx(its.weights, abs=1e-6)
+
+
+def test_a_bad_forward_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features that were not finite once must not stay in the cache and fail the picture for ever."""
+    encoder = tiny.encoder()
+    qwen = encoder.model.model.encoders["qwen"]
+    original = qwen.encode
+
+    def poisoned(*args: object) -> object:
+        found = original(*args)
+        found.tokens.fill_(float("nan"))
+        return found
+
+    request = GenerationRequest(
+        "p", (ChatMessage("user", (ImagePart(picture(random.Random(1))), TextPart("?"))),), SamplingParams(max_tokens=2)
+    )
+    monkeypatch.setattr(qwen, "encode", poisoned)
+    assert isinstance(run(encoder, [request])["p"].error, RequestFailedError)
+    monkeypatch.undo()
+    assert run(encoder, [request])["p"].error is None
+
+
+def test_scores_survive_chunks_and_cached_prefixes() -> None:
+    base = random_request(5, max_tokens=20)
+    answer = run(tiny.encoder(), [base])["r5"].token_ids
+    scored = replace(base, request_id="s", score_token_ids=answer)
+    expected = run(tiny.encoder(), [scored])["s"].score_logprobs
+    assert len(expected) == 20
+    chunked = tiny.encoder(engine_config=EngineConfig(max_num_seqs=4, max_num_batched_tokens=5))
+    cached = tiny.encoder()
+    run(cached, [base])
+    for encoder in (chunked, cached):
+        assert run(encoder, [scored])["s"].score_logprobs == pytest.approx(expected, abs=1e-5)
+
+
+def test_priority_goes_first_and_a_late_request_ends_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = tiny.encoder(engine_config=EngineConfig(max_num_seqs=1))
+    engine, now = encoder.engine, [100.0]
+    monkeypatch.setattr(engine.runner, "clock", lambda: now[0])
+    requests = [
+        replace(random_request(number, max_tokens=3), priority=priority, timeout_seconds=timeout)
+        for number, priority, timeout in ((0, 1, None), (1, 0, None), (2, 5, 30.0))
+    ]
+    for request in requests:
+        engine.add_request(engine.prepare(request))
+    ended = []
+    while engine.has_work():
+        for event in engine.step():
+            if event.is_terminal:
+                ended.append(event)
+        now[0] += 9.0
+    assert [event.request_id for event in ended] == ["r1", "r0", "r2"] or ended[-1].request_id == "r0"
+    late = next(event for event in ended if event.request_id == "r2")
+    assert isinstance(late.error, RequestFailedError)
+    assert "30 s" in str(late.error)
+    assert engine.runner.store.num_open == 0
+    assert engine.blocks.num_free == engine.blocks.num_blocks
+
+
+def test_pictures_wait_for_company_while_others_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = tiny.encoder(engine_config=EngineConfig(encode_window_seconds=1.0))
+    engine, now = encoder.engine, [0.0]
+    monkeypatch.setattr(engine.runner, "clock", lambda: now[0])
+    message = ChatMessage("user", (ImagePart(picture(random.Random(3))), TextPart("?")))
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    for name in ("first", "second"):
+        engine.add_request(engine.prepare(GenerationRequest(name, (message,), params)))
+        engine.step()
+    assert engine.stats().num_encoding == 1, "the first ran at once, the second waits"
+    now[0] = 1.5
+    engine.step()
+    assert engine.stats().num_encoding == 0
+
+
+def test_what_can_never_fit_is_refused_with_both_numbers() -> None:
+    encoder = tiny.encoder(engine_config=EngineConfig(kv_cache_bytes=cache_of(64)))
+    message = ChatMessage("user", (TextPart("x" * 100),))
+    with pytest.raises(ContextLengthError, match=r"1\d\d tokens .*63 tokens"):
+        encoder.engine.prepare(GenerationRequest("big", (message,)))
+    short = ChatMessage("user", (TextPart("x"),))
+    event = run(encoder, [GenerationRequest("s", (short,), SamplingParams(max_tokens=500, ignore_eos=True))])["s"]
+    assert event.finish_reason == "length"
+    assert event.usage.prompt_tokens + event.usage.completion_tokens == 64
+
+
+def test_settings_that_contradict_each_other_are_refused_with_both_numbers() -> None:
+    with pytest.raises(ConfigError, match="max_num_batched_tokens=3, max_num_seqs=4"):
+        EngineConfig(max_num_seqs=4, max_num_batched_tokens=3)
+    shape = CacheShape(2, 2, 16, torch.device("cpu"), torch.float32)
+    with pytest.raises(ConfigError, match=r"100 bytes.*8192 bytes"):
+        EngineConfig(kv_cache_bytes=100).num_blocks(shape, None, 2048)
+    assert EngineConfig().num_blocks(shape, None, 160) == 16 * 10, "never more than all sequences could fill"
