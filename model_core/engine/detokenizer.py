@@ -16,7 +16,9 @@ class Detokenizer:
     """One sequence's text. `push` gives what may be shown; `is_stopped` says that a stop string was met."""
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, stop
+        self._stop = stop
+        # The backend itself where there is one: it is asked for every token of every row.
+        self._backend, self._tokenizer = getattr(tokenizer, "backend_tokenizer", None), tokenizer
         self._ids: list[int] = []  # those that may still matter: all, until `_forget` drops the settled ones
         self._given = 0  # characters of their text that were released
         self._held = ""
@@ -53,6 +55,8 @@ class Detokenizer:
                 return
 
     def _decode(self, ids: list[int]) -> str:
+        if self._backend is not None:
+            return str(self._backend.decode(ids, skip_special_tokens=True))
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _release(self, text: str) -> str:

@@ -1,7 +1,7 @@
-"""A lean forward of Qwen2.5's decoder over the SAME modules transformers holds.
+"""A lean forward of Qwen2.5's decoder over the SAME parameters transformers holds.
 
-It calls the projections, norms and MLPs as modules (so LoRA and hooks stay in effect) and leaves out
-the mask building, output capturing and cache objects around them. Tokens of all sequences of a step are
+It leaves out the mask building, output capturing and cache objects. Plain layers run joined (fused.py); layers
+with LoRA or hooks run module by module, so that these stay in effect. Tokens of all sequences of a step are
 packed into one row, so that every weight is read once a step; only attention tells them apart.
 """
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
 from model_core.errors import ConfigError
+from model_core.language.fused import FusedLayers
 from model_core.language.kv_cache import Attend, CacheShape
 
 
@@ -27,6 +28,7 @@ class Decoder:
             )
         self.model, self.lm_head, self.config = language_model, lm_head, config
         self.head_dim = config.hidden_size // config.num_attention_heads
+        self._fused = FusedLayers.build(language_model)
 
     @property
     def cache_shape(self) -> CacheShape:
@@ -50,6 +52,13 @@ class Decoder:
             hidden states (S, D), normed, ready for `logits`.
         """
         cos, sin = self.model.rotary_emb(hidden[None], positions[:, None])
+        if self._fused is not None and not self._fused.is_current():
+            self._fused = FusedLayers.build(self.model)
+        if self._fused is not None:
+            return self.model.norm(self._fused.forward(hidden, cos[0], sin[0], attend))
+        return self._by_module(hidden, cos, sin, attend)
+
+    def _by_module(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         for i, layer in enumerate(self.model.layers):
             x, attention = layer.input_layernorm(hidden), layer.self_attn
             query, key, value = (

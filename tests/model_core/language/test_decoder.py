@@ -45,7 +45,7 @@ def prefill(lean: Decoder, store: RowStore, key: object, ids: list[int], positio
 
 
 @pytest.mark.parametrize("lengths", [[5], [4, 4, 4], [1, 30, 7, 300]])
-@torch.inference_mode()
+@torch.no_grad()
 def test_packed_prefill_and_decode_equal_transformers_with_mixed_lengths(lengths: list[int]) -> None:
     model, rng = tiny.qwen_model(), random.Random(len(lengths))
     lean, sequences = decoder(model), [random_sequence(rng, n) for n in lengths]
@@ -69,7 +69,7 @@ def test_packed_prefill_and_decode_equal_transformers_with_mixed_lengths(lengths
 
 
 @pytest.mark.parametrize("cut", [1, 5, 16])
-@torch.inference_mode()
+@torch.no_grad()
 def test_a_prompt_in_two_chunks_equals_one(cut: int) -> None:
     model = tiny.qwen_model()
     lean, (ids, positions, delta) = decoder(model), random_sequence(random.Random(cut), 18)
@@ -81,7 +81,7 @@ def test_a_prompt_in_two_chunks_equals_one(cut: int) -> None:
     assert torch.allclose(whole, reference_logits(model, ids, positions, delta), atol=1e-5)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def test_lora_and_hooks_stay_in_effect() -> None:
     model = tiny.qwen_model()
     lean, (ids, positions, _) = decoder(model), random_sequence(random.Random(2), 4)

@@ -1,0 +1,141 @@
+"""Decoder layers with fewer and larger products, over the very parameters transformers holds.
+
+q, k and v are one product, gate and up are one, residuals are added inside the last product of a block. The
+joined weights are not copies: each parameter becomes a view of its part, so training, saving and state dicts see
+what they saw. A layer that holds anything but plain linear modules without hooks (LoRA, a debugger) is not
+joined, and one that changes later is noticed: `is_current` is asked before every forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model_core.language.kv_cache import Attend
+
+_JOINED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FusedLayer:
+    """Weights of one layer: qkv ((H + 2K) * dh, D), out (H * dh, D), gate_up (2 * F, D), down (F, D)."""
+
+    input_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    out: Tensor
+    post_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+class FusedLayers:
+    """All layers of one language model, or nothing: `build` gives None where any layer can't be joined."""
+
+    def __init__(self, model: nn.Module, layers: list[FusedLayer], watched: list[_Watched]) -> None:
+        config = model.config
+        self._layers, self._watched = layers, watched
+        self._hooks = [hooks for one in watched for hooks in one.hooks]
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.width, self.inner = config.hidden_size, config.intermediate_size
+        self.eps = config.rms_norm_eps
+
+    @classmethod
+    def build(cls, model: nn.Module) -> FusedLayers | None:
+        if model.config.hidden_act != "silu" or any(_Watched.of(layer) is None for layer in model.layers):
+            return None
+        # A parameter made in inference mode could never be trained again, and a step may be what calls us.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            layers = [_join(layer) for layer in model.layers]
+        return cls(model, layers, [_Watched.of(layer) for layer in model.layers])
+
+    def is_current(self) -> bool:
+        """Do the joined weights still stand for the model's? False after a cast, a move, LoRA or a new hook."""
+        return not any(self._hooks) and all(one.is_unchanged() for one in self._watched)
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """hidden (S, D), cos and sin (S, dh) -> (S, D) before the last norm."""
+        half, heads, shape = self.head_dim // 2, self.num_heads + self.num_kv_heads, (self.width,)
+        cos, sin = cos[:, None], sin[:, None].clone()
+        sin[..., :half].neg_()  # rotate_half turns (a, b) into (-b, a): the sign moves into the sine
+        for i, layer in enumerate(self._layers):
+            x = F.rms_norm(hidden, shape, layer.input_norm, self.eps)
+            qkv = F.linear(x, layer.qkv, layer.qkv_bias).unflatten(-1, (-1, self.head_dim))
+            turned = qkv[:, :heads]
+            turned = torch.addcmul(turned * cos, turned.roll(half, -1), sin)
+            mixed = attend(i, turned[:, : self.num_heads], turned[:, self.num_heads :], qkv[:, heads:])
+            hidden = torch.addmm(hidden, mixed, layer.out)
+            gate, up = F.linear(F.rms_norm(hidden, shape, layer.post_norm, self.eps), layer.gate_up).split(
+                self.inner, -1
+            )
+            hidden = torch.addmm(hidden, F.silu(gate).mul_(up), layer.down)
+        return hidden
+
+
+class _Watched:
+    """What of a layer must stay as it was when it was joined."""
+
+    def __init__(self, layer: nn.Module, places: list[tuple[dict[str, Any], str, nn.Module]]) -> None:
+        self._places = places
+        self._parameters = [p for _, _, m in places for p in m.parameters(recurse=False)]
+        self._pointers = [p.data_ptr() for p in self._parameters]
+        modules = [layer, layer.self_attn, layer.mlp, *(m for _, _, m in places)]
+        self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> _Watched | None:
+        places = []
+        for owner in (layer.self_attn, layer.mlp, layer):
+            for name, module in owner._modules.items():
+                if name in _JOINED and type(module) is not nn.Linear:
+                    return None
+                if name in _JOINED or name.endswith("layernorm"):
+                    places.append((owner._modules, name, module))
+        found = cls(layer, places)
+        # Parameters born in inference mode can't change their data outside it, where it would be safe to.
+        is_inference = any(parameter.is_inference() for parameter in found._parameters)
+        return None if is_inference or any(found.hooks) else found
+
+    def is_unchanged(self) -> bool:
+        return all(modules[name] is module for modules, name, module in self._places) and all(
+            p.data_ptr() == pointer for p, pointer in zip(self._parameters, self._pointers, strict=True)
+        )
+
+
+def _join(layer: nn.Module) -> FusedLayer:
+    attention, mlp = layer.self_attn, layer.mlp
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    return FusedLayer(
+        input_norm=layer.input_layernorm.weight.data,
+        qkv=_as_one([m.weight for m in projections]),
+        qkv_bias=_as_one([m.bias for m in projections]) if projections[0].bias is not None else None,
+        out=attention.o_proj.weight.data.t(),
+        post_norm=layer.post_attention_layernorm.weight.data,
+        gate_up=_as_one([mlp.gate_proj.weight, mlp.up_proj.weight]),
+        down=mlp.down_proj.weight.data.t(),
+    )
+
+
+def _as_one(parts: Sequence[nn.Parameter]) -> Tensor:
+    """One tensor, of which the parameters are views from now on. Parts that already are one stay where they are."""
+    first, end = parts[0].data, parts[0].data.data_ptr()
+    for part in parts:
+        if part.data.data_ptr() != end or not part.data.is_contiguous():
+            break
+        end += part.data.nbytes
+    else:
+        rows = sum(part.shape[0] for part in parts)
+        if first.untyped_storage().nbytes() >= (rows * first.stride(0) + first.storage_offset()) * first.itemsize:
+            return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+    joined = torch.cat([part.data for part in parts])
+    at = 0
+    for part in parts:
+        part.data = joined[at : at + part.shape[0]]
+        at += part.shape[0]
+    return joined
