@@ -61,7 +61,10 @@ fmt: $(VENV)/.dev ## format, and mend what can be mended
 demo: $(VENV)/.runtime ## build the demo model anew (long) [ARGS="..."]
 	@$(BIN)/dve demo build $(ARGS)
 
-IMAGE ?= examples/dog.png
-QUESTION ?= what is this?
-bench: $(VENV)/.runtime ## time one answer, encoder by encoder [IMAGE=path] [QUESTION=text] [MODEL=..]
-	@$(BIN)/dve infer --image '$(IMAGE)' --question '$(QUESTION)' --benchmark $(call flag,MODEL,--model) $(ARGS)
+$(VENV)/.bench: $(VENV)/.runtime
+	@$(PIP) --no-build-isolation -e '.[bench]'
+	@touch $@
+
+WHAT ?= offline -c 1,8 -n 16
+bench: $(VENV)/.bench ## measure speed [WHAT="offline|encoders|serve ..."] [ARGS="..."]
+	@exec $(BIN)/dve bench $(WHAT) $(ARGS)

@@ -38,6 +38,7 @@ from service.protocol.fusion import AnalyzeRequest, CompareRequest
 from service.routes import chat, fusion, health, models
 from service.routes.parts import AppParts, parts_of
 from service.settings import Settings
+from service.waiting import WaitingBytes
 
 #: Routes read these bodies themselves (strict JSON, OpenAI errors), so the schema must be told of them.
 _BODIES: Mapping[str, type[BaseModel]] = {
@@ -65,9 +66,10 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.state.parts = AppParts(settings, client, metrics, FusionHistory(), now)
+    waiting = WaitingBytes(settings.max_waiting_bytes)
+    app.state.parts = AppParts(settings, client, metrics, FusionHistory(), waiting, now)
     # The last one added is the outermost.
-    app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes, waiting=waiting, metrics=metrics)
     app.add_middleware(RequestScope, metrics=metrics)
     for module in (chat, fusion, models, health):
         app.include_router(module.router)

@@ -16,10 +16,12 @@ from typing import NoReturn
 from model_core.errors import DualVisionError
 from service.settings import Settings, load_settings
 
-#: command -> (module with `main(argv) -> int | None`, what it does)
+#: command, of one word or two -> (module with `main(argv) -> int | None`, what it does)
 MOUNTED: Mapping[str, tuple[str, str]] = {
     "infer": ("model_core.cli.infer", "answer one question about one picture"),
     "demo": ("model_core.cli.demo", "build or evaluate the demo model"),
+    "bench": ("model_core.cli.bench", "time the engine or the encoders"),
+    "bench serve": ("service.bench", "time an endpoint under load, beside another one if wanted"),
 }
 
 
@@ -32,7 +34,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit code; 2 for what the user can put right."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    num_words = 2 if " ".join(arguments[:2]) in MOUNTED else 1
+    command, rest = " ".join(arguments[:num_words]) or "--help", arguments[num_words:]
     try:
         if command == "serve":
             return _serve(rest)
@@ -52,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _help() -> str:
     rows = {"serve": "serve the model over HTTP", **{name: text for name, (_, text) in MOUNTED.items()}}
-    lines = "\n".join(f"  {name:<8} {text}" for name, text in rows.items())
+    lines = "\n".join(f"  {name:<12} {text}" for name, text in rows.items())
     return f"usage: dve COMMAND [OPTIONS]\n\ncommands:\n{lines}\n\n`dve COMMAND --help` tells a command's options.\n"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -57,6 +58,23 @@ def load_engine(settings: Settings) -> Engine:
     return engine
 
 
+_torch_default = threading.Lock()
+
+
+def use_one_torch_thread() -> None:
+    """For threads of the preprocess pool: their small tensors are not worth waking the engine's threads for."""
+    import torch  # noqa: PLC0415  as above
+
+    with _torch_default:
+        usual = torch.get_num_threads()
+        torch.set_num_threads(1)
+        # That also changed the default of every thread that begins later. Put back from a thread that ends here:
+        # this one keeps its one.
+        restoring = threading.Thread(target=torch.set_num_threads, args=(usual,))
+        restoring.start()
+        restoring.join()
+
+
 def engine_limits(settings: Settings) -> EngineLimits:
     return EngineLimits(
         max_num_seqs=settings.max_num_seqs,
@@ -65,14 +83,20 @@ def engine_limits(settings: Settings) -> EngineLimits:
         stall_timeout_seconds=settings.stall_timeout_seconds,
         shutdown_timeout_seconds=settings.shutdown_timeout_seconds,
         batch_window_seconds=settings.batch_window_seconds,
+        preprocess_workers=settings.preprocess_workers,
     )
 
 
 def build_app(
-    settings: Settings, load: Callable[[], Engine], on_load_failure: Callable[[BaseException], None] | None = None
+    settings: Settings,
+    load: Callable[[], Engine],
+    on_load_failure: Callable[[BaseException], None] | None = None,
+    on_pool_thread: Callable[[], None] | None = None,
 ) -> tuple[FastAPI, EngineClient]:
     metrics = Metrics()
-    client = EngineClient(load, metrics, engine_limits(settings), on_load_failure=on_load_failure)
+    client = EngineClient(
+        load, metrics, engine_limits(settings), on_load_failure=on_load_failure, on_pool_thread=on_pool_thread
+    )
     return create_app(settings, client, metrics), client
 
 
@@ -118,7 +142,9 @@ def serve(settings: Settings, load: Callable[[], Engine] | None = None) -> int:
         for server in servers:
             server.should_exit = True
 
-    app, client = build_app(settings, load or (lambda: load_engine(settings)), give_up)
+    # A stand-in for the engine needs no torch, and importing it takes seconds.
+    on_pool_thread = use_one_torch_thread if load is None else None
+    app, client = build_app(settings, load or (lambda: load_engine(settings)), give_up, on_pool_thread)
     listening = open_socket(settings.host, settings.port)
     config = uvicorn.Config(
         app,

@@ -29,6 +29,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._engine_totals: dict[Counter, float] = {}
         self._declare_requests()
         self._declare_engine()
         self._declare_vision()
@@ -52,8 +53,13 @@ class Metrics:
     def _declare_engine(self) -> None:
         self.running = self._gauge("num_requests_running", "Requests that the engine works on.")
         self.waiting = self._gauge("num_requests_waiting", "Admitted requests that the engine has not begun.")
+        self.waiting_bytes = self._gauge("waiting_body_bytes", "Bodies of requests without a first event yet.")
         self.queue_depth = self._gauge("queue_depth", "Requests in or before a stage.", "stage")
-        self.batch_size = self._histogram("batch_size", "Requests that one engine step served.", _COUNTS)
+        self.kv_cache_usage = self._gauge("kv_cache_usage_ratio", "Share of KV cache blocks that sequences hold.")
+        self.prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
+        self.prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
+        self.preemptions = self._counter("num_preemptions", "Sequences put back to be computed again.")
+        self.batch_size = self._histogram("batch_size", "Requests of one engine step, by stage.", _COUNTS, "stage")
         self.iteration_tokens = self._histogram("iteration_tokens", "Tokens that one engine step gave out.", _COUNTS)
         self.model_info = self._gauge("model_info", "The loaded model.", "model", "fusion", "device", "dtype")
 
@@ -62,6 +68,10 @@ class Metrics:
         self.fusion_dominant = self._counter("fusion_dominant", "Images by dominant encoder.", "encoder")
         self.gate_entropy = self._histogram("fusion_gate_entropy", "Normalised entropy, per image.", _RATIO)
         self.encoder_forward = self._histogram("encoder_forward_seconds", "Encoder, per request.", _STAGE, "encoder")
+        self.encoder_cache_hits = self._counter("encoder_cache_hits", "Pictures with kept features.", "encoder")
+        self.encoder_cache_misses = self._counter("encoder_cache_misses", "Pictures that were encoded.", "encoder")
+        self.encoder_cache_evictions = self._counter("encoder_cache_evictions", "Features dropped.", "encoder")
+        self.encoder_cache_bytes = self._gauge("encoder_cache_bytes", "Features kept.", "encoder")
         self.visual_tokens = self._histogram("visual_tokens", "Vision tokens of a request with images.", _COUNTS)
         self.media_rejected = self._counter("media_rejected", "Images refused, by error code.", "reason")
 
@@ -80,16 +90,44 @@ class Metrics:
     def set_model(self, info: ModelInfo) -> None:
         self.model_info.labels(info.model_id, info.fusion, info.device, info.dtype).set(1)
 
-    def set_engine(self, stats: EngineStats, num_preparing: int) -> None:
-        """Gauges of a scrape: the last snapshot of the engine, and what the preprocess pool holds."""
+    def set_waiting(self, stats: EngineStats, num_preparing: int, num_bytes: int) -> None:
+        """Gauges of a scrape: who is at which stage. `num_preparing`: what the preprocess pool holds."""
         self.running.set(stats.num_running)
         self.waiting.set(stats.num_waiting + num_preparing)
+        self.waiting_bytes.set(num_bytes)
         self.queue_depth.labels("preprocess").set(num_preparing)
-        self.queue_depth.labels("prefill").set(stats.num_waiting)
+        self.queue_depth.labels("encode").set(stats.num_encoding)
+        self.queue_depth.labels("prefill").set(stats.num_waiting - stats.num_encoding)
         self.queue_depth.labels("decode").set(stats.num_running)
 
+    def set_caches(self, stats: EngineStats) -> None:
+        """What the engine has counted since it began, and how full its caches are."""
+        self.kv_cache_usage.set(stats.kv_cache_usage_ratio)
+        self._grow(self.prefix_queries, stats.prefix_cache_queries)
+        self._grow(self.prefix_hits, stats.prefix_cache_hits)
+        self._grow(self.preemptions, stats.num_preemptions)
+        for counter, by_encoder in (
+            (self.encoder_cache_hits, stats.encoder_cache_hits),
+            (self.encoder_cache_misses, stats.encoder_cache_misses),
+            (self.encoder_cache_evictions, stats.encoder_cache_evictions),
+        ):
+            for encoder, total in by_encoder.items():
+                self._grow(counter.labels(encoder), total)
+        for encoder, num_bytes in stats.encoder_cache_bytes.items():
+            self.encoder_cache_bytes.labels(encoder).set(num_bytes)
+
+    def _grow(self, counter: Counter, total: float) -> None:
+        """The engine keeps totals; a counter of Prometheus can only be added to."""
+        counter.inc(max(total - self._engine_totals.get(counter, 0.0), 0.0))
+        self._engine_totals[counter] = total
+
     def observe_step(self, events: Sequence[TokenEvent]) -> None:
-        self.batch_size.observe(len({event.request_id for event in events}))
+        """A request's first event carries its fusion: its prompt was finished in this step."""
+        opening = {event.request_id for event in events if event.fusion is not None}
+        others = {event.request_id for event in events} - opening
+        for stage, ids in (("prefill", opening), ("decode", others)):
+            if ids:
+                self.batch_size.labels(stage).observe(len(ids))
         self.iteration_tokens.observe(sum(len(event.token_ids) for event in events))
 
     def count_error(self, error: DualVisionError) -> None:
@@ -116,10 +154,12 @@ class RequestRecorder:
     """Watches the events of one request. `finish` is called once, whatever ended it.
 
     `is_fused`: only then do its weights count as the gate's routing; an arm's gate saw a stand-in.
+    `is_copy`: a further answer to a prompt that another recorder counts, with its pictures.
     """
 
-    def __init__(self, metrics: Metrics, clock: Callable[[], float], *, is_fused: bool) -> None:
-        self._metrics, self._clock, self._is_fused = metrics, clock, is_fused
+    def __init__(self, metrics: Metrics, clock: Callable[[], float], *, is_fused: bool, is_copy: bool = False) -> None:
+        self._metrics, self._clock = metrics, clock
+        self._is_fused, self._is_copy = is_fused and not is_copy, is_copy
         self._start = clock()
         self._first: float | None = None
         self._last = self._start
@@ -157,8 +197,9 @@ class RequestRecorder:
         if self._first is not None and self._num_tokens > 1:
             metrics.tpot.observe((self._last - self._first) / (self._num_tokens - 1))
         if end.usage is not None:
-            metrics.prompt_tokens.inc(end.usage.prompt_tokens)
             metrics.generation_tokens.inc(end.usage.completion_tokens)
+        if end.usage is not None and not self._is_copy:
+            metrics.prompt_tokens.inc(end.usage.prompt_tokens)
             if end.usage.image_tokens:
                 metrics.visual_tokens.observe(end.usage.image_tokens)
         if end.timings is not None:

@@ -15,9 +15,11 @@ from collections.abc import Callable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from model_core.errors import DualVisionError, OverloadedError
 from service.errors import RequestTooLargeError, error_response
 from service.logs import log_failure, log_fields, request_id_var
 from service.metrics import Metrics
+from service.waiting import WaitingBody, WaitingBytes
 
 _VALID_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _QUIET_ROUTES = ("/health", "/health/live", "/health/ready", "/metrics")
@@ -71,36 +73,53 @@ class RequestScope:
 
 
 class BodyLimit:
-    """Refuses a body over the limit: by its declared length at once, else as soon as it has come too far."""
+    """Refuses a body over the limit (413), or one that has no room beside those that wait (503).
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
-        self._app, self._max_body_bytes = app, max_body_bytes
+    By its declared length at once, else as soon as too much has come. A request's bytes count until it ends or
+    until its route releases them through `request.state.waiting_body`.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, waiting: WaitingBytes, metrics: Metrics) -> None:
+        self._app, self._max_body_bytes, self._waiting, self._metrics = app, max_body_bytes, waiting, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdecimal() and int(declared[:20]) > self._max_body_bytes:
+        try:
+            if declared.isdecimal():
+                self._check(int(declared[:20]), f"{declared[:20]} bytes")
+        except DualVisionError as error:
             # The rest of the body is not read: the connection can't be used again.
-            response = error_response(
-                self._too_large(f"{declared[:20]} bytes"), request_id_var.get(), {"connection": "close"}
-            )
+            response = error_response(error, request_id_var.get(), {"connection": "close"})
             await response(scope, receive, send)
             return
-        received = 0
+        received, body = 0, WaitingBody(self._waiting)
 
         async def receive_counted() -> Message:
             nonlocal received
             message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_body_bytes:
-                raise self._too_large(f"more than {self._max_body_bytes} bytes")
+            if chunk := message.get("body", b""):
+                received += len(chunk)
+                self._check(received, f"more than {self._max_body_bytes} bytes", len(chunk))
+                body.add(len(chunk))
             return message
 
-        await self._app(scope, receive_counted, send)
+        scope.setdefault("state", {})["waiting_body"] = body
+        try:
+            await self._app(scope, receive_counted, send)
+        finally:
+            body.release()
 
-    def _too_large(self, seen: str) -> RequestTooLargeError:
-        return RequestTooLargeError(
-            "the request body is too large", value=seen, allowed=f"at most {self._max_body_bytes} bytes"
-        )
+    def _check(self, num_bytes: int, seen: str, num_more: int | None = None) -> None:
+        """Raises RequestTooLargeError, OverloadedError. `num_more`: how many of the bytes are not counted yet."""
+        if num_bytes > self._max_body_bytes:
+            raise RequestTooLargeError(
+                "the request body is too large", value=seen, allowed=f"at most {self._max_body_bytes} bytes"
+            )
+        try:
+            self._waiting.check(num_bytes if num_more is None else num_more)
+        except OverloadedError as error:
+            self._metrics.admission_rejections.labels(error.code).inc()
+            raise

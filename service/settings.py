@@ -33,6 +33,10 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's own")
     max_num_seqs: int = Field(16, ge=1, le=4096, description="requests that run at once")
     max_waiting: int = Field(64, ge=0, le=100_000, description="requests that may wait; one more is refused (503)")
+    max_waiting_bytes: int = Field(
+        256 * _MIB, ge=1024, description="bodies of requests that wait, together; beyond it one more is refused (503)"
+    )
+    preprocess_workers: int = Field(2, ge=1, le=64, description="threads that decode pictures")
     max_num_batched_tokens: int = Field(
         2048, ge=1, description="tokens of one engine step; long prompts come in chunks"
     )
@@ -73,6 +77,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"max_image_bytes={self.max_image_bytes} needs a body of {needed} bytes in base64, but "
                 f"max_body_bytes={self.max_body_bytes}: raise the second or lower the first"
+            )
+        if self.max_body_bytes > self.max_waiting_bytes:
+            raise ValueError(
+                f"max_body_bytes={self.max_body_bytes} is over max_waiting_bytes={self.max_waiting_bytes}: "
+                "the largest body would always be refused; raise the second or lower the first"
             )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(

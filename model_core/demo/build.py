@@ -20,9 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from model_core.demo.alignment import WordAlignment, attend_by_likeness
 from model_core.demo.artwork import Artwork
 from model_core.demo.batches import Batch, SceneBatches
 from model_core.demo.labels import MAX_COUNT, MAX_SPOT
+from model_core.demo.lookup import Lookup
 from model_core.demo.recipe import Recipe, Stage, build_config
 from model_core.demo.scenes import CLASS_NAMES, COLOUR_NAMES
 from model_core.demo.tokenizer import build_tokenizer
@@ -36,6 +38,8 @@ SAVE_EVERY_STEPS = 50
 #: learnt to say anything, and there it stays.
 GATE_LEARNING_RATE_SHARE = 0.05
 GATE_LOSS_WEIGHT = 1.0
+ALIGNMENT_WEIGHT = 0.5
+LOOKUP_WEIGHT = 0.5
 Report = Callable[[str, int, int, dict[str, float]], None]
 
 
@@ -159,6 +163,9 @@ class DemoBuilder:
         torch.manual_seed(recipe.seed)
         self.model = DualVisionModel(build_config(recipe, self.tokenizer)).to(self.device)
         backbone = self.model.model
+        attend_by_likeness(backbone.language_model)
+        self.alignment = WordAlignment(self.tokenizer, self.device)
+        self.lookup = Lookup(self.tokenizer, backbone.language_model, self.device)
         self.heads = DenseHeads({n: e.output_dim for n, e in backbone.encoders.items()}).to(self.device)
         self.stage_index, self.step = 0, 0
         self.seconds = 0.0  # of training, over all sessions of this build
@@ -223,9 +230,9 @@ class DemoBuilder:
                 total = total + stage.dense_weight * dense
                 scores["dense"] = float(dense.detach())
             if stage.answer_weight:
-                answer, right = self._answer_loss(stage, batch, features, grid)
+                answer, found = self._answer_loss(stage, batch, features, grid)
                 total = total + stage.answer_weight * answer
-                scores |= {"answer": float(answer.detach()), "tokens_right": right}
+                scores |= found
         total.backward()
         trained = [p for p in optimizers.named.values() if p.grad is not None]
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -234,8 +241,7 @@ class DemoBuilder:
 
     def _answer_loss(
         self, stage: Stage, batch: Batch, features: dict[str, Tensor], grid: Tensor
-    ) -> tuple[Tensor, float]:
-
+    ) -> tuple[Tensor, dict[str, float]]:
         backbone = self.model.model
         removed = self._encoder_dropout(len(grid), stage.encoder_dropout, len(features))
         fused = backbone.fuse(features, cell_grids(grid, backbone.config.merge_size), removed=removed)
@@ -243,23 +249,35 @@ class DemoBuilder:
         embeds = backbone.get_input_embeddings()(ids)
         mask = (ids == backbone.config.image_token_id)[..., None]
         embeds = embeds.masked_scatter(mask, fused.tokens.to(embeds.dtype))
-        hidden = backbone.language_model(
-            inputs_embeds=embeds,
-            position_ids=batch.position_ids.to(self.device),
-            attention_mask={"full_attention": batch.may_attend(self.device)},
-            use_cache=False,
-        ).last_hidden_state
+        seen = batch.may_attend(self.device)
+        with self.lookup.watching():
+            hidden = backbone.language_model(
+                inputs_embeds=embeds,
+                position_ids=batch.position_ids.to(self.device),
+                attention_mask={"full_attention": seen},
+                use_cache=False,
+            ).last_hidden_state
         labels, weights = batch.labels.to(self.device)[:, 1:], batch.weights.to(self.device)[:, 1:]
         is_label = labels != -100
         logits = self.model.lm_head(hidden[:, :-1][is_label]).float()  # the rows that carry a label, nothing else
         each = F.cross_entropy(logits, labels[is_label], reduction="none")
         loss = (each * weights[is_label]).sum() / weights[is_label].sum()
-        if (
-            fused.weights is not None
-        ):  # marginal_kl: over many pictures both eyes are used, in one picture either may win
+        with torch.autocast(self.device.type, enabled=False):
+            words = backbone.get_input_embeddings().weight
+            align = self.alignment.loss(fused.tokens, batch.cells, words)
+        look = self.lookup.loss(ids, mask[..., 0], batch.cells["class"], seen)
+        scores = {
+            "answer": float(loss.detach()),
+            "align": float(align.detach()),
+            "look": float(look.detach()),
+            "tokens_right": float((logits.argmax(-1) == labels[is_label]).float().mean()),
+        }
+        loss = loss + ALIGNMENT_WEIGHT * align + LOOKUP_WEIGHT * look
+        if fused.weights is not None:
+            # marginal_kl: over many pictures both eyes are used, in one picture either may win
             mean = fused.weights.mean(0)
             loss = loss + GATE_LOSS_WEIGHT * (mean * (mean * len(mean)).log()).sum()
-        return loss, float((logits.argmax(-1) == labels[is_label]).float().mean())
+        return loss, scores
 
     def _encoder_dropout(self, num_images: int, chance: float, num_encoders: int) -> Tensor:
         """(I, E): at most one encoder an image; a function of the seed, the stage and the step alone."""

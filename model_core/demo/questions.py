@@ -80,7 +80,7 @@ def describe(scene: Scene) -> str:
                 return f"{_with_article(_noun(first))} {_JOINED[place]} {_with_article(_noun(second))}"
     ordered = sorted(scene.objects, key=lambda one: (one.centre[1] // 56, one.centre[0]))
     counts = Counter(_noun(one) for one in ordered)
-    parts = [_with_article(noun) if n == 1 else f"{n} {_plural(noun)}" for noun, n in counts.items()]
+    parts = [_with_article(noun) if n == 1 else f"{n} {plural_of(noun)}" for noun, n in counts.items()]
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
@@ -97,7 +97,7 @@ def grade(kind: str, expected: str, answer: str) -> bool:
     said = re.sub(r"^(it is|its|this is|there is|there are|that is|i see|these are|they are) ", "", said)
     said = re.sub(r"^(a|an|the) ", "", said)
     if kind == "name":
-        return wanted in (said, _plural(said))
+        return wanted in (said, plural_of(said))
     if kind == "count":
         return _DIGITS.get(said, said) == wanted
     return said == wanted
@@ -141,7 +141,7 @@ def phrase_corpus() -> Iterator[str]:
                     yield _ask(rng, (template,), thing=thing.name, other=other.name, category=thing.category)
     for shape in SHAPES:
         for colour in COLOURS:
-            yield f"a {colour} {shape}, 2 {colour} {_plural(shape)} and the word"
+            yield f"a {colour} {shape}, 2 {colour} {plural_of(shape)} and the word"
             yield _ask(rng, ("is there a {thing}?", "how many {things} are there?"), thing=f"{colour} {shape}")
 
 
@@ -149,7 +149,7 @@ def _ask(rng: random.Random, templates: tuple[str, ...], *, category: str = "", 
     """Fill one of the templates; `thing` also gives its plural and its article."""
     template = rng.choice(templates)
     fields = {"thing": "", "other": "", **names, "colour": rng.choice(("colour", "color")), "category": category}
-    fields["things"], fields["a_thing"] = _plural(fields["thing"]), _with_article(fields["thing"])
+    fields["things"], fields["a_thing"] = plural_of(fields["thing"]), _with_article(fields["thing"])
     return style_question(rng, template.format(**fields))
 
 
@@ -168,7 +168,7 @@ def _names(scene: Scene, rng: random.Random) -> Iterator[Turn]:
             phrases = PHRASES["name_category"]
         yield Turn("name", _ask(rng, phrases, category=category), _with_article(one.name))
     elif len({one.name for one in objects}) == 1:
-        yield Turn("name", _ask(rng, PHRASES["name_many"]), _plural(objects[0].name))
+        yield Turn("name", _ask(rng, PHRASES["name_many"]), plural_of(objects[0].name))
     elif len(objects) == 2:
         for one, other in (objects, objects[::-1]):
             place = relation(one, other)
@@ -294,7 +294,7 @@ def _noun(one: SceneObject) -> str:
     return f"{one.colour} {one.name}" if one.colour is not None else one.name
 
 
-def _plural(noun: str) -> str:
+def plural_of(noun: str) -> str:
     if noun in THING_BY_NAME:
         return THING_BY_NAME[noun].plural
     return noun + ("es" if noun.endswith("s") else "s") if noun else ""

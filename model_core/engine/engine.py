@@ -96,7 +96,8 @@ class ContinuousEngine:
     def add_request(self, prepared: Sequence) -> None:
         if prepared.request_id in self._known:
             raise InvalidRequestError("this request id is already in the engine", value=prepared.request_id)
-        prepared.added_at, prepared.arrival = self.runner.clock(), next(self._arrivals)
+        prepared.added_at = prepared.queued_at = self.runner.clock()
+        prepared.arrival = next(self._arrivals)
         self._known[prepared.request_id] = prepared
         self._to_encode[prepared.request_id] = prepared
 
@@ -194,6 +195,8 @@ class ContinuousEngine:
 
     def _encode(self, sequences: list[Sequence], events: list[TokenEvent]) -> None:
         """One pass for all; if it fails, half and half again, so that only the culprit ends."""
+        for sequence in sequences:
+            sequence.leave_queue(self.runner.clock())
         try:
             self.runner.encode(sequences)
         except ROW_ERRORS as error:
@@ -207,9 +210,9 @@ class ContinuousEngine:
         for sequence in sequences:
             del self._to_encode[sequence.request_id]
             if sequence.request.encode_only:
-                sequence.admitted_at = self.runner.clock()
                 events.append(self._close(sequence, self._opening(sequence), "stop"))
             else:
+                sequence.queued_at = self.runner.clock()
                 self.scheduler.add(sequence)
 
     # Running
@@ -241,7 +244,7 @@ class ContinuousEngine:
     def _open(self, chunk: Chunk[Sequence], now: float) -> None:
         """A sequence that begins to run, or begins again after it was preempted, starts behind its cached prefix."""
         if chunk.sequence not in self.runner.store:
-            chunk.sequence.admitted_at = chunk.sequence.admitted_at or now
+            chunk.sequence.leave_queue(now)
             self.runner.store.open(chunk.sequence, chunk.sequence.blocks[: chunk.start // BLOCK_SIZE])
 
     def _split(self, chunks: list[Chunk[Sequence]], error: Exception, events: list[TokenEvent]) -> None:

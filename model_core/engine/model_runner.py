@@ -25,6 +25,8 @@ from model_core.types import ARM_REMOVES, Arm
 from model_core.vision_tokens import Grid, cell_counts
 
 Clock = Callable[[], float]
+#: Key, patch grid, uint8 patches.
+Image = tuple[bytes, Grid, np.ndarray]
 SCORE_ROWS = 256
 
 
@@ -95,6 +97,7 @@ class ModelRunner:
         features: dict[str, Tensor] = {}
         spent: dict[str, float] = {}
         backbone = self.model.model
+        upload = _Uploads(self)
         needs = {arm: backbone.needed_encoders([arm]) for arm in set(arms)}
         for name in backbone.encoders:
             wanted = [i for i, arm in enumerate(arms) if name in needs[arm]]
@@ -110,16 +113,14 @@ class ModelRunner:
                     if found[key] is None:
                         missing[key] = i
             if missing:
-                found |= self._forward(name, [images[i] for i in missing.values()])
+                found |= self._forward(name, [images[i] for i in missing.values()], upload)
             features[name] = self._lay_out(name, [found.get(key) for key, _, _ in images], [g for _, g, _ in images])
             spent[name] = self._now() - begin
             self.encoder_seconds[name] += spent[name]
         return features, spent
 
-    def _forward(self, name: str, images: list[tuple[bytes, Grid, np.ndarray]]) -> dict[bytes, Tensor]:
-        pixels = np.concatenate([pixels for _, _, pixels in images])
-        values = normalise_pixels(pixels, self.fmt.patches, self.device)
-        grids = torch.tensor([grid for _, grid, _ in images])
+    def _forward(self, name: str, images: list[Image], upload: _Uploads) -> dict[bytes, Tensor]:
+        values, grids = upload(images)
         tokens = self.model.model.encode_images(values, grids, [name])[name]
         self.num_images_encoded += len(images)
         cells = [self._num_cells(grid) for _, grid, _ in images]
@@ -218,6 +219,23 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return self.clock()
+
+
+class _Uploads:
+    """Pixels on the device for one encode: both encoders mostly lack the same pictures, and share one upload."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self._done: dict[tuple[bytes, ...], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, images: list[Image]) -> tuple[Tensor, Tensor]:
+        """Normalised patches and grids (I, 3) of these pictures."""
+        keys = tuple(key for key, _, _ in images)
+        if keys not in self._done:
+            pixels = np.concatenate([pixels for _, _, pixels in images])
+            values = normalise_pixels(pixels, self._runner.fmt.patches, self._runner.device)
+            self._done[keys] = values, torch.tensor([grid for _, grid, _ in images])
+        return self._done[keys]
 
 
 def _split_pixels(sequence: Sequence) -> list[np.ndarray]:

@@ -31,7 +31,8 @@ class Sequence:
     preprocess_seconds: float = 0.0
     arrival: int = 0
     added_at: float = 0.0
-    admitted_at: float = 0.0
+    queued_at: float | None = None
+    queue_seconds: float = 0.0
     prefilled_at: float = 0.0
     num_computed: int = 0
     num_cached: int = -1
@@ -92,6 +93,12 @@ class Sequence:
         """Which rows of `embeds` stand in the places [start, end)."""
         return bisect_left(self.image_places, start), bisect_left(self.image_places, end)
 
+    def leave_queue(self, now: float) -> None:
+        """It waited until now; it waits twice, for the encoders and for a seat."""
+        if self.queued_at is not None:
+            self.queue_seconds += now - self.queued_at
+            self.queued_at = None
+
     def usage(self) -> Usage:
         scored = len(self.request.score_token_ids or ())
         cached = max(0, min(self.num_cached, self.num_prompt - scored))
@@ -99,8 +106,9 @@ class Sequence:
 
     def timings(self, now: float) -> Timings:
         decode = now - self.prefilled_at if self.prefilled_at else 0.0
+        waiting = now - self.queued_at if self.queued_at is not None else 0.0
         return Timings(
-            queue_seconds=max(0.0, self.admitted_at - self.added_at) if self.admitted_at else now - self.added_at,
+            queue_seconds=self.queue_seconds + waiting,
             preprocess_seconds=self.preprocess_seconds,
             encode_seconds=self.encode_seconds,
             prefill_seconds=self.prefill_seconds,

@@ -139,11 +139,14 @@ def _num_tokens(patches: Patches, fmt: InputFormat) -> int:
 def normalise_pixels(pixels: np.ndarray, spec: PatchSpec, device: torch.device) -> Tensor:
     """uint8 patches (N, 3*f*p*p), uploaded as they are, as CLIP-normalised float32 on the device.
 
-    The 256 possible values are rescaled in float64, then normalised in float32: bit for bit what the
-    processor's numpy does.
+    Each of the 256 values of a channel is worked out once, rescaled in float64 and normalised in float32 as the
+    processor's numpy does it, bit for bit; the pixels then look theirs up.
     """
-    unit = (torch.arange(256, dtype=torch.float64) * (1 / 255)).float().to(device)
-    x = unit[torch.from_numpy(pixels).to(device).int()].view(len(pixels), 3, -1)
-    mean = torch.tensor(spec.image_mean, dtype=torch.float32, device=device).view(3, 1)
-    std = torch.tensor(spec.image_std, dtype=torch.float32, device=device).view(3, 1)
-    return ((x - mean) / std).view(len(pixels), -1)
+    unit = (torch.arange(256, dtype=torch.float64) * (1 / 255)).float()
+    mean, std = (torch.tensor(x, dtype=torch.float32)[:, None] for x in (spec.image_mean, spec.image_std))
+    table = ((unit - mean) / std).to(device)  # (3, 256)
+    values = torch.from_numpy(pixels).to(device).view(len(pixels), 3, -1)
+    out = torch.empty(values.shape, device=device)
+    for channel in range(3):
+        out[:, channel] = table[channel][values[:, channel].int()]
+    return out.view(len(pixels), -1)

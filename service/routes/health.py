@@ -28,5 +28,7 @@ async def get_ready(parts: Parts) -> dict[str, str]:
 
 @router.get("/metrics", operation_id="get_metrics", response_class=Response)
 async def get_metrics(parts: Parts) -> Response:
-    parts.metrics.set_engine(parts.client.stats, parts.client.num_preparing)
+    stats = parts.client.stats
+    parts.metrics.set_waiting(stats, parts.client.num_preparing, parts.waiting_bytes.num_bytes)
+    parts.metrics.set_caches(stats)
     return Response(parts.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)

@@ -16,6 +16,7 @@ from service.metrics import Metrics
 from service.protocol.chat import Message
 from service.settings import Settings
 from service.translate import count_images, to_messages
+from service.waiting import WaitingBytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class AppParts:
     client: EngineClient
     metrics: Metrics
     history: FusionHistory
+    waiting_bytes: WaitingBytes
     now: Callable[[], float]
 
     @property
