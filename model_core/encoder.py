@@ -138,7 +138,7 @@ class DualVisionEncoder:
             patches=processor.patch_spec,
             mrope=loaded.model.model.mrope_layout,
         )
-        self.info = ModelInfo(
+        info = ModelInfo(
             model_id=model_id,
             fingerprint=f"fp_{loaded.fingerprint or 'unsaved'}",
             fusion=config.fusion,
@@ -151,7 +151,8 @@ class DualVisionEncoder:
             created_unix=loaded.created_unix,
         )
         sizes, eos = engine_config or EngineConfig(), _eos_ids(loaded)
-        self.engine = build_engine(self.model, self.format, self.info, eos, sizes, time.perf_counter)
+        self.engine = build_engine(self.model, self.format, info, eos, sizes, time.perf_counter)
+        self.info = self.engine.info
         self._ids = itertools.count()
         self._inbox: dict[str, deque[TokenEvent]] = {}
 

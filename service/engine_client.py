@@ -1,40 +1,46 @@
-"""The bridge between asyncio and the synchronous `Engine`: one thread that loads it and turns it.
+"""The bridge between asyncio and the synchronous `Engine`: admission, deadlines, and events as async iterators.
 
 In: GenerationRequests, within an admission. Out: each request's TokenEvents as an async iterator that
 ends after the terminal event or raises the request's error, exactly one of the two, also if the engine
 dies. It refuses work that it could not hold (OverloadedError) and knows neither HTTP nor JSON.
 
-Threads: everything here belongs to the event loop, but for `_EngineThread`, which alone touches the
-engine (`prepare` excepted: it is pure and runs in the pool), and the few plain attributes that it writes
-and the loop reads (`stats`, `progress_at`).
+Everything here belongs to the event loop. The engine belongs to its thread (`engine_thread.py`), `prepare` and
+`token_text` excepted: they are pure, and the first runs in the pool.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import queue
-import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Any, Literal, TypeVar
 
 from model_core.analysis.compare import collect_answer
-from model_core.errors import DualVisionError, EngineDeadError, OverloadedError, RequestFailedError
+from model_core.errors import (
+    DualVisionError,
+    EngineDeadError,
+    EngineError,
+    InvalidRequestError,
+    OverloadedError,
+    RequestFailedError,
+)
 from model_core.types import Engine, EngineStats, GenerationRequest, ModelInfo, TokenEvent
+from service.engine_thread import Abort, Add, EngineThread, Stop
 from service.errors import DrainingError, NotReadyError, RequestTimeoutError, StalledError
-from service.logs import log_failure, log_load_failure, logger
+from service.logs import logger
 from service.metrics import Metrics, RequestRecorder
 
 State = Literal["new", "loading", "ready", "failed", "dead", "stopped"]
 T = TypeVar("T")
 K = TypeVar("K")
 
-#: More workers than two make each other slower (serving.md section 2).
-_NUM_POOL_WORKERS = 2
+#: Tokens whose text is remembered: with log-probabilities every step asks for the same few again and again.
+_NUM_TOKEN_TEXTS = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,7 @@ class EngineLimits:
     stall_timeout_seconds: float = 120.0
     shutdown_timeout_seconds: float = 30.0
     batch_window_seconds: float = 0.0
+    preprocess_workers: int = 2
 
 
 class EngineClient:
@@ -57,16 +64,23 @@ class EngineClient:
         limits: EngineLimits,
         *,
         on_load_failure: Callable[[BaseException], None] | None = None,
+        on_pool_thread: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`on_pool_thread` is called once in each thread of the preprocess pool, before its first work."""
         self._metrics, self._limits, self._clock = metrics, limits, clock
         self._on_load_failure = on_load_failure
         self._state: State = "new"
         self._is_draining = False
-        self._thread = _EngineThread(self, load, limits, clock)
-        self._pool = ThreadPoolExecutor(_NUM_POOL_WORKERS, thread_name_prefix="dve-prepare")
+        self._thread = EngineThread(
+            self, load, clock, max_batch=limits.max_num_seqs, window_seconds=limits.batch_window_seconds
+        )
+        self._pool = ThreadPoolExecutor(
+            limits.preprocess_workers, thread_name_prefix="dve-prepare", initializer=on_pool_thread
+        )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._engine: Engine | None = None
+        self._token_text: Callable[[int], tuple[str, list[int]]] | None = None
         self._streams: dict[str, asyncio.Queue[TokenEvent]] = {}
         self._num_admitted = 0
         self.num_preparing = 0
@@ -98,7 +112,7 @@ class EngineClient:
                 await self._idle.wait()
         self._end_all(DrainingError)
         if self._state != "new":
-            self._thread.commands.put(_Stop())
+            self._thread.commands.put(Stop())
             # A thread inside a load or a long step can't be interrupted: it is a daemon, so leave it.
             await asyncio.to_thread(self._thread.join, 5.0)
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -132,6 +146,12 @@ class EngineClient:
         if self._streams and still_seconds > self._limits.stall_timeout_seconds:
             raise StalledError("work waits and the engine does not move", value=f"{still_seconds:.0f} s")
 
+    def token_text(self, token_id: int) -> tuple[str, list[int]]:
+        """A token's text and bytes. The list is shared: do not change it."""
+        if self._token_text is None:
+            raise NotReadyError("the model is not loaded", value=self._state)
+        return self._token_text(token_id)
+
     def _ready_engine(self) -> Engine:
         if self._state == "dead":
             raise EngineDeadError("the engine has stopped")
@@ -141,25 +161,36 @@ class EngineClient:
 
     # Work
 
-    @contextmanager
-    def admit(self) -> Iterator[Admission]:
-        """A place for one request, counted before anything is decoded. Its deadline begins here.
-
-        Raises OverloadedError, NotReadyError, DrainingError, EngineDeadError.
-        """
+    def check_room(self, num_places: int = 1) -> None:
+        """Raises what `admit` would, so that a request can be refused before its body is read."""
+        capacity = self._limits.max_num_seqs + self._limits.max_waiting
         try:
             self.check_ready()
-            if self._num_admitted >= self._limits.max_num_seqs + self._limits.max_waiting:
-                raise OverloadedError("the queue is full", value=self._num_admitted)
-        except DualVisionError as error:
+            if num_places > capacity:
+                raise InvalidRequestError(
+                    "this server can't hold so many answers at once", value=num_places, allowed=f"at most {capacity}",
+                    param="n",
+                )  # fmt: skip
+            if self._num_admitted + num_places > capacity:
+                raise OverloadedError("the queue is full", value=self._num_admitted, allowed=f"{capacity} requests")
+        except EngineError as error:
             self._metrics.admission_rejections.labels(error.code).inc()
             raise
-        self._num_admitted += 1
+
+    @contextmanager
+    def admit(self, num_places: int = 1) -> Iterator[Admission]:
+        """Places for one request's sequences, counted before anything is decoded. Its deadline begins here.
+
+        Raises OverloadedError, NotReadyError, DrainingError, EngineDeadError; InvalidRequestError if so many
+        places can never be had.
+        """
+        self.check_room(num_places)
+        self._num_admitted += num_places
         self._idle.clear()
         try:
             yield Admission(self, asyncio.get_running_loop().time() + self._limits.request_timeout_seconds)
         finally:
-            self._num_admitted -= 1
+            self._num_admitted -= num_places
             if self._num_admitted == 0:
                 self._idle.set()
 
@@ -170,27 +201,25 @@ class EngineClient:
                 async for event in events:
                     yield event
 
-    def _recorder(self, request: GenerationRequest) -> RequestRecorder:
+    def _recorder(self, request: GenerationRequest, *, is_copy: bool) -> RequestRecorder:
         is_fused = request.arm == "fused" and request.score_token_ids is None
-        return RequestRecorder(self._metrics, self._clock, is_fused=is_fused)
+        return RequestRecorder(self._metrics, self._clock, is_fused=is_fused, is_copy=is_copy)
 
-    def _submit(self, request_id: str, prepared: object) -> asyncio.Queue[TokenEvent]:
+    def _submit(self, request_id: str, prepared: object, stream: asyncio.Queue[TokenEvent]) -> None:
         self._ready_engine()
         if request_id in self._streams:
             raise RequestFailedError("this request id is already running", value=request_id)
         if not self._streams:
             # An engine that had nothing to do was not standing still.
             self._thread.progress_at = self._clock()
-        stream: asyncio.Queue[TokenEvent] = asyncio.Queue()
         self._streams[request_id] = stream
-        self._thread.commands.put(_Add(request_id, prepared))
-        return stream
+        self._thread.commands.put(Add(request_id, prepared))
 
     def _leave(self, request_id: str, stream: asyncio.Queue[TokenEvent]) -> None:
         """The caller reads no more. After a terminal event there is nothing left to abort."""
         if self._streams.get(request_id) is stream:
             del self._streams[request_id]
-            self._thread.commands.put(_Abort(request_id))
+            self._thread.commands.put(Abort(request_id))
 
     # Called on the event loop by the engine thread, through `post`
 
@@ -203,6 +232,7 @@ class EngineClient:
 
     def on_loaded(self, engine: Engine) -> None:
         self._engine = engine
+        self._token_text = lru_cache(_NUM_TOKEN_TEXTS)(engine.token_text)
         self._metrics.set_model(engine.info)
         if self._state == "loading":
             self._state = "ready"
@@ -233,7 +263,7 @@ class EngineClient:
         for request_id in list(self._streams):
             # One error object each: raising one in many tasks would grow its traceback.
             self._streams.pop(request_id).put_nowait(TokenEvent(request_id, error=kind("the engine has stopped")))
-            self._thread.commands.put(_Abort(request_id))
+            self._thread.commands.put(Abort(request_id))
 
 
 class Admission:
@@ -253,29 +283,54 @@ class Admission:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """Events up to the terminal one, or the error that ended the request. Leaving early aborts it."""
+        async with aclosing(self.generate_choices([request])) as events:
+            async for event in events:
+                yield event
+
+    async def generate_choices(self, requests: Sequence[GenerationRequest]) -> AsyncGenerator[TokenEvent, None]:
+        """Several answers to one prompt: events of all, each by its request's id, until every one has ended.
+
+        The first error of any ends all, and so does leaving early. The first request goes ahead: once its prompt
+        is computed, the others find it in the prefix cache instead of computing it beside it.
+        """
         client = self._client
-        recorder = client._recorder(request)
+        recorders = {r.request_id: client._recorder(r, is_copy=i > 0) for i, r in enumerate(requests)}
+        events: asyncio.Queue[TokenEvent] = asyncio.Queue()
         failure: BaseException | None = None
-        stream: asyncio.Queue[TokenEvent] | None = None
         try:
-            engine = client._ready_engine()
-            prepared: Any = await self.in_pool(lambda: engine.prepare(request))
-            stream = client._submit(request.request_id, prepared)
-            is_over = False
-            while not is_over:
-                event = await self._before_deadline(stream.get())
+            prepared = await self._prepare(requests[0])
+            client._submit(requests[0].request_id, prepared, events)
+            others = [(request.request_id, await self._prepare(request)) for request in requests[1:]]
+            while recorders:
+                event = await self._before_deadline(events.get())
+                recorder = recorders[event.request_id]
                 recorder.observe(event)
                 if event.error is not None:
-                    raise event.error
-                is_over = event.is_terminal
+                    raise self._in_time(event.error)
+                if event.is_terminal:
+                    recorders.pop(event.request_id).finish(None)
+                while others:
+                    client._submit(*others.pop(0), events)
                 yield event
         except Exception as error:
             failure = error
             raise
         finally:
-            if stream is not None:
-                client._leave(request.request_id, stream)
-            recorder.finish(failure)
+            for request in requests:
+                client._leave(request.request_id, events)
+            for recorder in recorders.values():
+                recorder.finish(failure)
+
+    async def _prepare(self, request: GenerationRequest) -> Any:
+        # The engine gets the deadline too: what has run out of time while it queued is not computed.
+        left = max(self._deadline - asyncio.get_running_loop().time(), 0.0)
+        engine = self._client._ready_engine()
+        return await self.in_pool(partial(engine.prepare, replace(request, timeout_seconds=left)))
+
+    def _in_time(self, error: DualVisionError) -> DualVisionError:
+        """The engine may see the deadline pass before we do: then it is the same end by another name."""
+        is_late = asyncio.get_running_loop().time() >= self._deadline
+        return _late() if is_late and isinstance(error, RequestFailedError) else error
 
     async def answer(self, request: GenerationRequest) -> TokenEvent:
         async with aclosing(self.generate(request)) as events:
@@ -296,104 +351,8 @@ class Admission:
             async with asyncio.timeout_at(self._deadline):
                 return await work
         except TimeoutError:
-            raise RequestTimeoutError("the request's time is over") from None
+            raise _late() from None
 
 
-@dataclass(frozen=True, slots=True)
-class _Add:
-    request_id: str
-    prepared: object
-
-
-@dataclass(frozen=True, slots=True)
-class _Abort:
-    request_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Stop:
-    pass
-
-
-_Command = _Add | _Abort | _Stop
-
-
-class _EngineThread(threading.Thread):
-    """Loads the engine and turns it. The loading thread is the turning one: CUDA contexts like that."""
-
-    def __init__(
-        self, client: EngineClient, load: Callable[[], Engine], limits: EngineLimits, clock: Callable[[], float]
-    ) -> None:
-        super().__init__(name="dve-engine", daemon=True)
-        self.commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
-        self.stats = EngineStats()
-        self.progress_at = clock()
-        self.load_error: BaseException | None = None
-        self._client, self._load, self._limits, self._clock = client, load, limits, clock
-        self._unfinished: set[str] = set()
-
-    def run(self) -> None:
-        try:
-            engine = self._load()
-        except Exception as error:  # noqa: BLE001  the engine loop's border; the composition root gives up
-            self.load_error = error
-            log_load_failure(error)
-            self._client.post(self._client.on_load_failure, error)
-            return
-        self._client.post(self._client.on_loaded, engine)
-        try:
-            while self._turn(engine):
-                pass
-        except Exception as error:  # noqa: BLE001  the engine loop's border: everyone waiting gets an answer
-            log_failure("the engine died", error)
-            self._client.post(self._client.on_death)
-
-    def _turn(self, engine: Engine) -> bool:
-        for command in self._take_commands(engine):
-            if isinstance(command, _Stop):
-                return False
-            self._carry_out(engine, command)
-        events: list[TokenEvent] = []
-        if engine.has_work():
-            events = engine.step()
-        self._unfinished.difference_update(event.request_id for event in events if event.is_terminal)
-        if self._unfinished and not engine.has_work():
-            # An engine that forgot a request must not leave its client waiting.
-            events = [*events, *self._lost_events()]
-        self.stats = engine.stats()
-        self.progress_at = self._clock()
-        if events:
-            self._client.post(self._client.on_events, events)
-        return True
-
-    def _take_commands(self, engine: Engine) -> list[_Command]:
-        is_idle = not engine.has_work()
-        taken = [self.commands.get()] if is_idle else []
-        closes_at = self._clock() + self._limits.batch_window_seconds
-        while len(taken) < self._limits.max_num_seqs:
-            # The window is for company that is on its way; alone, a request is not kept waiting.
-            left = closes_at - self._clock() if is_idle and self._client.num_preparing else 0.0
-            try:
-                taken.append(self.commands.get(timeout=left) if left > 0 else self.commands.get_nowait())
-            except queue.Empty:
-                break
-        return taken
-
-    def _carry_out(self, engine: Engine, command: _Add | _Abort) -> None:
-        if isinstance(command, _Abort):
-            self._unfinished.discard(command.request_id)
-            engine.abort(command.request_id)
-            return
-        try:
-            engine.add_request(command.prepared)
-        except Exception as error:  # noqa: BLE001  the engine loop's border: one request's fault is its own
-            failure = error if isinstance(error, DualVisionError) else RequestFailedError("the engine refused it")
-            if failure is not error:
-                log_failure("the engine refused a request", error)
-            self._client.post(self._client.on_events, [TokenEvent(command.request_id, error=failure)])
-            return
-        self._unfinished.add(command.request_id)
-
-    def _lost_events(self) -> list[TokenEvent]:
-        lost, self._unfinished = self._unfinished, set()
-        return [TokenEvent(request_id, error=RequestFailedError("the engine lost it")) for request_id in sorted(lost)]
+def _late() -> RequestTimeoutError:
+    return RequestTimeoutError("the request's time is over")

@@ -10,7 +10,8 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -86,10 +87,12 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        declared = Headers(scope=scope).get("content-length", "")
+        declared = Headers(scope=scope).get("content-length", "")[:20]
         try:
             if declared.isdecimal():
-                self._check(int(declared[:20]), f"{declared[:20]} bytes")
+                self._check_size(int(declared), f"{declared} bytes")
+                with self._counted():
+                    self._waiting.check(int(declared))
         except DualVisionError as error:
             # The rest of the body is not read: the connection can't be used again.
             response = error_response(error, request_id_var.get(), {"connection": "close"})
@@ -100,10 +103,11 @@ class BodyLimit:
         async def receive_counted() -> Message:
             nonlocal received
             message = await receive()
-            if chunk := message.get("body", b""):
-                received += len(chunk)
-                self._check(received, f"more than {self._max_body_bytes} bytes", len(chunk))
-                body.add(len(chunk))
+            num_bytes = len(message.get("body", b""))
+            received += num_bytes
+            self._check_size(received, f"more than {self._max_body_bytes} bytes")
+            with self._counted():
+                body.add(num_bytes)
             return message
 
         scope.setdefault("state", {})["waiting_body"] = body
@@ -112,14 +116,16 @@ class BodyLimit:
         finally:
             body.release()
 
-    def _check(self, num_bytes: int, seen: str, num_more: int | None = None) -> None:
-        """Raises RequestTooLargeError, OverloadedError. `num_more`: how many of the bytes are not counted yet."""
+    def _check_size(self, num_bytes: int, seen: str) -> None:
         if num_bytes > self._max_body_bytes:
             raise RequestTooLargeError(
                 "the request body is too large", value=seen, allowed=f"at most {self._max_body_bytes} bytes"
             )
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
         try:
-            self._waiting.check(num_bytes if num_more is None else num_more)
+            yield
         except OverloadedError as error:
             self._metrics.admission_rejections.labels(error.code).inc()
             raise

@@ -1,23 +1,23 @@
 """The only file that knows both vocabularies: the wire's and `model_core.types`.
 
-In: validated bodies and the loaded model's `ModelInfo`. Out: ChatMessages, SamplingParams and arms; and
-back from Answers, TokenEvents and FusionWeights to JSON objects. It refuses to run anything.
+In: validated bodies and the loaded model's `ModelInfo`. Out: ChatMessages, SamplingParams, GenerationRequests; and
+back from TokenEvents to JSON objects (fusion weights and comparisons: reports.py). It refuses to run anything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from model_core.analysis.compare import ArmResult, Comparison
+from model_core.analysis.compare import collect_answer
 from model_core.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError, RequestFailedError
 from model_core.types import (
     ARMS,
     Arm,
     ChatMessage,
     FinishReason,
-    FusionWeights,
+    GenerationRequest,
     ImagePart,
     ModelInfo,
     Part,
@@ -25,32 +25,42 @@ from model_core.types import (
     TextPart,
     Timings,
     TokenEvent,
+    TokenLogprob,
     Usage,
 )
 from service.protocol.chat import (
-    AssistantMessage,
-    ChatCompletion,
     ChatCompletionRequest,
-    Choice,
-    CompletionUsage,
     ImageUrlContent,
     InputImageContent,
     Message,
-    PromptTokensDetails,
     TextContent,
     check_supported,
 )
+from service.protocol.completion import (
+    AssistantMessage,
+    ChatCompletion,
+    Choice,
+    CompletionUsage,
+    PromptTokensDetails,
+)
 from service.protocol.fusion import CompareRequest
 from service.protocol.models import ModelCard, ModelFusion
+from service.reports import STAGES, fusion_entries
 
 #: What turns an image's URL and its place in the body into bytes; media.py has the real one.
 ReadImage = Callable[[str, str], bytes]
+
+#: What turns a token's id into its text and its bytes.
+TokenText = Callable[[int], tuple[str, list[int]]]
 
 #: `detail: low` allows 256 vision tokens an image (28 x 28 pixels each); high and auto the model's own budget.
 _LOW_DETAIL_PIXELS = 256 * 28 * 28
 
 #: No vocabulary packs more characters into a token; text beyond is refused before it is tokenised.
 _MAX_CHARACTERS_PER_TOKEN = 256
+
+#: JSON has no infinity; a forbidden token's log-probability is written as vLLM writes it.
+_LEAST_LOGPROB = -9999.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +70,8 @@ class ChatPlan:
     model: str
     arm: Arm
     sampling: SamplingParams
+    num_choices: int
+    priority: int
     is_stream: bool
     include_usage: bool
     requested_max_tokens: int | None
@@ -92,30 +104,60 @@ def plan_chat(body: ChatCompletionRequest, info: ModelInfo) -> ChatPlan:
             allowed="one of them, or the same arm",
             param="fusion.arm",
         )
+    return ChatPlan(
+        model=model,
+        arm=asked or arm,
+        sampling=_chat_sampling(body, info),
+        num_choices=body.n or 1,
+        priority=body.priority or 0,
+        is_stream=bool(body.stream),
+        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        requested_max_tokens=body.max_completion_tokens or body.max_tokens,
+        ignored=tuple(ignored),
+        metadata=body.metadata,
+        user=body.user,
+    )
+
+
+def _chat_sampling(body: ChatCompletionRequest, info: ModelInfo) -> SamplingParams:
     # On the wire "no limit" means up to the end of the context, as OpenAI has it.
-    requested = body.max_completion_tokens or body.max_tokens
-    sampling = SamplingParams(
-        max_tokens=min(requested or info.max_context_tokens, info.max_context_tokens),
+    requested = body.max_completion_tokens or body.max_tokens or info.max_context_tokens
+    return SamplingParams(
+        max_tokens=min(requested, info.max_context_tokens),
         # Greedy unless asked otherwise: Qwen2.5-VL's own generation config has temperature 1e-6.
-        temperature=0.0 if body.temperature is None else body.temperature,
+        temperature=body.temperature or 0.0,
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=max(body.top_k or 0, 0),
         min_p=body.min_p or 0.0,
         seed=body.seed,
         stop=tuple(body.stop or ()),
         ignore_eos=bool(body.ignore_eos),
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=body.repetition_penalty or 1.0,
+        logit_bias={int(token_id): bias for token_id, bias in (body.logit_bias or {}).items()},
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        min_tokens=body.min_tokens or 0,
+        stop_token_ids=body.stop_token_ids or (),
     )
-    return ChatPlan(
-        model=model,
-        arm=asked or arm,
-        sampling=sampling,
-        is_stream=bool(body.stream),
-        include_usage=bool(body.stream_options and body.stream_options.include_usage),
-        requested_max_tokens=requested,
-        ignored=tuple(ignored),
-        metadata=body.metadata,
-        user=body.user,
+
+
+def to_requests(plan: ChatPlan, messages: tuple[ChatMessage, ...], completion_id: str) -> tuple[GenerationRequest, ...]:
+    """One request for each choice: `{id}`, or `{id}-{i}` where there are several; choice i has the seed `seed + i`."""
+    request = GenerationRequest(completion_id, messages, plan.sampling, plan.arm, priority=plan.priority)
+    if plan.num_choices == 1:
+        return (request,)
+    return tuple(
+        replace(request, request_id=f"{completion_id}-{i}", sampling=_nth_sampling(plan.sampling, i))
+        for i in range(plan.num_choices)
     )
+
+
+def _nth_sampling(sampling: SamplingParams, index: int) -> SamplingParams:
+    if sampling.seed is None:
+        return sampling
+    # Past the largest seed it goes on at the smallest one.
+    return replace(sampling, seed=(sampling.seed + index + 2**63) % 2**64 - 2**63)
 
 
 def compare_sampling(body: CompareRequest, info: ModelInfo) -> SamplingParams:
@@ -196,50 +238,42 @@ def upload_messages(data: bytes, question: str) -> tuple[ChatMessage, ...]:
 # From here on: model_core -> wire.
 
 
-def fusion_entry(weights: FusionWeights, encoders: Sequence[str]) -> dict[str, Any]:
-    """`{qwen_weight, dinov2_weight, dominant_encoder, warnings}`; weights null where there is no gate."""
-    values = weights.weights
-    entry: dict[str, Any] = {f"{name}_weight": None if values is None else values.get(name) for name in encoders}
-    dominant = weights.dominant_encoder
-    entry["dominant_encoder"] = dominant if dominant is not None or values is None else "tie"
-    entry["warnings"] = list(weights.warnings)
-    return entry
+def fold_answer(events: Sequence[TokenEvent]) -> TokenEvent:
+    """One choice's events as one. Raises the error that ended it, RequestFailedError if nothing did."""
+    logprobs = tuple(logprob for event in events for logprob in event.logprobs or ())
+    return replace(collect_answer(events), logprobs=logprobs)
 
 
-def fusion_entries(fusion: Iterable[FusionWeights], encoders: Sequence[str]) -> list[dict[str, Any]]:
-    return [fusion_entry(weights, encoders) for weights in fusion]
+def total_usage(usages: Sequence[Usage | None]) -> Usage:
+    """Of several choices: the first one's prompt, and what all have generated."""
+    known = [usage for usage in usages if usage is not None]
+    if not known:
+        return Usage(0, 0)
+    return replace(known[0], completion_tokens=sum(usage.completion_tokens for usage in known))
 
 
-def analysis_entry(index: int, weights: FusionWeights, encoders: Sequence[str]) -> dict[str, Any]:
-    return {
-        "index": index,
-        **fusion_entry(weights, encoders),
-        "entropy": weights.entropy,
-        "contribution": None if weights.contribution is None else dict(weights.contribution),
-        "relative_update": weights.relative_update,
-        "fusion_trained": weights.fusion_trained,
-    }
-
-
-def mean_weights(fusion: Sequence[FusionWeights], encoders: Sequence[str]) -> dict[str, Any]:
-    """The mean over images, and the encoder that dominates it."""
-    gated = [weights.weights for weights in fusion if weights.weights is not None]
-    if not gated:
-        return {**{f"{name}_weight": None for name in encoders}, "dominant_encoder": None}
-    means = {name: sum(weights.get(name, 0.0) for weights in gated) / len(gated) for name in encoders}
-    first, second = sorted(means.values(), reverse=True)[:2] if len(means) > 1 else (1.0, 0.0)
-    dominant = "tie" if first - second < 1e-6 else max(means, key=lambda name: means[name])
-    return {**{f"{name}_weight": mean for name, mean in means.items()}, "dominant_encoder": dominant}
-
-
-def to_usage(usage: Usage | None) -> CompletionUsage:
-    known = usage or Usage(0, 0)
+def to_usage(usage: Usage) -> CompletionUsage:
     return CompletionUsage(
-        prompt_tokens=known.prompt_tokens,
-        completion_tokens=known.completion_tokens,
-        total_tokens=known.prompt_tokens + known.completion_tokens,
-        prompt_tokens_details=PromptTokensDetails(multimodal_tokens=known.image_tokens),
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        total_tokens=usage.prompt_tokens + usage.completion_tokens,
+        prompt_tokens_details=PromptTokensDetails(
+            cached_tokens=usage.cached_tokens, multimodal_tokens=usage.image_tokens
+        ),
     )
+
+
+def to_logprobs(logprobs: Sequence[TokenLogprob], token_text: TokenText) -> dict[str, Any]:
+    """OpenAI's `logprobs` of a choice or a chunk."""
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        text, data = token_text(token_id)
+        return {"token": text, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": data}
+
+    content = [
+        {**entry(one.token_id, one.logprob), "top_logprobs": [entry(*pair) for pair in one.top]} for one in logprobs
+    ]
+    return {"content": content, "refusal": None}
 
 
 def to_finish_reason(reason: FinishReason | None) -> Literal["stop", "length"]:
@@ -249,20 +283,33 @@ def to_finish_reason(reason: FinishReason | None) -> Literal["stop", "length"]:
 
 
 def to_completion(
-    plan: ChatPlan, answer: TokenEvent, info: ModelInfo, *, completion_id: str, created: int
+    plan: ChatPlan,
+    answers: Sequence[TokenEvent],
+    info: ModelInfo,
+    token_text: TokenText,
+    *,
+    completion_id: str,
+    created: int,
 ) -> ChatCompletion:
-    """A whole answer as OpenAI's `chat.completion` object, with `fusion` beside the choices."""
+    """OpenAI's `chat.completion` object, one choice an answer; `fusion` is the prompt's, so any answer has it."""
     return ChatCompletion(
         id=completion_id,
         created=created,
         model=plan.model,
-        choices=[
-            Choice(message=AssistantMessage(content=answer.text), finish_reason=to_finish_reason(answer.finish_reason))
-        ],
-        usage=to_usage(answer.usage),
+        choices=[_to_choice(index, answer, plan, token_text) for index, answer in enumerate(answers)],
+        usage=to_usage(total_usage([answer.usage for answer in answers])),
         system_fingerprint=info.fingerprint,
-        fusion=fusion_entries(answer.fusion or (), info.encoders),
+        fusion=fusion_entries(answers[0].fusion or (), info.encoders),
         metadata=dict(plan.metadata) if plan.metadata is not None else None,
+    )
+
+
+def _to_choice(index: int, answer: TokenEvent, plan: ChatPlan, token_text: TokenText) -> Choice:
+    return Choice(
+        index=index,
+        message=AssistantMessage(content=answer.text),
+        logprobs=None if plan.sampling.logprobs is None else to_logprobs(answer.logprobs or (), token_text),
+        finish_reason=to_finish_reason(answer.finish_reason),
     )
 
 
@@ -293,49 +340,4 @@ def server_timing(timings: Timings | None) -> str:
     """The Server-Timing header's value, in milliseconds."""
     if timings is None:
         return ""
-    stages = ("queue", "preprocess", "encode", "prefill", "decode")
-    return ", ".join(f"{stage};dur={getattr(timings, f'{stage}_seconds') * 1000:.1f}" for stage in stages)
-
-
-def to_comparison(comparison: Comparison, encoders: Sequence[str]) -> dict[str, Any]:
-    """A Comparison as JSON: each arm's answer and likelihood, then the sums."""
-    by_token = comparison.reliance_by_token
-    reliance = comparison.reliance
-    return {
-        "fusion": [analysis_entry(i, weights, encoders) for i, weights in enumerate(comparison.fusion)],
-        "answers": {arm: _arm_entry(result) for arm, result in comparison.arms.items()},
-        "reliance": None
-        if reliance is None or by_token is None
-        else {name: {"sum": reliance[name], "tokens": list(by_token[name])} for name in reliance},
-        "shapley": None if comparison.shapley is None else dict(comparison.shapley),
-        "interaction": comparison.interaction,
-        "encoder_seconds": dict(comparison.encoder_seconds),
-    }
-
-
-def _arm_entry(result: ArmResult) -> dict[str, Any]:
-    answer = result.answer
-    return {
-        "content": answer.text,
-        "finish_reason": answer.finish_reason,
-        "completion_tokens": to_usage(answer.usage).completion_tokens,
-        "same_as_fused": result.first_divergence is None,
-        "first_divergence": result.first_divergence,
-        "log_likelihood": None
-        if result.log_likelihood is None
-        else {
-            "sum": result.log_likelihood,
-            "mean": result.log_likelihood_per_token,
-            "tokens": list(result.token_log_likelihoods),
-        },
-        "seconds": _seconds(answer.timings),
-    }
-
-
-def _seconds(timings: Timings | None) -> dict[str, Any] | None:
-    if timings is None:
-        return None
-    stages = {
-        stage: getattr(timings, f"{stage}_seconds") for stage in ("queue", "preprocess", "encode", "prefill", "decode")
-    }
-    return {**stages, "total": sum(stages.values()), "encoders": dict(timings.encoder_seconds)}
+    return ", ".join(f"{stage};dur={getattr(timings, f'{stage}_seconds') * 1000:.1f}" for stage in STAGES)

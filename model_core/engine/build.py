@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -26,7 +27,11 @@ def build_engine(
     config: EngineConfig,
     clock: Callable[[], float],
 ) -> ContinuousEngine:
-    """Raises ConfigError: settings that contradict each other or the device, with both numbers."""
+    """The engine's own `info` says the context that it can hold: the model's, or the whole cache if that is less.
+
+    Raises:
+        ConfigError: settings that contradict each other or the device, with both numbers.
+    """
     decoder = Decoder(model.model.language_model, model.lm_head)
     shape = decoder.cache_shape
     free = torch.cuda.mem_get_info(shape.device)[0] if shape.device.type == "cuda" else None
@@ -34,4 +39,5 @@ def build_engine(
     blocks = BlockManager(num_blocks, BLOCK_SIZE, enable_prefix_caching=config.enable_prefix_caching)
     store = RowStore(shape, num_blocks if config.enable_prefix_caching else 0, BLOCK_SIZE)
     runner = ModelRunner(model, decoder, fmt, clock, store=store, features=EncoderCache(config.encoder_cache_bytes))
+    info = replace(info, max_context_tokens=min(info.max_context_tokens, num_blocks * BLOCK_SIZE))
     return ContinuousEngine(runner, info, eos_ids, blocks, config)

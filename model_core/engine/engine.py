@@ -23,7 +23,7 @@ from model_core.engine.prefix_hash import PrefixHasher, prefix_root
 from model_core.engine.sampler import Sampled, SamplerState, check_params, sample_batch
 from model_core.engine.scheduler import Chunk, Scheduler, SchedulerConfig
 from model_core.engine.sequence import Sequence
-from model_core.errors import ContextLengthError, DualVisionError, InvalidRequestError, RequestFailedError
+from model_core.errors import DualVisionError, InvalidRequestError, RequestFailedError
 from model_core.processing.batch import InputFormat, prepare_inputs
 from model_core.types import EngineStats, FinishReason, GenerationRequest, ModelInfo, TokenEvent
 
@@ -55,7 +55,7 @@ class ContinuousEngine:
         self._num_steps = self._num_prompt_tokens = self._num_generation_tokens = 0
 
     def prepare(self, request: GenerationRequest, fmt: InputFormat | None = None) -> Sequence:
-        """Pure and thread-safe: decodes images, encodes text, checks that it can ever fit.
+        """Pure and thread-safe: decodes images, encodes text, checks that it fits the context.
 
         `fmt`: instead of the engine's own (the Python facade's opens local paths).
         """
@@ -67,20 +67,11 @@ class ContinuousEngine:
         inputs = prepare_inputs(
             request.messages, fmt or self.runner.fmt, most - (0 if suffix or request.encode_only else 1), suffix
         )
-        room = self.blocks.num_blocks * BLOCK_SIZE
-        if len(inputs.input_ids) + 1 > room and not request.encode_only:
-            raise ContextLengthError(
-                "the prompt does not fit the KV cache",
-                value=f"{len(inputs.input_ids)} tokens ({inputs.num_image_tokens} image)",
-                allowed=f"{room - 1} tokens",
-                fix="Shorten it, or start the server with a larger KV cache",
-                param="messages",
-            )
         tokenizer = self.runner.fmt.tokenizer
         return Sequence(
             request=request,
             inputs=inputs,
-            max_tokens=min(sampling.max_tokens, most - len(inputs.input_ids), room - len(inputs.input_ids)),
+            max_tokens=min(sampling.max_tokens, most - len(inputs.input_ids)),
             detokenizer=Detokenizer(tokenizer, sampling.stop),
             sampler=SamplerState(sampling, inputs.input_ids, self._eos_ids),
             hasher=self._hasher(request),

@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions`: the request, the completion and the chunk, in OpenAI's shapes.
+"""The body of `POST /v1/chat/completions`, in OpenAI's shape with vLLM's further sampling parameters.
 
 Every known parameter either works, or is neutral (its value asks for nothing), or is refused by name in
 `check_supported`. It refuses to resolve images, models or arms.
@@ -7,28 +7,21 @@ Every known parameter either works, or is neutral (its value asks for nothing), 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, Discriminator, Field, StringConstraints, Tag
 
+from model_core.types import MAX_LOGPROBS
 from service.errors import InvalidBodyError, UnsupportedParameterError
 from service.protocol.body import STRICT, TOLERANT
 
 MAX_MESSAGES = 512
 MAX_PARTS = 1024
+MAX_CHOICES = 8
+_MAX_BIASES = 1024
 
-#: Parameters that need code which is not there yet, each with the values that ask for nothing.
+#: What this server does not do, each with the values that ask for nothing.
 NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
-    "n": (1,),
-    "min_tokens": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "stop_token_ids": ([],),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
-    "priority": (0,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -47,6 +40,12 @@ Stop = Annotated[
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     Field(max_length=4),
 ]
+
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+#: As text, since JSON has no other keys; in one spelling, so that no token is named twice.
+TokenIdText = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,9})$")]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class TextContent(BaseModel):
@@ -126,7 +125,12 @@ class FusionOptions(BaseModel):
 
 
 class ChatCompletionRequest(BaseModel):
-    """OpenAI's body, strict; `check_supported` says which of its parameters this server refuses."""
+    """OpenAI's body, strict; `check_supported` says which of its parameters this server refuses.
+
+    n: choice i is sampled with `seed + i` where a seed is given. priority: lower goes first. logit_bias: token ids as
+    strings. logprobs: of the raw distribution, before temperature and penalties; one entry a generated token, the
+    end-of-text token included, so that there are `completion_tokens` of them.
+    """
 
     model_config = TOLERANT
 
@@ -136,13 +140,25 @@ class ChatCompletionRequest(BaseModel):
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    logit_bias: (
+        Annotated[dict[TokenIdText, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=_MAX_BIASES)] | None
+    ) = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stop | None = None
+    stop_token_ids: Annotated[tuple[TokenId, ...], Field(max_length=64)] | None = None
     ignore_eos: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     response_format: ResponseFormat | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
     metadata: (
@@ -155,24 +171,36 @@ class ChatCompletionRequest(BaseModel):
 
 
 def check_supported(body: ChatCompletionRequest) -> list[str]:
-    """Names of the tolerated fields that were ignored. Raises on what can't be ignored honestly."""
+    """Names of the tolerated fields that were ignored, wherever they stand. Raises on what can't be ignored honestly.
+
+    A null asks for nothing, so it is neither refused nor named.
+    """
     ignored = []
     for name, value in (body.model_extra or {}).items():
+        if value is None:
+            continue
         if name not in NEUTRAL_VALUES:
             ignored.append(name)
-        elif value is not None and not any(_is_same(value, neutral) for neutral in NEUTRAL_VALUES[name]):
+        elif not any(_is_same(value, neutral) for neutral in NEUTRAL_VALUES[name]):
             raise UnsupportedParameterError(
                 f"'{name}' is not supported by this server",
                 allowed=", ".join(repr(v) for v in NEUTRAL_VALUES[name]) or "null",
                 fix="Leave it out",
                 param=name,
             )
-        elif name in ("tools", "functions", "tool_choice", "function_call") and value is not None:
+        elif name in ("tools", "functions", "tool_choice", "function_call"):
             ignored.append(name)
     _check_combinations(body)
+    ignored.extend(_extras("stream_options", body.stream_options))
+    ignored.extend(_extras("response_format", body.response_format))
     for index, message in enumerate(body.messages):
-        ignored.extend(_check_message(index, message))
+        ignored.extend(_check_message(f"messages[{index}]", message))
     return ignored
+
+
+def _extras(where: str, model: BaseModel | None) -> list[str]:
+    extra = (model.model_extra or {}) if model is not None else {}
+    return [f"{where}.{name}" for name, value in extra.items() if value is not None]
 
 
 def _is_same(value: object, neutral: object) -> bool:
@@ -194,6 +222,10 @@ def _check_combinations(body: ChatCompletionRequest) -> None:
         raise InvalidBodyError(
             "'stream_options' needs a stream", value="stream: false", allowed="stream: true", param="stream_options"
         )
+    if body.top_logprobs and not body.logprobs:
+        raise InvalidBodyError(
+            "'top_logprobs' needs 'logprobs'", value="logprobs: false", allowed="logprobs: true", param="top_logprobs"
+        )
     limits = {body.max_tokens, body.max_completion_tokens} - {None}
     if len(limits) > 1:
         raise InvalidBodyError(
@@ -204,52 +236,16 @@ def _check_combinations(body: ChatCompletionRequest) -> None:
         )
 
 
-def _check_message(index: int, message: Message) -> list[str]:
-    ignored = []
-    for name, value in (message.model_extra or {}).items():
-        if name in ("tool_calls", "function_call", "audio") and value not in (None, []):
+def _check_message(where: str, message: Message) -> list[str]:
+    for name in ("tool_calls", "function_call", "audio"):
+        if (message.model_extra or {}).get(name) not in (None, []):
             raise UnsupportedParameterError(
-                f"'{name}' in a message is not supported by this server", param=f"messages[{index}].{name}"
+                f"'{name}' in a message is not supported by this server", param=f"{where}.{name}"
             )
-        if value is not None:
-            ignored.append(f"messages[{index}].{name}")
+    ignored = _extras(where, message)
+    for index, part in enumerate(() if isinstance(message.content, str) else message.content):
+        at = f"{where}.content[{index}]"
+        ignored.extend(_extras(at, part))
+        if isinstance(part, ImageUrlContent):
+            ignored.extend(_extras(f"{at}.image_url", part.image_url))
     return ignored
-
-
-class PromptTokensDetails(BaseModel):
-    cached_tokens: int = 0
-    multimodal_tokens: int = 0
-
-
-class CompletionUsage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-
-
-class AssistantMessage(BaseModel):
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-
-
-class Choice(BaseModel):
-    index: int = 0
-    message: AssistantMessage
-    logprobs: None = None
-    finish_reason: Literal["stop", "length"]
-
-
-class ChatCompletion(BaseModel):
-    """`fusion`: one entry an image, `{qwen_weight, dinov2_weight, dominant_encoder, warnings}`."""
-
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[Choice]
-    usage: CompletionUsage
-    system_fingerprint: str
-    fusion: list[dict[str, Any]]
-    metadata: dict[str, str] | None = None

@@ -20,17 +20,10 @@ from service.logs import request_id_var
 from service.media import MediaLimits, check_image_bytes, check_image_data
 from service.protocol.body import parse_body
 from service.protocol.fusion import ANALYZE_MEANING, COMPARE_MEANING, AnalyzeRequest, CompareRequest
+from service.reports import analysis_entry, mean_weights, to_comparison
 from service.routes.parts import AppParts, Parts
 from service.streaming import until_disconnect
-from service.translate import (
-    analysis_entry,
-    compare_sampling,
-    mean_weights,
-    require_images,
-    resolve_model,
-    to_comparison,
-    upload_messages,
-)
+from service.translate import compare_sampling, require_images, resolve_model, upload_messages
 
 router = APIRouter()
 
@@ -90,6 +83,7 @@ def _one_request(parts: AppParts, request_id: str) -> dict[str, Any]:
 @router.post("/v1/fusion/analyze", operation_id="analyze_fusion")
 async def analyze_fusion(request: Request, parts: Parts) -> dict[str, Any]:
     """Weights, contribution and relative update of each image: JSON messages, or an uploaded `file`."""
+    parts.client.check_room()
     info = parts.client.info
     if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         messages, name = await _read_form(request, parts.media_limits)
@@ -141,6 +135,7 @@ async def _read_form(request: Request, limits: MediaLimits) -> tuple[tuple[ChatM
 @router.post("/v1/encoders/compare", operation_id="compare_encoders")
 async def compare_encoders(request: Request, parts: Parts) -> dict[str, Any]:
     """The same question under every arm, and how much the fused answer relies on each encoder."""
+    parts.client.check_room()
     body = parse_body(CompareRequest, await request.body(), request.headers.get("content-type"))
     model, arm = resolve_model(parts.client.info, body.model)
     if arm != "fused":

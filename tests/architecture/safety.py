@@ -21,7 +21,7 @@ BANNED_CALLS = {
 BANNED_FLAGS = frozenset({"trust_remote_code", "allow_pickle"})
 
 BROAD_EXCEPT_ALLOWED = {
-    "service/engine_client.py": "the engine loop: everyone who waits gets an answer",
+    "service/engine_thread.py": "the engine loop: everyone who waits gets an answer",
     "service/middleware.py": "the last resort before a response has begun",
     "service/streaming.py": "the last resort once a response has begun",
 }

@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from model_core.errors import ContextLengthError, ImageParseError
+from model_core.errors import ContextLengthError, ImageParseError, RequestFailedError
 from model_core.types import (
     Arm,
     EngineStats,
@@ -18,6 +19,7 @@ from model_core.types import (
     TextPart,
     Timings,
     TokenEvent,
+    TokenLogprob,
     Usage,
 )
 
@@ -59,14 +61,17 @@ class _Row:
 class FakeEngine:
     """Says `ANSWERS[arm]`, the last token being the end. Texts in the last message throw switches:
 
-    "forever": says one word and never ends by itself; "count": as many words as max_tokens; "break": the row fails;
-    "lose": the engine forgets the request; "die": the step raises. `hold()` stops all steps until
-    `release()`; `seen` is every prepared request, `aborted` every aborted id.
+    "forever": says one word and never ends by itself; "count": as many words as max_tokens; "seed": says its seed;
+    "break": the row fails, "break last": only that of the third choice; "lose": the engine forgets the request;
+    "die": the step raises. `hold()` stops all steps until `release()`; `seen` is every prepared request, `added` and
+    `aborted` their ids as they came and went; `counters` goes into `stats`.
     """
 
     info: ModelInfo = INFO
     seen: list[GenerationRequest] = field(default_factory=list)
+    added: list[str] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    counters: dict[str, Any] = field(default_factory=dict)
     batch_sizes: list[int] = field(default_factory=list)
     rows: OrderedDict[str, _Row] = field(default_factory=OrderedDict)
     _open: threading.Event = field(default_factory=threading.Event)
@@ -107,6 +112,8 @@ class FakeEngine:
         words = ANSWERS[request.arm]
         if "forever" in text:
             words = ("x",) * 2
+        elif "seed" in text:
+            words = (str(request.sampling.seed), "")
         elif "count" in text:
             words = ("x",) * request.sampling.max_tokens
         return _Row(request, words, len(images))
@@ -114,6 +121,7 @@ class FakeEngine:
     def add_request(self, prepared: _Row) -> None:
         if "refuse" in _text(prepared.request):
             raise ValueError("refused")
+        self.added.append(prepared.request.request_id)
         self.rows[prepared.request.request_id] = prepared
         self._note()
 
@@ -126,7 +134,10 @@ class FakeEngine:
         return bool(self.rows)
 
     def stats(self) -> EngineStats:
-        return EngineStats(num_running=len(self.rows), num_steps=self.num_steps)
+        return EngineStats(num_running=len(self.rows), num_steps=self.num_steps, **self.counters)
+
+    def token_text(self, token_id: int) -> tuple[str, list[int]]:
+        return f"<{token_id}>", [token_id]
 
     def step(self) -> list[TokenEvent]:
         # Bounded, as the protocol asks: commands must get through while tests hold the engine.
@@ -147,6 +158,10 @@ class FakeEngine:
         if "lose" in text:
             del self.rows[request_id]
             return []
+        breaks = "break last" not in text or request_id.endswith("-2")
+        if "break" in text and breaks and row.num_done == 1:
+            del self.rows[request_id]
+            return [TokenEvent(request_id, error=RequestFailedError("NaN in secret user text"))]
         if "forever" in text and row.num_done == 1:
             return []
         event = TokenEvent(request_id)
@@ -157,14 +172,9 @@ class FakeEngine:
         if row.request.score_token_ids is not None:
             score = SCORES[row.request.arm]
             return [self._end(row, replace(event, score_logprobs=(score,) * len(row.request.score_token_ids)), "stop")]
-        if "break" in text and row.num_done == 1:
-            del self.rows[request_id]
-            from model_core.errors import RequestFailedError
-
-            return [TokenEvent(request_id, error=RequestFailedError("NaN in secret user text"))]
         word = row.words[row.num_done]
         row.num_done += 1
-        event = replace(event, text=word, token_ids=(len(word),))
+        event = replace(event, text=word, token_ids=(len(word),), logprobs=_logprobs(row, len(word)))
         if word == "":
             return [self._end(row, event, "stop")]
         if row.num_done == row.request.sampling.max_tokens:
@@ -177,11 +187,20 @@ class FakeEngine:
 
     def _usage(self, row: _Row) -> Usage:
         image_tokens = 4 * row.num_images
-        return Usage(len(_text(row.request)) + image_tokens, row.num_done, image_tokens)
+        return Usage(len(_text(row.request)) + image_tokens, row.num_done, image_tokens, cached_tokens=2)
 
 
 def _text(request: GenerationRequest) -> str:
     return "".join(part.text for m in request.messages for part in m.parts if isinstance(part, TextPart))
+
+
+def _logprobs(row: _Row, token_id: int) -> tuple[TokenLogprob, ...] | None:
+    """The chosen token, another one, and one that was forbidden; as many as asked for."""
+    num_top = row.request.sampling.logprobs
+    if num_top is None:
+        return None
+    top = ((token_id, -0.25), (70, -1.5), (71, float("-inf")))
+    return (TokenLogprob(token_id, -0.25, top[:num_top]),)
 
 
 def _fusion(row: _Row) -> tuple[FusionWeights, ...]:

@@ -50,6 +50,16 @@ def test_a_body_that_is_not_declared_as_json(shared: LiveServer, content_type: s
         *(("stop", v) for v in ('["a","b","c","d","e"]', "[1]", '""', "7")),
         *(("stream", v) for v in ('"yes"', "1")),
         *(("metadata", v) for v in ('{"a": 1}', "[]", json.dumps({"k" * 65: ""}))),
+        *(("n", v) for v in ("0", "9", "1000000000", "true", "1.5")),
+        *(("min_tokens", v) for v in ("-1", "101", "1.5")),
+        *((f"{p}_penalty", v) for p in ("presence", "frequency") for v in ("-2.1", "3", "NaN", "true")),
+        *(("repetition_penalty", v) for v in ("0", "-1", "2.5", "Infinity")),
+        *(("stop_token_ids", v) for v in ("[-1]", '["1"]', "[true]", "7", json.dumps([1] * 65), f"[{2**31}]")),
+        *(("logprobs", v) for v in ("1", "0", '"yes"')),
+        *(("top_logprobs", v) for v in ("-1", "21", "true")),
+        *(("priority", v) for v in ("0.5", str(2**31), "true")),
+        *(("logit_bias", v) for v in ("[]", '{"a": 1}', '{"1": 101}', '{"1": NaN}', '{"01": 1}', '{"-1": 1}')),
+        ("logit_bias", json.dumps({str(i): 1 for i in range(1025)})),
         ("user", "7"),
         ("messages", "[]"),
         ("messages", '"hello"'),
@@ -73,12 +83,12 @@ def check_named(response: httpx.Response) -> str:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n", 2), ("n", 10**9), ("n", True), ("logprobs", True), ("top_logprobs", 3), ("logit_bias", {"1": 1}),
-        ("presence_penalty", 0.5), ("frequency_penalty", -1), ("repetition_penalty", 1.1), ("min_tokens", 1),
-        ("stop_token_ids", [1]), ("tools", [{"type": "function"}]), ("functions", [{}]), ("tool_choice", "required"),
+        ("tools", [{"type": "function"}]), ("functions", [{}]), ("tool_choice", "required"),
         ("function_call", {"name": "f"}), ("audio", {"voice": "x"}), ("modalities", ["text", "audio"]),
-        ("prediction", {}), ("reasoning_effort", "low"), ("verbosity", "low"), ("web_search_options", {}),
-        ("priority", 5), ("response_format", {"type": "json_object"}), ("logprobs", 0),
+        ("prediction", {"type": "content", "content": "x"}), ("reasoning_effort", "low"), ("verbosity", "low"),
+        ("web_search_options", {}), ("web_search_options", {"search_context_size": "low"}),
+        ("response_format", {"type": "json_object"}),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
     ],
 )  # fmt: skip
 def test_a_parameter_that_would_be_ignored_is_refused(shared: LiveServer, name: str, value: object):
@@ -91,7 +101,8 @@ def test_a_parameter_that_would_be_ignored_is_refused(shared: LiveServer, name: 
         ("n", 1), ("n", None), ("logprobs", False), ("top_logprobs", 0), ("logit_bias", {}), ("presence_penalty", 0.0),
         ("repetition_penalty", 1), ("min_tokens", 0), ("modalities", ["text"]), ("tools", []), ("priority", 0),
         ("response_format", {"type": "text"}), ("temperature", None), ("stop", None), ("stop", []), ("stream", False),
-        ("stream_options", None), ("max_tokens", None), ("reasoning_effort", None),
+        ("stream_options", None), ("max_tokens", None), ("reasoning_effort", None), ("logit_bias", None),
+        ("stop_token_ids", []), ("logprobs", None), ("repetition_penalty", None), ("web_search_options", None),
     ],
 )  # fmt: skip
 def test_a_neutral_value_is_accepted(shared: LiveServer, name: str, value: object):
@@ -101,6 +112,9 @@ def test_a_neutral_value_is_accepted(shared: LiveServer, name: str, value: objec
 def test_combinations_that_contradict_each_other(shared: LiveServer):
     check(shared.chat(max_tokens=1, max_completion_tokens=2), 400, "invalid_value", "max_tokens")
     check(shared.chat(stream_options={"include_usage": True}), 400, "invalid_value", "stream_options")
+    for logprobs in ({}, {"logprobs": None}, {"logprobs": False}):
+        check(shared.chat(top_logprobs=1, **logprobs), 400, "invalid_value", "top_logprobs")
+    check(shared.chat(max_tokens=2, min_tokens=3), 400, "invalid_value", "min_tokens")
     virtual = {"model": "fake/model:1@blind", "fusion": {"arm": "qwen-only"}}
     check(shared.http.post(CHAT, json=ask() | virtual), 400, "invalid_value", "fusion.arm")
 

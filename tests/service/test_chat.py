@@ -22,6 +22,7 @@ def test_an_answer_with_an_image(shared: LiveServer):
     assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (15, 4)
     assert completion.usage.total_tokens == 19
     assert completion.usage.prompt_tokens_details.multimodal_tokens == 4
+    assert completion.usage.prompt_tokens_details.cached_tokens == 2
     assert completion.fusion == [{**FUSION, "warnings": ["only the first frame was used"]}]
 
 
@@ -97,18 +98,6 @@ def test_virtual_models_answer(shared: LiveServer, arm: str, said: str):
     assert same.choices[0].message.content == said
 
 
-def test_sampling_reaches_the_engine(shared: LiveServer):
-    sent = {"temperature": 0.5, "top_p": 0.25, "top_k": 7, "min_p": 0.125, "seed": -3, "ignore_eos": True}
-    assert shared.chat(max_completion_tokens=9, stop="END", **sent).status_code == 200
-    sampling = shared.engine.seen[-1].sampling
-    assert {name: getattr(sampling, name) for name in sent} == sent
-    assert (sampling.max_tokens, sampling.stop) == (9, ("END",))
-    # What is not asked for: greedy, no seed, up to the end of the context.
-    assert shared.chat(top_k=-1).status_code == 200
-    sampling = shared.engine.seen[-1].sampling
-    assert (sampling.temperature, sampling.top_k, sampling.seed, sampling.max_tokens) == (0.0, 0, None, 100)
-
-
 def test_messages_reach_the_engine(shared: LiveServer):
     image = image_part(detail="low")
     other = {"type": "input_image", "image_url": image["image_url"]["url"]}
@@ -126,16 +115,6 @@ def test_messages_reach_the_engine(shared: LiveServer):
     assert (low.image, low.max_pixels, auto.image, auto.max_pixels) == (PNG, 200_704, PNG, None)
     assert text.text == "a"
     assert seen[3].parts[0].text == "c <|im_end|> \x00"
-
-
-def test_ignored_fields_are_named(shared: LiveServer):
-    response = shared.chat(store=True, tools=[], tool_choice="none", frobnicate=1, n=1, logprobs=False)
-    assert response.status_code == 200
-    assert set(response.headers["x-dve-ignored"].split(", ")) == {"store", "tools", "tool_choice", "frobnicate"}
-    assert "x-dve-ignored" not in shared.chat().headers
-    hostile = shared.chat(**{"a\r\nset-cookie: b": 1, "x" * 5000: 2, "fine": 3})
-    assert hostile.headers["x-dve-ignored"] == "fine, (and 2 more)"
-    assert "set-cookie" not in hostile.headers
 
 
 def test_max_tokens_past_the_context_is_clamped_and_said(shared: LiveServer):
@@ -182,7 +161,7 @@ def test_models(shared: LiveServer):
         card = shared.openai.models.retrieve(model_id)
         assert card.id == model_id
         assert card.object == "model"
-        assert card.fusion["arm"] == model_id.partition("@")[2] or "fused"
+        assert card.fusion["arm"] == (model_id.partition("@")[2] or "fused")
     with pytest.raises(openai.NotFoundError) as caught:
         shared.openai.models.retrieve("nope")
     assert caught.value.code == "model_not_found"

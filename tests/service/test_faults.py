@@ -7,10 +7,10 @@ import httpx
 import openai
 import pytest
 
-from model_core.errors import CheckpointIncompleteError, EngineDeadError
+from model_core.errors import CheckpointIncompleteError, EngineDeadError, RequestFailedError
 from model_core.types import ChatMessage, GenerationRequest, TextPart
-from service.engine_client import EngineClient, EngineLimits
-from service.errors import DrainingError, StalledError
+from service.engine_client import Admission, EngineClient, EngineLimits
+from service.errors import DrainingError, RequestTimeoutError, StalledError
 from service.metrics import Metrics
 from tests.service.conftest import LiveServer, ask
 from tests.service.fakes import INFO, FakeEngine
@@ -57,39 +57,6 @@ def test_a_full_queue_refuses_and_serves_those_it_took(start):
     assert live.chat().status_code == 200
 
 
-@pytest.mark.parametrize("is_stream", [True, False])
-def test_a_disconnect_frees_the_slot(start, is_stream: bool):
-    live = start(max_num_seqs=1, max_waiting=0)
-    with httpx.Client(base_url=live.url, timeout=20) as leaving:
-        if is_stream:
-            with leaving.stream("POST", CHAT, json=ask("forever", stream=True, ignore_eos=True)) as response:
-                assert next(response.iter_lines()).startswith("data: ")
-        else:
-            live.engine.hold()
-            with pytest.raises(httpx.ReadTimeout):
-                leaving.post(CHAT, json=ask("forever"), timeout=0.3)
-    live.engine.wait_until(lambda: len(live.engine.aborted) == 1)
-    live.engine.release()
-    assert not live.engine.rows
-    # The place is free again as soon as the abort was sent.
-    assert live.chat().status_code == 200
-
-
-def test_a_disconnect_leaves_the_others_alone(start):
-    live = start()
-    live.engine.hold()
-
-    def leave() -> None:
-        live.engine.wait_until(lambda: len(live.engine.rows) == 2)
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(live.url + CHAT, json=ask("forever"), timeout=0.3)
-        live.engine.wait_until(lambda: live.engine.aborted)
-        live.engine.release()
-
-    answers = run_chats(live, [ask(images=1)] * 2, leave)
-    assert [a.json()["choices"][0]["message"]["content"] for a in answers] == ["a red fox"] * 2
-
-
 def test_a_deadline_that_passes(start):
     live = start(request_timeout_seconds=0.2)
     live.engine.hold()
@@ -98,6 +65,7 @@ def test_a_deadline_that_passes(start):
     assert late.json()["error"]["code"] == "timeout"
     live.engine.wait_until(lambda: live.engine.aborted)
     assert live.engine.num_steps == 0, "no compute may be spent on it"
+    assert 0 < live.engine.seen[-1].timeout_seconds <= 0.2, "the engine has the deadline too"
 
 
 def test_a_deadline_that_passes_in_a_stream(start):
@@ -357,3 +325,38 @@ def test_info_is_the_loaded_models():
         await client.stop()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(("left_seconds", "kind"), [(-1.0, RequestTimeoutError), (60.0, RequestFailedError)])
+def test_a_deadline_that_the_engine_sees_first_is_a_timeout(left_seconds: float, kind: type[Exception]):
+    """Both have the same deadline; the engine's own end of it was once told as a 500."""
+
+    async def main() -> None:
+        client = make_client(FakeEngine())
+        admission = Admission(client, asyncio.get_running_loop().time() + left_seconds)
+        assert type(admission._in_time(RequestFailedError("the request ran out of time"))) is kind
+
+    asyncio.run(main())
+
+
+def test_pictures_are_decoded_by_as_many_threads_as_set():
+    """Three prepares that wait for each other end only if three threads run them; each thread was set up once."""
+    meeting, set_up = threading.Barrier(3, timeout=20), []
+
+    class Meeting(FakeEngine):
+        def prepare(self, request):
+            meeting.wait()
+            return super().prepare(request)
+
+    async def main() -> None:
+        limits = EngineLimits(preprocess_workers=3)
+        client = EngineClient(
+            Meeting, Metrics(), limits, on_pool_thread=lambda: set_up.append(threading.current_thread().name)
+        )
+        client.start()
+        await client.wait_loaded()
+        await asyncio.gather(*(read(client, make_request("x", f"r{i}")) for i in range(3)))
+        await client.stop()
+
+    asyncio.run(main())
+    assert len(set(set_up)) == len(set_up) == 3

@@ -94,7 +94,10 @@ def test_streamed_equals_not_streamed_and_usage_is_counted(client: openai.OpenAI
     )
     streamed = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert streamed == whole.choices[0].message.content
-    assert chunks[-1].usage == whole.usage
+    streamed = chunks[-1].usage
+    # Not the whole objects: the second time the prompt comes out of the cache.
+    for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert getattr(streamed, name) == getattr(whole.usage, name)
     assert whole.usage.prompt_tokens_details.model_extra["multimodal_tokens"] == 25
 
 

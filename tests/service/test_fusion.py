@@ -160,7 +160,7 @@ def test_compare_takes_one_place_and_leaves_it(start):
 def test_null_weights_where_there_is_no_gate():
     from model_core.types import FusionWeights
     from service.fusion_history import weight_statistics
-    from service.translate import fusion_entry, mean_weights
+    from service.reports import fusion_entry, mean_weights
 
     gateless = FusionWeights(weights=None, dominant_encoder=None, fusion_trained=True)
     entry = {"qwen_weight": None, "dinov2_weight": None, "dominant_encoder": None}

@@ -4,6 +4,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.metrics import Metrics
 from tests.service.conftest import LiveServer, ask
+from tests.service.fakes import FakeEngine
 
 
 def families(live: LiveServer) -> dict:
@@ -12,8 +13,72 @@ def families(live: LiveServer) -> dict:
     return {family.name: family for family in text_string_to_metric_families(response.text)}
 
 
+#: Every metric with its type and labels: dashboards and `dve bench serve` read them by these names.
+DECLARED = {
+    "admission_rejections": ("counter", ("reason",)),
+    "batch_size": ("histogram", ("stage",)),
+    "e2e_request_latency_seconds": ("histogram", ()),
+    "encoder_cache_bytes": ("gauge", ("encoder",)),
+    "encoder_cache_evictions": ("counter", ("encoder",)),
+    "encoder_cache_hits": ("counter", ("encoder",)),
+    "encoder_cache_misses": ("counter", ("encoder",)),
+    "encoder_forward_seconds": ("histogram", ("encoder",)),
+    "fusion_dominant": ("counter", ("encoder",)),
+    "fusion_gate_entropy": ("histogram", ()),
+    "fusion_weight": ("histogram", ("encoder",)),
+    "generation_tokens": ("counter", ()),
+    "http_requests": ("counter", ("route", "status")),
+    "inter_token_latency_seconds": ("histogram", ()),
+    "iteration_tokens": ("histogram", ()),
+    "kv_cache_usage_ratio": ("gauge", ()),
+    "media_rejected": ("counter", ("reason",)),
+    "model_info": ("gauge", ("model", "fusion", "device", "dtype")),
+    "num_preemptions": ("counter", ()),
+    "num_requests_running": ("gauge", ()),
+    "num_requests_waiting": ("gauge", ()),
+    "prefix_cache_hits": ("counter", ()),
+    "prefix_cache_queries": ("counter", ()),
+    "prompt_tokens": ("counter", ()),
+    "queue_depth": ("gauge", ("stage",)),
+    "request_decode_time_seconds": ("histogram", ()),
+    "request_encode_time_seconds": ("histogram", ()),
+    "request_failure": ("counter", ("code",)),
+    "request_prefill_time_seconds": ("histogram", ()),
+    "request_preprocess_time_seconds": ("histogram", ()),
+    "request_queue_time_seconds": ("histogram", ()),
+    "request_success": ("counter", ("finished_reason",)),
+    "request_time_per_output_token_seconds": ("histogram", ()),
+    "time_to_first_token_seconds": ("histogram", ()),
+    "visual_tokens": ("histogram", ()),
+    "waiting_body_bytes": ("gauge", ()),
+}
+
+#: Everything that the engine counts by itself.
+COUNTED = {
+    "num_waiting": 5,
+    "num_encoding": 2,
+    "kv_cache_usage_ratio": 0.5,
+    "prefix_cache_queries": 40,
+    "prefix_cache_hits": 30,
+    "num_preemptions": 3,
+    "encoder_cache_hits": {"qwen": 4, "dinov2": 3},
+    "encoder_cache_misses": {"qwen": 1, "dinov2": 2},
+    "encoder_cache_evictions": {"qwen": 1, "dinov2": 1},
+    "encoder_cache_bytes": {"qwen": 1000, "dinov2": 2000},
+}
+
+
+def test_names_types_and_labels_are_pinned():
+    metrics = Metrics()
+    found = {
+        metric._name.removeprefix("dve_"): (metric._type, metric._labelnames)
+        for metric in metrics.registry._collector_to_names
+    }
+    assert found == DECLARED
+
+
 def test_every_metric_is_fed(start):
-    live = start(max_num_seqs=1, max_waiting=0)
+    live = start(FakeEngine(counters=COUNTED), max_num_seqs=1, max_waiting=0)
     assert live.chat(images=2).status_code == 200
     assert live.chat("break").status_code == 500
     broken = ask() | {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}
@@ -21,14 +86,47 @@ def test_every_metric_is_fed(start):
     live.client.begin_drain()
     assert live.chat().json()["error"]["code"] == "server_draining"
     found = families(live)
-    assert all(name.startswith("dve_") for name in found)
+    assert {name.removeprefix("dve_") for name in found if not name.endswith("_created")} == set(DECLARED)
     unfed = [
         name
         for name, family in found.items()
         if not name.endswith("_created") and not any(sample.value for sample in family.samples)
     ]
     # Gauges that are rightly at zero when nothing runs.
-    assert set(unfed) == {"dve_num_requests_running", "dve_num_requests_waiting", "dve_queue_depth"}
+    assert set(unfed) == {"dve_num_requests_running", "dve_waiting_body_bytes"}
+
+
+def test_what_the_engine_counts(start):
+    engine = FakeEngine(counters=COUNTED)
+    live = start(engine)
+    expected = {
+        "dve_kv_cache_usage_ratio": 0.5,
+        "dve_prefix_cache_queries_total": 40,
+        "dve_prefix_cache_hits_total": 30,
+        "dve_num_preemptions_total": 3,
+        'dve_encoder_cache_hits_total{encoder="dinov2"}': 3,
+        'dve_encoder_cache_misses_total{encoder="qwen"}': 1,
+        'dve_encoder_cache_evictions_total{encoder="qwen"}': 1,
+        'dve_encoder_cache_bytes{encoder="dinov2"}': 2000,
+        'dve_queue_depth{stage="preprocess"}': 0,
+        'dve_queue_depth{stage="encode"}': 2,
+        'dve_queue_depth{stage="prefill"}': 3,
+        'dve_queue_depth{stage="decode"}': 0,
+        "dve_num_requests_waiting": 5,
+    }
+    assert live.chat().status_code == 200
+    for _ in range(2):  # a second look must not count anything twice
+        assert {line: live.metric(line) for line in expected} == expected
+    engine.counters = COUNTED | {"num_preemptions": 8}
+    assert live.chat().status_code == 200
+    assert live.metric("dve_num_preemptions_total") == 8
+
+
+def test_a_steps_requests_by_stage(start):
+    live = start()
+    assert live.chat("count", max_tokens=4).status_code == 200
+    assert live.metric('dve_batch_size_count{stage="prefill"}') == 1
+    assert live.metric('dve_batch_size_count{stage="decode"}') == 3
 
 
 def test_counts_are_right(start):

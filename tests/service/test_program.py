@@ -57,6 +57,7 @@ def test_a_models_flag_beats_an_environment_that_names_it_otherwise(monkeypatch:
         ({"model": "m", "qwen_model_name": "q", "dinov2_model_name": "d"}, ("'m'", "'q'")),
         ({"qwen_model_name": "q"}, ("'q'", "None")),
         ({"max_image_bytes": "1000000", "max_body_bytes": "5000"}, ("1000000", "5000")),
+        ({"max_waiting_bytes": "50000000", "max_body_bytes": "50000001"}, ("50000000", "50000001")),
         ({"request_timeout_seconds": "0.5", "batch_window_seconds": "1"}, ("0.5", "1.0")),
     ],
 )
@@ -246,6 +247,42 @@ def test_an_exception_from_outside_the_tree_is_a_plain_500():
 
 
 # Architecture
+
+ONE_THREAD = """
+import threading
+import torch
+from service.main import use_one_torch_thread
+
+torch.set_num_threads(2)
+seen = {}
+
+def work(name, then):
+    use_one_torch_thread()
+    seen[name] = torch.get_num_threads()
+    then()
+
+def note(name):
+    thread = threading.Thread(target=lambda: seen.__setitem__(name, torch.get_num_threads()))
+    thread.start()
+    thread.join()
+
+ready = threading.Barrier(2)
+pool = [threading.Thread(target=work, args=(i, ready.wait)) for i in range(2)]
+for thread in pool:
+    thread.start()
+for thread in pool:
+    thread.join()
+note("later")
+seen["engine"] = torch.get_num_threads()
+assert seen == {0: 1, 1: 1, "later": 2, "engine": 2}, seen
+"""
+
+
+def test_the_pool_computes_on_one_torch_thread_and_nobody_else():
+    """torch.set_num_threads also sets the default of later threads, which once slowed whatever came after."""
+    done = run(ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+
 
 LOADED = "import sys; import {}; sys.exit(any(m.partition('.')[0] in ('torch', 'transformers') for m in sys.modules))"
 
