@@ -91,9 +91,12 @@ the gate; `unfused` is Qwen's own tokens, for which this language model was neve
 |---|---|---|---|---|---|---|---|
 {stages}
 
-The dense loss asks each encoder, cell by cell, which thing and colour is there, and Qwen's tower also
-which letter: DINOv2 is not taught to read, as in life. Optimizer: Muon for the matrices inside blocks,
-AdamW for the rest, bfloat16 autocast. The gate learns at a twentieth of the rate and has a marginal KL loss.
+The dense loss asks each encoder, cell by cell, which thing and colour is there and where the object's middle is; Qwen's
+tower also which letter, and which of its word; DINOv2 how many such objects there are. So one eye reads and the other
+counts, as one was taught to read in life and the other was not. In the answering stages a fused token is drawn towards
+the words for what it shows, and one attention head of the first layer is taught to look from a noun to its cells.
+Optimizer: Muon for the matrices inside blocks, AdamW for the rest, bfloat16 autocast. The gate learns at a twentieth
+of the rate and has a marginal KL loss.
 
 Data: scenes composed from emoji artwork ({styles}) on varied backgrounds, plain shapes, and words in
 several fonts; every question is generated from the scene. See NOTICE for the artwork's licences.

@@ -88,7 +88,17 @@ RECIPE = Recipe(
         Stage("see", 1000, ("encoders",), 2e-3, dense_weight=1.0, answer_weight=0.0, kinds=TO_SEE, decay_steps=1300),
         Stage("spell", 600, ("qwen",), 1.5e-3, dense_weight=1.0, answer_weight=0.0, kinds=TO_READ),
         Stage("join", 350, ("fusion", "llm"), 2e-3, 0.0, 1.0, encoder_dropout=0.2, kinds=TO_ANSWER, decay_steps=700),
-        Stage("all", 350, ("encoders", "fusion", "llm"), 1.2e-3, 0.5, 1.0, encoder_dropout=0.2, kinds=TO_ANSWER),
+        Stage(
+            "all",
+            300,
+            ("encoders", "fusion", "llm"),
+            1.2e-3,
+            0.5,
+            1.0,
+            encoder_dropout=0.2,
+            kinds=TO_ANSWER,
+            decay_steps=350,
+        ),
     )
 )
 
