@@ -50,7 +50,8 @@ class WordAlignment:
             if not bool(is_named.any()):
                 continue
             for ids, share in tables:
-                named = F.normalize((words[ids].float() * share[..., None]).sum(1), dim=-1)  # (names, D)
+                # F.embedding, not an index: words come more than once, and its gradient adds up in a fixed order.
+                named = F.normalize((F.embedding(ids, words).float() * share[..., None]).sum(1), dim=-1)  # (names, D)
                 logits = SHARPNESS * directions[is_named] @ named.T
                 losses.append(F.cross_entropy(logits, target[is_named] - 1))
         return torch.stack(losses).mean() if losses else tokens.sum() * 0.0

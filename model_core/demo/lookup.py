@@ -63,7 +63,8 @@ class Lookup:
         query = self.attention.q_proj(hidden)[..., HEAD * self.head_dim : (HEAD + 1) * self.head_dim]
         key = self.attention.k_proj(hidden)[..., self.kv_head * self.head_dim : (self.kv_head + 1) * self.head_dim]
         query, key = apply_rotary_pos_emb(query[:, None].float(), key[:, None].float(), cos.float(), sin.float())
-        scores = (query[:, 0][row, place][:, None] * key[:, 0][row]).sum(-1) * self.head_dim**-0.5  # (N, T)
+        # All pairs, then each noun's row once: a gather of keys would add up its gradient in no fixed order.
+        scores = (query[:, 0] @ key[:, 0].transpose(1, 2) * self.head_dim**-0.5)[row, place]  # (N, T)
         scores = scores.masked_fill(~allowed, float("-inf"))
         hit = scores.masked_fill(~target, float("-inf")).logsumexp(-1)
         return (scores.logsumexp(-1) - hit).mean()
