@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from model_core.engine import decode_graphs
 from model_core.engine.block_manager import BlockManager
-from model_core.engine.decode_graphs import DecodeGraphs, bucket_sizes
+from model_core.engine.decode_graphs import CudaCapture, DecodeGraphs, bucket_sizes
 from model_core.language.decoder import Decoder
 from model_core.language.kv_cache import KVStore, RowStore, Work
 from model_core.language.paged import PagedStore
@@ -70,10 +72,19 @@ class Recorder:
 class Rig:
     """A tiny decoder; each sequence runs in the paged store, through graphs, and in dense rows, as usual."""
 
-    def __init__(self, capture: Recorder | None, *, max_num_seqs: int = 6, max_context_tokens: int = 80) -> None:
-        self.model = tiny.qwen_model()
+    def __init__(
+        self,
+        capture: Recorder | None,
+        *,
+        max_num_seqs: int = 6,
+        max_context_tokens: int = 80,
+        device: str = "cpu",
+        backend: str = "sdpa",
+    ) -> None:
+        self.device, self.atol = torch.device(device), 1e-5 if device == "cpu" else 1e-4
+        self.model = tiny.qwen_model().to(self.device)
         self.decoder = Decoder(self.model.model.language_model, self.model.lm_head)
-        self.paged = PagedStore(self.decoder.cache_shape, NUM_BLOCKS, BLOCK)
+        self.paged = PagedStore(self.decoder.cache_shape, NUM_BLOCKS, BLOCK, backend=backend)
         self.paged._pool.fill_(float("nan"))  # whatever was there before
         self.usual = RowStore(self.decoder.cache_shape)
         self.blocks = BlockManager(NUM_BLOCKS, BLOCK)
@@ -104,7 +115,8 @@ class Rig:
             if w.key not in store:
                 store.open(w.key)
         positions = torch.cat([torch.arange(w.start, w.start + w.length) for w in work]).expand(3, -1)
-        return self.decoder.forward(self.decoder.embed(torch.tensor(ids)), positions, store.begin(work))
+        embeds = self.decoder.embed(torch.tensor(ids, device=self.device))
+        return self.decoder.forward(embeds, positions.to(self.device), store.begin(work))
 
     def work(self, key: int, length: int) -> Work:
         start, owned = self.lengths.get(key, 0), self.owned.setdefault(key, [])
@@ -115,7 +127,8 @@ class Rig:
     @torch.inference_mode()
     def prefill(self, key: int, length: int) -> None:
         work, ids = [self.work(key, length)], [(7 * key + i) % 200 + 20 for i in range(length)]
-        assert torch.allclose(self.forward(self.paged, ids, work), self.forward(self.usual, ids, work), atol=1e-5)
+        found, expected = self.forward(self.paged, ids, work), self.forward(self.usual, ids, work)
+        assert torch.allclose(found, expected, atol=self.atol)
 
     @torch.inference_mode()
     def drop(self, key: int) -> None:
@@ -135,13 +148,12 @@ class Rig:
             self.forward(self.paged, ids, work)
         else:
             assert found.shape == expected.shape
-            assert torch.allclose(found, expected, atol=1e-5)
+            assert torch.allclose(found, expected, atol=self.atol)
         return found
 
 
-def test_any_batch_equals_the_usual_forward_and_each_size_is_recorded_once() -> None:
-    capture = Recorder()
-    rig, rng = Rig(capture), random.Random(0)
+def run_random_batches(rig: Rig) -> None:
+    rng = random.Random(0)
     for number in range(60):
         if len(rig.owned) < 6 and rng.random() < 0.5:
             rig.prefill(number, rng.randint(1, 20))
@@ -151,6 +163,12 @@ def test_any_batch_equals_the_usual_forward_and_each_size_is_recorded_once() -> 
         rng.shuffle(keys)
         if keys:
             assert rig.step(keys, number) is not None
+
+
+def test_any_batch_equals_the_usual_forward_and_each_size_is_recorded_once() -> None:
+    capture = Recorder()
+    rig = Rig(capture)
+    run_random_batches(rig)
     assert capture.count == rig.graphs.num_recorded == 4, "1, 2, 4, 6"
 
 
@@ -164,6 +182,9 @@ def test_padding_writes_to_the_scratch_block_alone() -> None:
     places = changed.flatten(2).any(-1).any(0).nonzero()[:, 0].tolist()
     written = [rig.owned[key][n // BLOCK] * BLOCK + n % BLOCK for key, n in ((0, 5), (1, 6), (2, 7))]
     assert sorted(places) == sorted([*written, rig.paged.scratch_block * BLOCK])
+    with torch.inference_mode():
+        alone = rig.forward(rig.usual, [0], [Work("padding", 0, 1)])
+    assert torch.allclose(rig.graphs._hidden[3], alone[0], atol=1e-5), "it reads what it wrote, not what others left"
 
 
 def test_results_lie_in_one_buffer_and_the_host_does_nothing_but_fill_and_launch() -> None:
@@ -292,3 +313,64 @@ def test_a_cpu_and_dense_rows_have_no_graphs() -> None:
     dense = rig.build(rig.usual, Recorder(), 4, 40)
     assert not dense.is_available
     assert "rows+sdpa" in dense.refusal
+
+
+class FakeCuda:
+    """Stands in for what `CudaCapture` takes of torch.cuda, and writes down what happens."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+
+    def graph_pool_handle(self) -> str:
+        self.log.append("pool")
+        return "the pool"
+
+    def Stream(self, device: object) -> FakeCuda:  # noqa: N802  torch's name
+        return self
+
+    def current_stream(self) -> FakeCuda:
+        return self
+
+    def wait_stream(self, other: FakeCuda) -> None:
+        self.log.append("wait")
+
+    def CUDAGraph(self) -> FakeCuda:  # noqa: N802  torch's name
+        return self
+
+    def replay(self) -> None:
+        self.log.append("replay")
+
+    @contextlib.contextmanager
+    def device(self, device: object) -> Iterator[None]:
+        yield
+
+    @contextlib.contextmanager
+    def stream(self, stream: object) -> Iterator[None]:
+        self.log.append("aside")
+        yield
+
+    @contextlib.contextmanager
+    def graph(self, graph: object, *, pool: str, stream: object, capture_error_mode: str) -> Iterator[None]:
+        self.log.append(f"record in {pool}, {capture_error_mode}")
+        yield
+
+
+def test_cuda_runs_a_step_once_aside_before_it_records_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda()
+    monkeypatch.setattr(decode_graphs.torch, "cuda", cuda)
+    capture = CudaCapture(torch.device("cuda"))
+    replays = [capture(lambda: cuda.log.append("step")) for _ in range(2)]
+    recording = ["wait", "aside", "step", "wait", "record in the pool, thread_local", "step"]
+    assert cuda.log == ["pool", *recording, *recording]
+    replays[0]()
+    assert cuda.log[-1] == "replay"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_graphs_on_a_gpu_equal_the_usual_forward() -> None:
+    rig = Rig(None, device="cuda", backend="triton")
+    assert rig.graphs.is_available
+    run_random_batches(rig)
+    assert rig.graphs.is_available, rig.graphs.refusal
+    assert rig.graphs.num_recorded == 4
+    assert rig.graphs.warm_up() == 4

@@ -1,4 +1,4 @@
-"""The Triton decode kernels against plain attention, in Triton's interpreter.
+"""The Triton decode kernels against plain attention, in Triton's interpreter, and on a GPU where there is one.
 
 The interpreter is chosen when triton is imported, so all cases run in one other process, whose findings the tests
 here read.
@@ -59,7 +59,7 @@ def plain(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return torch.einsum("ht,thd->hd", scores.softmax(-1), values)
 
 
-def error_of(case: Case) -> float:
+def error_of(case: Case, device: str = "cpu") -> float:
     """The largest difference, over a cache that holds NaN wherever no token is, and rows with ids behind the needed."""
     from model_core.language.paged_decode_kernel import paged_decode
 
@@ -78,9 +78,10 @@ def error_of(case: Case) -> float:
         places = [block * case.block + offset for block in blocks for offset in range(case.block)][:length]
         cache[places] = torch.randn(length, 2, case.kv_heads, case.dim, generator=generator).to(dtype)
         expected.append(plain(query[row], *cache[places].unbind(1)))
+    query, cache, rows = (tensor.to(device) for tensor in (query, cache, rows))
     found = paged_decode(query, cache, rows, block_size=case.block, splits=case.splits)
     assert found.dtype == dtype
-    return float((found.double() - torch.stack(expected)).abs().max())
+    return float((found.cpu().double() - torch.stack(expected)).abs().max())
 
 
 def fault(*, spoilt: bool) -> str:
@@ -155,6 +156,12 @@ def found() -> dict:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_kernels_equal_plain_attention(case: Case, found: dict) -> None:
     assert found["errors"][case.name] < TOLERANCES[case.dtype], asdict(case)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_kernels_equal_plain_attention_on_a_gpu() -> None:
+    errors = {case.name: error_of(case, "cuda") / TOLERANCES[case.dtype] for case in CASES}
+    assert {name: error for name, error in errors.items() if not error < 1} == {}
 
 
 def test_a_decoder_over_the_kernels_equals_one_over_sdpa(found: dict) -> None:
