@@ -152,13 +152,20 @@ class RowStore(KVStore):
         row = self._row_of.pop(key, None)
         if row is None:
             return
-        last_key, last_length = self._rows.pop(), self._lengths.pop()
+        length = self._lengths[row]
+        last, last_key, last_length = len(self._rows) - 1, self._rows.pop(), self._lengths.pop()
         if last_key != key:
-            last = len(self._rows)
             self._store[:, :, row, :, :last_length] = self._store[:, :, last, :, :last_length]
             self._rows[row], self._lengths[row], self._row_of[last_key] = last_key, last_length, row
+            self._forget(row, last_length, length)
+        self._forget(last, 0, last_length)
         if not self._rows:
             self._store = None
+
+    def _forget(self, row: int, start: int, end: int) -> None:
+        """Places behind a row's end are read under a mask, and a NaN left there would come through it: 0 * NaN."""
+        if start < end:
+            self._store[:, :, row, :, start:end] = 0.0
 
     def keep(self, key: Hashable, first: int, blocks: Sequence[int]) -> None:
         if not blocks or self._kept is None:

@@ -119,3 +119,24 @@ def test_capacity_grows_in_steps_and_falls_back_when_empty() -> None:
     assert store.num_bytes == 0
     store.open("again")
     assert store.num_bytes == sizes[0]
+
+
+@pytest.mark.parametrize("first_closed", ["poisoned", "other"])
+def test_what_a_closed_sequence_left_reaches_nobody(first_closed: str) -> None:
+    """A NaN in a closed row came through the mask of a shorter sequence in that row: 0 * NaN is NaN."""
+    store = RowStore(SHAPE)
+    bench = Bench(store, 5)
+    for key in ("long", "other", "poisoned"):
+        bench.open(key)
+    bench.step({"long": 30, "other": 3, "poisoned": 20})
+    attend = store.begin([Work("poisoned", 20, 6)])
+    nan = torch.full((6, SHAPE.num_kv_heads, SHAPE.head_dim), float("nan"))
+    for layer in range(SHAPE.num_layers):
+        attend(layer, torch.zeros(6, HEADS, SHAPE.head_dim), nan, nan)
+    for key in sorted(("poisoned", "other"), key=lambda k: k != first_closed):
+        bench.close(key)
+        bench.step({"long": 1})
+    for key in ("new", "newer"):
+        bench.open(key)
+    bench.step({"new": 2, "newer": 5})
+    bench.step({"long": 1, "new": 1, "newer": 1})
