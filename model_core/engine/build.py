@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,14 +10,17 @@ import torch
 
 from model_core.engine.block_manager import BlockManager
 from model_core.engine.config import BLOCK_SIZE, EngineConfig
+from model_core.engine.decode_graphs import DecodeGraphs
 from model_core.engine.encoder_cache import EncoderCache
 from model_core.engine.engine import ContinuousEngine
 from model_core.engine.model_runner import ModelRunner
 from model_core.language.decoder import Decoder
-from model_core.language.kv_cache import RowStore
+from model_core.language.paged import build_store
 from model_core.model import DualVisionModel
 from model_core.processing.batch import InputFormat
 from model_core.types import ModelInfo
+
+LOG = logging.getLogger(__name__)
 
 
 def build_engine(
@@ -37,7 +41,25 @@ def build_engine(
     free = torch.cuda.mem_get_info(shape.device)[0] if shape.device.type == "cuda" else None
     num_blocks = config.num_blocks(shape, free, info.max_context_tokens)
     blocks = BlockManager(num_blocks, BLOCK_SIZE, enable_prefix_caching=config.enable_prefix_caching)
-    store = RowStore(shape, num_blocks if config.enable_prefix_caching else 0, BLOCK_SIZE)
-    runner = ModelRunner(model, decoder, fmt, clock, store=store, features=EncoderCache(config.encoder_cache_bytes))
+    store, reason = build_store(
+        shape,
+        num_blocks,
+        BLOCK_SIZE,
+        use_flash_attention=model.config._attn_implementation == "flash_attention_2",
+        enable_prefix_caching=config.enable_prefix_caching,
+    )
     info = replace(info, max_context_tokens=min(info.max_context_tokens, num_blocks * BLOCK_SIZE))
+    graphs = DecodeGraphs(
+        decoder,
+        store,
+        max_num_seqs=config.max_num_seqs,
+        max_context_tokens=info.max_context_tokens,
+        joined=decoder.joined,
+    )
+    num_graphs = graphs.warm_up()
+    LOG.info("keys and values in %s; %s", reason, graphs.refusal or f"{num_graphs} decode graphs")
+    features = EncoderCache(config.encoder_cache_bytes)
+    runner = ModelRunner(
+        model, decoder, fmt, clock, store=store, features=features, graphs=graphs if graphs.is_available else None
+    )
     return ContinuousEngine(runner, info, eos_ids, blocks, config)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model_core.engine.decode_graphs import DecodeGraphs
 from model_core.engine.encoder_cache import EncoderCache
 from model_core.engine.scheduler import Chunk
 from model_core.engine.sequence import Sequence
@@ -42,9 +43,10 @@ class ModelRunner:
         *,
         store: KVStore,
         features: EncoderCache,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self.model, self.decoder, self.fmt, self.clock = model, decoder, fmt, clock
-        self.store, self.features = store, features
+        self.store, self.features, self.graphs = store, features, graphs
         self.device = model.device
         self.encoder_seconds: dict[str, float] = dict.fromkeys(model.model.encoders, 0.0)
         self.num_images_encoded = 0
@@ -161,18 +163,23 @@ class ModelRunner:
         """One packed forward. Chunks of one token first. Returns hidden states (S, D) in the chunks' order."""
         work = [Work(c.sequence, c.start, c.length, c.sequence.blocks) for c in chunks]
         ids = [i for c in chunks for i in c.sequence.ids_between(c.start, c.start + c.length)]
+        pictured = [c.sequence.images_between(c.start, c.start + c.length) for c in chunks]
+        positions = self._positions(chunks)
+        if self.graphs is not None and len(ids) == len(chunks) and all(first == last for first, last in pictured):
+            hidden = self.graphs.run(ids, positions, work)
+            if hidden is not None:
+                return hidden
         embeds = self.decoder.embed(torch.tensor(ids, device=self.device))  # (S, D)
         at = 0
-        for c in chunks:
-            first, last = c.sequence.images_between(c.start, c.start + c.length)
+        for c, (first, last) in zip(chunks, pictured, strict=True):
             if first != last:
                 places = torch.tensor(c.sequence.image_places[first:last]) - c.start + at
                 embeds[places.to(self.device)] = c.sequence.embeds[first:last].to(embeds.dtype)
             at += c.length
-        return self.decoder.forward(embeds, self._positions(chunks), self.store.begin(work))
+        return self.decoder.forward(embeds, positions.to(self.device), self.store.begin(work))
 
     def _positions(self, chunks: Items[Chunk[Sequence]]) -> Tensor:
-        """(3, S): the prompt's own, then one by one from where the prompt's end."""
+        """(3, S) on the host: the prompt's own, then one by one from where the prompt's end."""
         parts: list[Tensor] = []
         singles: list[int] = []
 
@@ -189,7 +196,7 @@ class ModelRunner:
                 parts.append(inputs.positions[:, c.start : min(end, n)])
             singles.extend(range(max(c.start, n) + inputs.delta, end + inputs.delta))
         flush()
-        return torch.cat(parts, dim=1).to(self.device)
+        return torch.cat(parts, dim=1)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, rows: Items[int]) -> Tensor:

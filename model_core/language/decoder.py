@@ -30,6 +30,12 @@ class Decoder:
         self.head_dim = config.hidden_size // config.num_attention_heads
         self._fused = FusedLayers.build(language_model)
 
+    def joined(self) -> FusedLayers | None:
+        """The joined layers, another object whenever their weights moved; None: it runs module by module."""
+        if self._fused is not None and not self._fused.is_current():
+            self._fused = FusedLayers.build(self.model)
+        return self._fused
+
     @property
     def cache_shape(self) -> CacheShape:
         weight = self.model.embed_tokens.weight
@@ -52,10 +58,9 @@ class Decoder:
             hidden states (S, D), normed, ready for `logits`.
         """
         cos, sin = self.model.rotary_emb(hidden[None], positions[:, None])
-        if self._fused is not None and not self._fused.is_current():
-            self._fused = FusedLayers.build(self.model)
-        if self._fused is not None:
-            return self.model.norm(self._fused.forward(hidden, cos[0], sin[0], attend))
+        joined = self.joined()
+        if joined is not None:
+            return self.model.norm(joined.forward(hidden, cos[0], sin[0], attend))
         return self._by_module(hidden, cos, sin, attend)
 
     def _by_module(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 
 from model_core.encoder import DualVisionEncoder
 from model_core.engine.config import BLOCK_SIZE, EngineConfig
+from model_core.engine.decode_graphs import DecodeGraphs
 from model_core.errors import ConfigError, ContextLengthError, RequestFailedError
 from model_core.language.kv_cache import CacheShape
+from model_core.language.paged import PagedStore
 from model_core.types import ChatMessage, GenerationRequest, ImagePart, SamplingParams, TextPart
 from tests.model_core import tiny
 from tests.model_core.engine.test_engine import agrees, generated, picture, random_request, run
@@ -56,6 +59,36 @@ def test_greedy_equals_generate_under(name: str) -> None:
 def test_greedy_equals_generate_on_many_requests(name: str) -> None:
     for seed in range(2, 12):
         check(tiny.encoder(engine_config=SETTINGS[name]), 20, seed, 48)
+
+
+@pytest.mark.parametrize("name", ["chunks of a few tokens", "preemption"])
+def test_greedy_equals_generate_over_paged_blocks_and_recorded_steps(name: str) -> None:
+    """What runs on a GPU, here without one: blocks in one pool, decode steps through the graphs' buffers."""
+    config = SETTINGS[name]
+    encoder = tiny.encoder(engine_config=config)
+    runner, decoder = encoder.engine.runner, encoder.engine.runner.decoder
+    recorded: list[int] = []
+
+    def capture(step: Callable[[], None]) -> Callable[[], None]:
+        def replay() -> None:
+            recorded.append(1)
+            step()
+
+        return replay
+
+    num_blocks = config.num_blocks(decoder.cache_shape, None, 2048)
+    runner.store = PagedStore(decoder.cache_shape, num_blocks, BLOCK_SIZE, backend="sdpa")
+    runner.graphs = DecodeGraphs(
+        decoder,
+        runner.store,
+        max_num_seqs=config.max_num_seqs,
+        max_context_tokens=2048,
+        joined=decoder.joined,
+        capture=capture,
+    )
+    check(encoder, 7, 1, 16)
+    assert len(recorded) > 10
+    assert runner.graphs.is_available, runner.graphs.refusal
 
 
 def test_a_second_time_comes_from_the_caches_and_is_the_same() -> None:

@@ -98,17 +98,9 @@ class Rig:
             store,
             max_num_seqs=max_num_seqs,
             max_context_tokens=max_context,
-            joined=self.joined,
+            joined=self.decoder.joined,
             capture=capture,
         )
-
-    def joined(self) -> object | None:
-        """As the decoder's own forward sees it."""
-        if self.decoder._fused is not None and not self.decoder._fused.is_current():
-            with torch.inference_mode():
-                self.forward(self.usual, [20], [Work("probe", 0, 1)])
-            self.usual.close("probe")
-        return self.decoder._fused
 
     def forward(self, store: KVStore, ids: list[int], work: list[Work]) -> Tensor:
         for w in work:
