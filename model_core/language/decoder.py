@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
 from model_core.errors import ConfigError
-from model_core.language.fused import FusedLayers
+from model_core.language.fused import FusedLayers, JoinedHead
 from model_core.language.kv_cache import Attend, CacheShape
 
 
@@ -29,6 +29,7 @@ class Decoder:
         self.model, self.lm_head, self.config = language_model, lm_head, config
         self.head_dim = config.hidden_size // config.num_attention_heads
         self._fused = FusedLayers.build(language_model)
+        self._head = JoinedHead.build(lm_head)
 
     def joined(self) -> FusedLayers | None:
         """The joined layers, another object whenever their weights moved; None: it runs module by module."""
@@ -77,4 +78,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N, V) float32."""
-        return self.lm_head(hidden).float()
+        if self._head is not None and not self._head.is_current():
+            self._head = JoinedHead.build(self.lm_head)
+        head = self.lm_head if self._head is None else self._head.forward
+        return head(hidden).float()

@@ -2,13 +2,14 @@
 
 q, k and v are one product, gate and up are one, residuals are added inside the last product of a block. The
 joined weights are not copies: each parameter becomes a view of its part, so training, saving and state dicts see
-what they saw. A layer that holds anything but plain linear modules without hooks (LoRA, a debugger) is not
-joined, and one that changes later is noticed: `is_current` is asked before every forward.
+what they saw. On a CPU products then run over copies in oneDNN's layout (linear.py), up to PACKED_BYTES of them.
+A layer that holds anything but plain linear modules without hooks (LoRA, a debugger) is not joined, and one that
+changes later is noticed: `is_current` is asked before every forward. Only a write through `.data` escapes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,21 +18,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_core.language.kv_cache import Attend
+from model_core.linear import PackedProduct, PlainProduct, Product, can_use_onednn
 
+#: A larger language model keeps one copy of its weights: on a CPU memory is then what there is least of.
+PACKED_BYTES = 4 * 2**30
 _JOINED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FusedLayer:
-    """Weights of one layer: qkv ((H + 2K) * dh, D), out (H * dh, D), gate_up (2 * F, D), down (F, D)."""
+    """Products of one layer: qkv by ((H + 2K) * dh, D), out (D, H * dh), gate_up (2 * F, D), down (D, F)."""
 
     input_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    out: Tensor
+    qkv: Product
+    out: Product
     post_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Product
+    down: Product
 
 
 class FusedLayers:
@@ -51,8 +54,9 @@ class FusedLayers:
         if model.config.hidden_act != "silu" or any(_Watched.of(layer) is None for layer in model.layers):
             return None
         # A parameter made in inference mode could never be trained again, and a step may be what calls us.
+        product = product_for(sum(p.nbytes for p in model.layers.parameters()))
         with torch.inference_mode(mode=False), torch.no_grad():
-            layers = [_join(layer) for layer in model.layers]
+            layers = [_join(layer, product) for layer in model.layers]
         return cls(model, layers, [_Watched.of(layer) for layer in model.layers])
 
     def is_current(self) -> bool:
@@ -66,15 +70,13 @@ class FusedLayers:
         sin[..., :half].neg_()  # rotate_half turns (a, b) into (-b, a): the sign moves into the sine
         for i, layer in enumerate(self._layers):
             x = F.rms_norm(hidden, shape, layer.input_norm, self.eps)
-            qkv = F.linear(x, layer.qkv, layer.qkv_bias).unflatten(-1, (-1, self.head_dim))
+            qkv = layer.qkv(x).unflatten(-1, (-1, self.head_dim))
             turned = qkv[:, :heads]
             turned = torch.addcmul(turned * cos, turned.roll(half, -1), sin)
             mixed = attend(i, turned[:, : self.num_heads], turned[:, self.num_heads :], qkv[:, heads:])
-            hidden = torch.addmm(hidden, mixed, layer.out)
-            gate, up = F.linear(F.rms_norm(hidden, shape, layer.post_norm, self.eps), layer.gate_up).split(
-                self.inner, -1
-            )
-            hidden = torch.addmm(hidden, F.silu(gate).mul_(up), layer.down)
+            hidden = layer.out.added_to(hidden, mixed)
+            gate, up = layer.gate_up(F.rms_norm(hidden, shape, layer.post_norm, self.eps)).split(self.inner, -1)
+            hidden = layer.down.added_to(hidden, F.silu(gate).mul_(up))
         return hidden
 
 
@@ -84,7 +86,7 @@ class _Watched:
     def __init__(self, layer: nn.Module, places: list[tuple[dict[str, Any], str, nn.Module]]) -> None:
         self._places = places
         self._parameters = [p for _, _, m in places for p in m.parameters(recurse=False)]
-        self._pointers = [p.data_ptr() for p in self._parameters]
+        self._state = self._now()
         modules = [layer, layer.self_attn, layer.mlp, *(m for _, _, m in places)]
         self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
@@ -103,22 +105,62 @@ class _Watched:
         return None if is_inference or any(found.hooks) else found
 
     def is_unchanged(self) -> bool:
-        return all(modules[name] is module for modules, name, module in self._places) and all(
-            p.data_ptr() == pointer for p, pointer in zip(self._parameters, self._pointers, strict=True)
-        )
+        return self._now() == self._state and all(modules[name] is module for modules, name, module in self._places)
+
+    def _now(self) -> list[int]:
+        """Where the weights lie and how often they were written."""
+        return [number for p in self._parameters for number in (p.data_ptr(), p._version)]
 
 
-def _join(layer: nn.Module) -> FusedLayer:
+class JoinedHead:
+    """The product that ends in logits, over `lm_head`'s weight."""
+
+    def __init__(self, lm_head: nn.Module) -> None:
+        self._module, weight = lm_head, lm_head.weight
+        self._hooks = [lm_head._forward_hooks, lm_head._forward_pre_hooks]
+        self._product = product_for(weight.nbytes)(weight.data, lm_head.bias)
+        self._weight, self._state = weight, (weight.data_ptr(), weight._version)
+
+    @classmethod
+    def build(cls, lm_head: nn.Module) -> JoinedHead | None:
+        hooks = lm_head._forward_hooks or lm_head._forward_pre_hooks
+        if type(lm_head) is not nn.Linear or hooks or lm_head.weight.is_inference():
+            return None
+        with torch.inference_mode(mode=False), torch.no_grad():
+            return cls(lm_head)
+
+    def is_current(self) -> bool:
+        weight = self._module.weight
+        is_same = weight is self._weight and (weight.data_ptr(), weight._version) == self._state
+        return is_same and not any(self._hooks)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(N, D) -> (N, V)."""
+        return self._product(hidden)
+
+
+def product_for(num_bytes: int) -> Callable[[Tensor, Tensor | None], Product]:
+    """What to multiply with by weights of so many bytes in all."""
+
+    def product(weight: Tensor, bias: Tensor | None) -> Product:
+        if num_bytes <= PACKED_BYTES and can_use_onednn(weight):
+            return PackedProduct(weight, bias)
+        return PlainProduct(weight, bias)
+
+    return product
+
+
+def _join(layer: nn.Module, product: Callable[[Tensor, Tensor | None], Product]) -> FusedLayer:
     attention, mlp = layer.self_attn, layer.mlp
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    bias = _as_one([m.bias for m in projections]) if projections[0].bias is not None else None
     return FusedLayer(
         input_norm=layer.input_layernorm.weight.data,
-        qkv=_as_one([m.weight for m in projections]),
-        qkv_bias=_as_one([m.bias for m in projections]) if projections[0].bias is not None else None,
-        out=attention.o_proj.weight.data.t(),
+        qkv=product(_as_one([m.weight for m in projections]), bias),
+        out=product(attention.o_proj.weight.data, None),
         post_norm=layer.post_attention_layernorm.weight.data,
-        gate_up=_as_one([mlp.gate_proj.weight, mlp.up_proj.weight]),
-        down=mlp.down_proj.weight.data.t(),
+        gate_up=product(_as_one([mlp.gate_proj.weight, mlp.up_proj.weight]), None),
+        down=product(mlp.down_proj.weight.data, None),
     )
 
 

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import Qwen2_5_VLForConditionalGeneration
 
+from model_core.language import fused
 from model_core.language.decoder import Decoder
 from model_core.language.kv_cache import RowStore, Work
+from model_core.linear import PlainProduct
 from tests.model_core import tiny
 from tests.model_core.language.test_decoder import random_sequence
 
@@ -52,8 +55,8 @@ def test_the_parameters_are_views_so_that_nothing_is_stale_and_nothing_is_held_t
     decoder = build(model)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     attention = first_attention(model)
-    joined = decoder._fused._layers[0].qkv
-    assert joined.data_ptr() == attention.q_proj.weight.data_ptr()
+    end = attention.q_proj.weight.data_ptr() + attention.q_proj.weight.nbytes
+    assert attention.k_proj.weight.data_ptr() == end
     first = hidden(decoder)
     with torch.no_grad():
         attention.k_proj.weight.mul_(-1)
@@ -61,8 +64,34 @@ def test_the_parameters_are_views_so_that_nothing_is_stale_and_nothing_is_held_t
     changed = hidden(decoder)
     assert not torch.allclose(changed, first, atol=1e-3)
     assert torch.allclose(changed, hidden(build(model), by_module=True), atol=1e-5)
-    again = build(model)
-    assert again._fused._layers[0].qkv.data_ptr() == joined.data_ptr(), "a second engine joins nothing anew"
+    build(model)
+    assert attention.k_proj.weight.data_ptr() == end, "a second engine joins nothing anew"
+
+
+@pytest.mark.parametrize("num_bytes", [0, 2**40])
+def test_logits_follow_the_head_whatever_multiplies(num_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "PACKED_BYTES", num_bytes)
+    model = Qwen2_5_VLForConditionalGeneration(tiny.qwen_config(tie=False)).eval()
+    decoder, x = build(model), torch.randn(3, 64)
+    with torch.inference_mode():
+        assert torch.allclose(decoder.logits(x), model.lm_head(x), atol=1e-5)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-2)
+    with torch.inference_mode():
+        assert torch.allclose(decoder.logits(x), model.lm_head(x), atol=1e-5)
+    model.lm_head.register_forward_hook(lambda *args: args[2] + 1)
+    with torch.inference_mode():
+        assert torch.allclose(decoder.logits(x), model.lm_head(x), atol=1e-5)
+
+
+def test_a_large_model_is_not_held_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "PACKED_BYTES", 1000)
+    model = tiny.qwen_model()
+    decoder = build(model)
+    qkv = decoder._fused._layers[0].qkv
+    assert isinstance(qkv, PlainProduct)
+    assert qkv.weight.data_ptr() == first_attention(model).q_proj.weight.data_ptr()
+    assert torch.allclose(hidden(decoder), hidden(build(model), by_module=True), atol=1e-5)
 
 
 def test_training_goes_on_through_the_views() -> None:
