@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model_core.engine.decode_graphs import DecodeGraphs
 from model_core.engine.encoder_cache import EncoderCache
+from model_core.engine.encoder_pass import EncoderInput, EncoderPass
 from model_core.engine.scheduler import Chunk
 from model_core.engine.sequence import Sequence
 from model_core.errors import RequestFailedError
@@ -21,13 +22,11 @@ from model_core.fusion.attribution import describe_fusion
 from model_core.language.decoder import Decoder
 from model_core.language.kv_cache import KVStore, Work
 from model_core.model import DualVisionModel
-from model_core.processing.batch import InputFormat, normalise_pixels
+from model_core.processing.batch import InputFormat
 from model_core.types import ARM_REMOVES, Arm
 from model_core.vision_tokens import Grid, cell_counts
 
 Clock = Callable[[], float]
-#: Key, patch grid, uint8 patches.
-Image = tuple[bytes, Grid, np.ndarray]
 SCORE_ROWS = 256
 
 
@@ -48,8 +47,7 @@ class ModelRunner:
         self.model, self.decoder, self.fmt, self.clock = model, decoder, fmt, clock
         self.store, self.features, self.graphs = store, features, graphs
         self.device = model.device
-        self.encoder_seconds: dict[str, float] = dict.fromkeys(model.model.encoders, 0.0)
-        self.num_images_encoded = 0
+        self.encoders = EncoderPass(model, fmt.patches, features, clock)
 
     @torch.inference_mode()
     def encode(self, sequences: Items[Sequence]) -> None:
@@ -63,10 +61,15 @@ class ModelRunner:
 
     def _encode_images(self, sequences: list[Sequence]) -> None:
         backbone, start = self.model.model, self._now()
-        arms = [s.request.arm for s in sequences for _ in s.inputs.grids]
+        arms: list[Arm] = [s.request.arm for s in sequences for _ in s.inputs.grids]
         merge = self.model.config.merge_size
         grids: tuple[Grid, ...] = tuple((t, h // merge, w // merge) for s in sequences for t, h, w in s.inputs.grids)
-        features, spent = self._features(sequences, arms)
+        images = [
+            EncoderInput(key, grid, pixels)
+            for s in sequences
+            for (_, _, key), grid, pixels in zip(s.inputs.spans, s.inputs.grids, _split_pixels(s), strict=True)
+        ]
+        features, spent = self.encoders.run(images, arms)
         want = any(s.request.encode_only for s in sequences)
         output = backbone.fuse(features, grids, arms, want_contributions=want)
         lengths = [n * backbone.fusion.tokens_per_cell for n in cell_counts(grids)]
@@ -88,64 +91,6 @@ class ModelRunner:
             sequence.encode_seconds, sequence.encoder_seconds = seconds, spent
             at = end
             self._check_embeds(sequence)
-
-    def _features(self, sequences: list[Sequence], arms: list[Arm]) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Features (S, C_e) of all images by encoder, from the cache or from one forward over what it lacks."""
-        images = [
-            (key, grid, pixels)
-            for s in sequences
-            for (_, _, key), grid, pixels in zip(s.inputs.spans, s.inputs.grids, _split_pixels(s), strict=True)
-        ]
-        features: dict[str, Tensor] = {}
-        spent: dict[str, float] = {}
-        backbone = self.model.model
-        upload = _Uploads(self)
-        needs = {arm: backbone.needed_encoders([arm]) for arm in set(arms)}
-        for name in backbone.encoders:
-            wanted = [i for i, arm in enumerate(arms) if name in needs[arm]]
-            if not wanted:
-                continue
-            begin = self._now()
-            found: dict[bytes, Tensor | None] = {}
-            missing: dict[bytes, int] = {}  # the same picture twice in a batch is encoded once
-            for i in wanted:
-                key = images[i][0]
-                if key not in found:
-                    found[key] = self.features.get(name, key)
-                    if found[key] is None:
-                        missing[key] = i
-            if missing:
-                found |= self._forward(name, [images[i] for i in missing.values()], upload)
-            features[name] = self._lay_out(name, [found.get(key) for key, _, _ in images], [g for _, g, _ in images])
-            spent[name] = self._now() - begin
-            self.encoder_seconds[name] += spent[name]
-        return features, spent
-
-    def _forward(self, name: str, images: list[Image], upload: _Uploads) -> dict[bytes, Tensor]:
-        values, grids = upload(images)
-        tokens = self.model.model.encode_images(values, grids, [name])[name]
-        self.num_images_encoded += len(images)
-        cells = [self._num_cells(grid) for _, grid, _ in images]
-        out = {key: part for (key, _, _), part in zip(images, tokens.split(cells), strict=True)}
-        is_finite = torch.stack([torch.isfinite(part).all() for part in out.values()]).tolist()
-        for (key, part), is_sound in zip(out.items(), is_finite, strict=True):
-            if is_sound:  # or one bad forward would fail this picture for as long as it is kept
-                self.features.put(name, key, part)
-        return out
-
-    def _lay_out(self, name: str, parts: list[Tensor | None], grids: list[Grid]) -> Tensor:
-        """One after the other; zeros where an image's arm takes this encoder away (its mean comes in later)."""
-        width = self.model.model.encoders[name].output_dim
-        like = next(part for part in parts if part is not None)
-        return torch.cat(
-            [
-                like.new_zeros(self._num_cells(grid), width) if part is None else part
-                for part, grid in zip(parts, grids, strict=True)
-            ]
-        )
-
-    def _num_cells(self, grid: Grid) -> int:
-        return grid[0] * grid[1] * grid[2] // self.model.config.merge_size**2
 
     def _check_embeds(self, sequence: Sequence) -> None:
         """Raises RequestFailedError: the features are not finite, or don't fill the placeholders."""
@@ -226,23 +171,6 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return self.clock()
-
-
-class _Uploads:
-    """Pixels on the device for one encode: both encoders mostly lack the same pictures, and share one upload."""
-
-    def __init__(self, runner: ModelRunner) -> None:
-        self._runner = runner
-        self._done: dict[tuple[bytes, ...], tuple[Tensor, Tensor]] = {}
-
-    def __call__(self, images: list[Image]) -> tuple[Tensor, Tensor]:
-        """Normalised patches and grids (I, 3) of these pictures."""
-        keys = tuple(key for key, _, _ in images)
-        if keys not in self._done:
-            pixels = np.concatenate([pixels for _, _, pixels in images])
-            values = normalise_pixels(pixels, self._runner.fmt.patches, self._runner.device)
-            self._done[keys] = values, torch.tensor([grid for _, grid, _ in images])
-        return self._done[keys]
 
 
 def _split_pixels(sequence: Sequence) -> list[np.ndarray]:
