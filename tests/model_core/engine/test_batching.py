@@ -36,6 +36,9 @@ def check(encoder: DualVisionEncoder, count: int, seed: int, most_tokens: int) -
         expected, margins = generated(encoder, request)
         event = together[request.request_id]
         assert event.error is None, event.error
+        # A small cache is a short context: there an answer ends earlier than generate's.
+        room = encoder.engine.info.max_context_tokens - event.usage.prompt_tokens
+        expected, margins = expected[:room], margins[:room]
         assert agrees(list(event.token_ids), expected, margins), request.request_id
 
 
