@@ -11,7 +11,9 @@ a rule with a fixed message hides `str(error)`, and whatever has no rule is a pl
     |   |-- RequestTooLargeError        the body is over the byte limit
     |   |-- UnknownUrlError, MethodNotAllowedError
     |   |-- RecordNotFoundError         no served request of this id is remembered
-    |   `-- ImageError > ImageFileTooLargeError
+    |   `-- ImageError
+    |       |-- ImageFileTooLargeError
+    |       `-- ImageDownloadError      a remote image that did not come
     `-- EngineError
         |-- NotReadyError               the model is still loading, or failed to load
         |-- DrainingError               the server is going down
@@ -57,6 +59,10 @@ class RecordNotFoundError(core.InputError):
 
 class ImageFileTooLargeError(core.ImageError):
     code = "image_file_too_large"
+
+
+class ImageDownloadError(core.ImageError):
+    code = "failed_to_download_image"
 
 
 class NotReadyError(core.EngineError):
@@ -133,6 +139,7 @@ TABLE: Mapping[type[BaseException], Rule] = {
     MethodNotAllowedError: Rule(405, _INVALID, "method_not_allowed"),
     RecordNotFoundError: Rule(404, _INVALID, "request_not_found"),
     ImageFileTooLargeError: Rule(400, _INVALID, "image_file_too_large"),
+    ImageDownloadError: Rule(400, _INVALID, "failed_to_download_image"),
     NotReadyError: Rule(503, _SERVER, "model_loading", "The model is not loaded yet.", may_retry=True),
     DrainingError: Rule(503, _SERVER, "server_draining", "The server is shutting down.", may_retry=True),
     StalledError: Rule(503, _SERVER, "engine_stalled", "Work waits and the engine does not move."),
