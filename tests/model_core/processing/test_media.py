@@ -113,7 +113,7 @@ def test_a_video_is_what_its_frames_are(fmt: InputFormat) -> None:
     assert video.media.image_pixels == (64 * 96,) * 2
 
 
-@pytest.mark.parametrize("size", [(300, 200), (64, 64), (2000, 30), (57, 57)])
+@pytest.mark.parametrize("size", [(300, 200), (64, 64), (900, 300), (57, 57)])
 @pytest.mark.parametrize("spec", [PatchSpec(), PatchSpec(min_pixels=12_544, max_pixels=19_600)])
 def test_low_detail_is_a_small_budget(size: tuple[int, int], spec: PatchSpec) -> None:
     budget = media.detail_pixels("low", spec)
