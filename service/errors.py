@@ -10,6 +10,7 @@ a rule with a fixed message hides `str(error)`, and whatever has no rule is a pl
     |   |-- UnsupportedParameterError   a parameter that would have to be ignored
     |   |-- RequestTooLargeError        the body is over the byte limit
     |   |-- UnknownUrlError, MethodNotAllowedError
+    |   |-- UploadNotFoundError         no uploaded file of this id is kept
     |   |-- RecordNotFoundError         no served request of this id is remembered
     |   `-- ImageError
     |       |-- ImageFileTooLargeError
@@ -55,6 +56,10 @@ class MethodNotAllowedError(core.InputError):
 
 class RecordNotFoundError(core.InputError):
     code = "request_not_found"
+
+
+class UploadNotFoundError(core.InputError):
+    code = "file_not_found"
 
 
 class ImageFileTooLargeError(core.ImageError):
@@ -138,6 +143,7 @@ TABLE: Mapping[type[BaseException], Rule] = {
     UnknownUrlError: Rule(404, _INVALID, "unknown_url"),
     MethodNotAllowedError: Rule(405, _INVALID, "method_not_allowed"),
     RecordNotFoundError: Rule(404, _INVALID, "request_not_found"),
+    UploadNotFoundError: Rule(404, _INVALID, "file_not_found"),
     ImageFileTooLargeError: Rule(400, _INVALID, "image_file_too_large"),
     ImageDownloadError: Rule(400, _INVALID, "failed_to_download_image"),
     NotReadyError: Rule(503, _SERVER, "model_loading", "The model is not loaded yet.", may_retry=True),
