@@ -57,17 +57,9 @@ _BODIES: Mapping[str, type[BaseModel]] = {
 
 
 def create_app(
-    settings: Settings,
-    client: EngineClient,
-    metrics: Metrics,
-    *,
-    now: Callable[[], float] = time.time,
-    remote: RemoteImages | None = None,
+    settings: Settings, client: EngineClient, metrics: Metrics, *, now: Callable[[], float] = time.time
 ) -> FastAPI:
-    """`now` is the wall clock of `created` fields. The client must not have been started.
-
-    `remote`: instead of the one that the settings describe (tests reach loopback with theirs). Raises ConfigError.
-    """
+    """`now` is the wall clock of `created` fields. The client must not have been started. Raises ConfigError."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
@@ -83,7 +75,7 @@ def create_app(
         redirect_slashes=False,
     )
     waiting = WaitingBytes(settings.max_waiting_bytes)
-    app.state.parts = AppParts(settings, client, metrics, FusionHistory(), waiting, _media(settings, remote, now), now)
+    app.state.parts = AppParts(settings, client, metrics, FusionHistory(), waiting, _media(settings, now), now)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes, waiting=waiting, metrics=metrics)
     app.add_middleware(RequestScope, metrics=metrics)
@@ -97,10 +89,9 @@ def create_app(
     return app
 
 
-def _media(settings: Settings, remote: RemoteImages | None, now: Callable[[], float]) -> MediaSource:
+def _media(settings: Settings, now: Callable[[], float]) -> MediaSource:
     limits = MediaLimits(settings.max_images, settings.max_image_bytes)
-    if remote is None:
-        remote = RemoteImages(AllowedHosts.parse(settings.allowed_media_domains), settings.max_image_bytes)
+    remote = RemoteImages(AllowedHosts.parse(settings.allowed_media_domains), settings.max_image_bytes)
     uploads = UploadStore(max(_UPLOAD_BYTES, settings.max_image_bytes), _UPLOAD_SECONDS, now)
     return MediaSource(limits, remote, uploads)
 

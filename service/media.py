@@ -126,6 +126,8 @@ def _decode(url: str, start: int, limits: MediaLimits, param: str) -> bytes:
     # The size is known before anything is decoded: four characters hold three bytes.
     check_image_bytes((len(url) - start) * 3 // 4 - url.endswith("=") - url.endswith("=="), limits, param)
     try:
+        if url.endswith("==="):  # more padding than base64 has, which even strict mode takes
+            raise binascii.Error("padding")
         data = binascii.a2b_base64(url[start:].encode("ascii"), strict_mode=True)
     except (binascii.Error, UnicodeEncodeError):
         raise InvalidBase64Error(
