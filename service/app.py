@@ -90,7 +90,7 @@ def create_app(
 
 
 def _media(settings: Settings, now: Callable[[], float]) -> MediaSource:
-    limits = MediaLimits(settings.max_images, settings.max_image_bytes)
+    limits = MediaLimits(settings.max_images, settings.max_image_bytes, settings.max_body_bytes)
     remote = RemoteImages(AllowedHosts.parse(settings.allowed_media_domains), settings.max_image_bytes)
     uploads = UploadStore(max(_UPLOAD_BYTES, settings.max_image_bytes), _UPLOAD_SECONDS, now)
     return MediaSource(limits, remote, uploads)

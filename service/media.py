@@ -24,8 +24,11 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]{0,15}):")
 
 @dataclass(frozen=True, slots=True)
 class MediaLimits:
+    """`max_download_bytes`: of all remote images of one request together."""
+
     max_images: int
     max_image_bytes: int
+    max_download_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,21 @@ class MediaSource:
         `count` is told of bytes as they come, and may raise.
         """
         first = {r.value: r for r in reversed(references) if is_remote(r)}
-        tasks = [asyncio.ensure_future(self._fetch(reference, count)) for reference in first.values()]
+        total = 0
+
+        def count_all(num_bytes: int) -> None:
+            nonlocal total
+            total += num_bytes
+            if total > self.limits.max_download_bytes:
+                raise ImageFileTooLargeError(
+                    "the remote images of this request are too large together",
+                    value=f"more than {self.limits.max_download_bytes} bytes",
+                    allowed=f"at most {self.limits.max_download_bytes} bytes",
+                    fix="Send fewer or smaller ones",
+                )
+            count(num_bytes)
+
+        tasks = [asyncio.ensure_future(self._fetch(reference, count_all)) for reference in first.values()]
         try:
             return dict(zip(first, await asyncio.gather(*tasks), strict=True))
         finally:

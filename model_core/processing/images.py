@@ -121,6 +121,7 @@ def _damaged(name: str, data: bytes) -> ImageParseError:
 
 
 def check_size(size: tuple[int, int], limits: ImageLimits) -> None:
+    """(width, height). Raises ImageTooLargeError, ImageTooSmallError; ImageParseError where a side is 0."""
     width, height = size
     seen, short = f"{width} x {height}", min(size)
     if short < 1:

@@ -2,6 +2,7 @@
 
 import base64
 import ipaddress
+import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -62,13 +63,17 @@ def site() -> Iterator[Site]:
     thread.join(10)
 
 
-@pytest.fixture(scope="module")
-def live(site: Site) -> Iterator[LiveServer]:
+def to_loopback(site: Site, max_bytes: int) -> RemoteImages:
     async def resolve(_: str, __: int) -> list:
         return [(ipaddress.ip_address("127.0.0.1"), site.server_port)]
 
-    remote = RemoteImages(AllowedHosts.parse("http://*.test"), 1000, resolve=resolve, is_allowed_address=lambda _: True)
-    with run_server(FakeEngine(), remote=remote, max_image_bytes=1000, max_images=4) as server:
+    hosts = AllowedHosts.parse("http://*.test")
+    return RemoteImages(hosts, max_bytes, resolve=resolve, is_allowed_address=lambda _: True)
+
+
+@pytest.fixture(scope="module")
+def live(site: Site) -> Iterator[LiveServer]:
+    with run_server(FakeEngine(), remote=to_loopback(site, 1000), max_image_bytes=1000, max_images=4) as server:
         yield server
 
 
@@ -127,25 +132,25 @@ def test_hosts_off_the_list_are_not_asked(live: LiveServer, site: Site) -> None:
 
 
 def test_remote_bytes_have_no_room_that_bodies_do_not_have(site: Site) -> None:
-    async def resolve(_: str, __: int) -> list:
-        return [(ipaddress.ip_address("127.0.0.1"), site.server_port)]
-
-    remote = RemoteImages(AllowedHosts.parse("http://*"), 9000, resolve=resolve, is_allowed_address=lambda _: True)
     limits = {"max_body_bytes": 2048, "max_waiting_bytes": 2048, "max_image_bytes": 1024}
-    with run_server(FakeEngine(), remote=remote, **limits) as live:
-        response = post(live, url_part("/big"))
+    with run_server(FakeEngine(), remote=to_loopback(site, 9000), **limits) as live:
+        body = {"model": "fake/model:1", "messages": [{"role": "user", "content": [url_part("/1")]}]}
+        body["metadata"] = {"pad": ""}
+        for pad in range(3):  # metadata of up to 512 characters each
+            body["metadata"][f"pad{pad}"] = "x" * 512
+        body["metadata"]["pad"] = "x" * (2040 - len(json.dumps(body, separators=(",", ":"))))
+        # The body alone has room, and so has the picture; together they have not.
+        response = live.http.post(CHAT, json=body)
         assert (response.status_code, response.json()["error"]["code"]) == (503, "server_overloaded")
         assert live.metric("dve_waiting_body_bytes") == 0, "given back"
+        # More than any request may have is no passing trouble.
+        check(post(live, url_part("/big")), 400, "image_file_too_large", "messages[0].content[0].image_url.url")
         assert post(live, url_part("/1")).status_code == 200
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
 def test_leaving_during_a_download(site: Site, is_stream: bool) -> None:
-    async def resolve(_: str, __: int) -> list:
-        return [(ipaddress.ip_address("127.0.0.1"), site.server_port)]
-
-    remote = RemoteImages(AllowedHosts.parse("http://*"), 1000, resolve=resolve, is_allowed_address=lambda _: True)
-    with run_server(FakeEngine(), remote=remote, max_num_seqs=1, max_waiting=0) as live:
+    with run_server(FakeEngine(), remote=to_loopback(site, 1000), max_num_seqs=1, max_waiting=0) as live:
         site.asked.clear()
         messages = [{"role": "user", "content": [url_part("/slow")]}]
         with closing(send(live, stream=is_stream, messages=messages)):
