@@ -32,6 +32,10 @@ _MAX_AT_ONCE = 32
 _CHUNK_BYTES = 65_536
 #: Headers and the framing of chunks come on top of the picture.
 _OVERHEAD_BYTES = 262_144
+#: Parsing is work of the event loop, so an answer in crumbs costs others their time: so many events are free, then each
+#: must bring so many bytes.
+_FREE_EVENTS = 1024
+_BYTES_PER_EVENT = 512
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 
@@ -173,6 +177,7 @@ class _Exchange:
         self._reader, self._writer, self._max_bytes, self._count = reader, writer, max_bytes, count
         self._http = h11.Connection(h11.CLIENT)
         self._left = 2 * max_bytes + _OVERHEAD_BYTES
+        self._num_events = self._num_bytes = 0
 
     async def run(self, target: Target) -> _Answer:
         headers = [
@@ -223,10 +228,14 @@ class _Exchange:
             )
 
     async def _event(self) -> object:
-        """The next event of the response; what comes beyond any honest size is cut off."""
+        """The next event of the response; what comes beyond any honest size, or in crumbs, is cut off."""
+        self._num_events += 1
+        if self._num_events > _FREE_EVENTS + self._num_bytes // _BYTES_PER_EVENT:
+            raise _failed("the answer comes in crumbs")
         while (event := self._http.next_event()) is h11.NEED_DATA:
             data = await self._reader.read(_CHUNK_BYTES)
             self._left -= len(data)
+            self._num_bytes += len(data)
             if self._left < 0:
                 raise _failed("the answer does not end")
             self._http.receive_data(data)

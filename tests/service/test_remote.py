@@ -176,14 +176,39 @@ def test_an_endless_body_is_cut_off_at_the_limit() -> None:
     assert sum(counted) <= 1000
 
 
-def test_chunks_of_one_byte_do_not_go_on_for_ever() -> None:
+@pytest.mark.parametrize(
+    ("begin", "crumb"),
+    [
+        (b"", b"HTTP/1.1 103 E\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
+    ],
+)
+def test_an_answer_in_crumbs_is_left(begin: bytes, crumb: bytes) -> None:
+    """Parsing 64 KB of them takes the event loop a quarter of a second, and they may go on for ever."""
+
     async def drip(writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 103 E\r\n\r\n")
+        writer.write(begin)
         while True:
-            writer.write(b"HTTP/1.1 103 E\r\n\r\n")
+            writer.write(crumb * 100)
             await writer.drain()
 
-    assert "does not end" in str(fetch({"/x": drip})[0])
+    assert "crumbs" in str(fetch({"/x": drip}, max_bytes=10**7)[0])
+
+
+def test_small_chunks_of_an_honest_picture_are_read() -> None:
+    body = b"".join(b"200\r\n" + b"x" * 512 + b"\r\n" for _ in range(2000)) + b"0\r\n\r\n"
+    page = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + body
+    assert fetch({"/x": page}, max_bytes=10**7)[0] == b"x" * 512 * 2000
+
+
+def test_a_head_that_does_not_end_is_left() -> None:
+    async def endless(writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n")
+        while True:
+            writer.write(b"x: " + b"y" * 1000 + b"\r\n")
+            await writer.drain()
+
+    assert isinstance(fetch({"/x": endless})[0], ImageDownloadError)
 
 
 @pytest.mark.parametrize("begin", [b"", b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200"])
