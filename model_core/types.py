@@ -6,7 +6,6 @@ event that has a `finish_reason` or an `error`. The service knows these types an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args
@@ -14,12 +13,15 @@ from typing import Any, Literal, Protocol, get_args
 from model_core.errors import DualVisionError, InvalidRequestError
 
 Role = Literal["system", "user", "assistant"]
+Detail = Literal["low", "auto", "high"]
 Arm = Literal["fused", "qwen-only", "dinov2-only", "blind", "unfused"]
 FinishReason = Literal["stop", "length", "abort"]
 
 #: As OpenAI's API has it.
 MAX_LOGPROBS = 20
 ROLES: tuple[str, ...] = get_args(Role)
+DETAILS: tuple[str, ...] = get_args(Detail)
+MIN_FPS, MAX_FPS = 0.001, 1000.0
 ARMS: tuple[Arm, ...] = get_args(Arm)
 
 #: What each arm takes away before the gate (model.md section 4, "Arms"). `unfused` bypasses fusion.
@@ -41,27 +43,34 @@ class TextPart:
 class ImagePart:
     """One still image: encoded bytes, or an opened `PIL.Image.Image` (typed loosely to stay light).
 
-    `max_pixels` lowers the resize budget for this image alone (the wire's `detail`).
+    `max_pixels` lowers the resize budget for this image alone. `detail`: "low" is a budget of at most a quarter of the
+    checkpoint's and 256 vision tokens; "auto" and "high" are the checkpoint's own.
     """
 
     image: Any
     max_pixels: int | None = None
+    detail: Detail = "auto"
 
     def __post_init__(self) -> None:
+        _check("detail", self.detail, self.detail in DETAILS, ", ".join(DETAILS))
         is_count = self.max_pixels is None or (type(self.max_pixels) is int and self.max_pixels > 0)
         _check("max_pixels", self.max_pixels, is_count, "an integer above 0")
 
 
 @dataclass(frozen=True, slots=True)
 class VideoPart:
-    """A list of frames, encoded or PIL, sampled at `fps` frames a second."""
+    """A list of frames, encoded or PIL, sampled at `fps` frames a second; `detail` as an image's, for each frame."""
 
     frames: tuple[Any, ...]
     fps: float = 2.0
+    detail: Detail = "auto"
 
     def __post_init__(self) -> None:
-        is_rate = isinstance(self.fps, (int, float)) and not isinstance(self.fps, bool) and 0 < self.fps < math.inf
-        _check("fps", self.fps, is_rate, "a finite number above 0")
+        is_number = isinstance(self.fps, (int, float)) and not isinstance(self.fps, bool)
+        # Positions in time are whole numbers made of it: beyond these they overflow or all become one.
+        is_rate = is_number and MIN_FPS <= self.fps <= MAX_FPS
+        _check("fps", self.fps, is_rate, f"a number from {MIN_FPS:g} to {MAX_FPS:g}")
+        _check("detail", self.detail, self.detail in DETAILS, ", ".join(DETAILS))
 
 
 Part = TextPart | ImagePart | VideoPart
@@ -139,6 +148,7 @@ class GenerationRequest:
     encoder's contribution.
     `priority`: lower goes first; requests of one priority go in the order of their arrival.
     `timeout_seconds`: from `add_request` on; past it the request ends with RequestFailedError, whatever its stage.
+    `fetch_seconds`: what its images took to come, before `prepare`; its preprocess time begins with them.
     """
 
     request_id: str
@@ -149,6 +159,7 @@ class GenerationRequest:
     encode_only: bool = False
     priority: int = 0
     timeout_seconds: float | None = None
+    fetch_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         if self.arm not in ARMS:
@@ -183,12 +194,16 @@ class FusionWeights:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """cached_tokens: prompt tokens whose keys and values came from the prefix cache."""
+    """cached_tokens: prompt tokens whose keys and values came from the prefix cache.
+
+    image_pixels: width x height of each picture and frame as it came.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     image_tokens: int = 0
     cached_tokens: int = 0
+    image_pixels: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +228,8 @@ class Timings:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     encoder_seconds: Mapping[str, float] = field(default_factory=dict)
+    #: Parts of preprocess_seconds: decode, resize, patchify.
+    preprocess_stages: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +259,10 @@ class TokenEvent:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot for metrics and for the liveness check. Counters only ever grow."""
+    """A snapshot for metrics and for the liveness check. Counters only ever grow.
+
+    encoder_batches: by encoder, how many forwards had so many images.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -260,6 +280,7 @@ class EngineStats:
     encoder_cache_misses: Mapping[str, int] = field(default_factory=dict)
     encoder_cache_evictions: Mapping[str, int] = field(default_factory=dict)
     encoder_cache_bytes: Mapping[str, int] = field(default_factory=dict)
+    encoder_batches: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,9 +363,9 @@ def _part(where: str, part: Mapping[str, Any]) -> Part:
     if kind == "text" and isinstance(part.get("text"), str):
         return TextPart(part["text"])
     if kind == "image" and part.get("image") is not None:
-        return ImagePart(part["image"], part.get("max_pixels"))
+        return ImagePart(part["image"], part.get("max_pixels"), part.get("detail", "auto"))
     if kind == "video" and isinstance(part.get("video"), (list, tuple)) and part["video"]:
-        return VideoPart(tuple(part["video"]), part.get("fps", 2.0))
+        return VideoPart(tuple(part["video"]), part.get("fps", 2.0), part.get("detail", "auto"))
     raise InvalidRequestError(
         f"{where} is not a part that can be read",
         value=part,

@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from model_core.errors import DualVisionError
+from service.addresses import AllowedHosts
 from service.engine_client import EngineClient
 from service.errors import (
     ClientDisconnectedError,
@@ -31,14 +32,21 @@ from service.errors import (
 )
 from service.fusion_history import FusionHistory
 from service.logs import log_failure, request_id_var
+from service.media import MediaLimits, MediaSource
 from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestScope
 from service.protocol.chat import ChatCompletionRequest
 from service.protocol.fusion import AnalyzeRequest, CompareRequest
+from service.remote import RemoteImages
 from service.routes import chat, fusion, health, models
 from service.routes.parts import AppParts, parts_of
 from service.settings import Settings
+from service.uploads import UploadStore
 from service.waiting import WaitingBytes
+
+#: Uploads for analysis, all together and each one's life; in memory only.
+_UPLOAD_BYTES = 64 * 2**20
+_UPLOAD_SECONDS = 3600.0
 
 #: Routes read these bodies themselves (strict JSON, OpenAI errors), so the schema must be told of them.
 _BODIES: Mapping[str, type[BaseModel]] = {
@@ -51,7 +59,7 @@ _BODIES: Mapping[str, type[BaseModel]] = {
 def create_app(
     settings: Settings, client: EngineClient, metrics: Metrics, *, now: Callable[[], float] = time.time
 ) -> FastAPI:
-    """`now` is the wall clock of `created` fields. The client must not have been started."""
+    """`now` is the wall clock of `created` fields. The client must not have been started. Raises ConfigError."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
@@ -67,7 +75,7 @@ def create_app(
         redirect_slashes=False,
     )
     waiting = WaitingBytes(settings.max_waiting_bytes)
-    app.state.parts = AppParts(settings, client, metrics, FusionHistory(), waiting, now)
+    app.state.parts = AppParts(settings, client, metrics, FusionHistory(), waiting, _media(settings, now), now)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes, waiting=waiting, metrics=metrics)
     app.add_middleware(RequestScope, metrics=metrics)
@@ -79,6 +87,13 @@ def create_app(
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     _document_bodies(app)
     return app
+
+
+def _media(settings: Settings, now: Callable[[], float]) -> MediaSource:
+    limits = MediaLimits(settings.max_images, settings.max_image_bytes, settings.max_body_bytes)
+    remote = RemoteImages(AllowedHosts.parse(settings.allowed_media_domains), settings.max_image_bytes)
+    uploads = UploadStore(max(_UPLOAD_BYTES, settings.max_image_bytes), _UPLOAD_SECONDS, now)
+    return MediaSource(limits, remote, uploads)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
@@ -129,7 +144,7 @@ def _document_bodies(app: FastAPI) -> None:
             document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
             for path, model in _BODIES.items():
                 content: dict[str, Any] = {"application/json": {"schema": refs[(model, "validation")]}}
-                if model is AnalyzeRequest:
+                if model in (AnalyzeRequest, CompareRequest):
                     content["multipart/form-data"] = {"schema": _UPLOAD_SCHEMA}
                 document["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
             app.openapi_schema = document

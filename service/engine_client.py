@@ -271,6 +271,18 @@ class Admission:
 
     def __init__(self, client: EngineClient, deadline: float) -> None:
         self._client, self._deadline = client, deadline
+        self._fetch_seconds = 0.0
+
+    async def fetch(self, work: Awaitable[T]) -> T:
+        """Await what the request needs from elsewhere; the time counts as the preprocessing of its first sequence."""
+        client, begin = self._client, self._client._clock()
+        client.num_preparing += 1
+        try:
+            return await self._before_deadline(work)
+        finally:
+            client.num_preparing -= 1
+            self._fetch_seconds = client._clock() - begin
+            client._metrics.preprocess_stages.labels("download").observe(self._fetch_seconds)
 
     async def in_pool(self, work: Callable[[], T]) -> T:
         """Run blocking work in the preprocess pool. A cancelled caller's work is not begun, or not awaited."""
@@ -325,7 +337,9 @@ class Admission:
         # The engine gets the deadline too: what has run out of time while it queued is not computed.
         left = max(self._deadline - asyncio.get_running_loop().time(), 0.0)
         engine = self._client._ready_engine()
-        return await self.in_pool(partial(engine.prepare, replace(request, timeout_seconds=left)))
+        spent, self._fetch_seconds = self._fetch_seconds, 0.0
+        request = replace(request, timeout_seconds=left, fetch_seconds=spent)
+        return await self.in_pool(partial(engine.prepare, request))
 
     def _in_time(self, error: DualVisionError) -> DualVisionError:
         """The engine may see the deadline pass before we do: then it is the same end by another name."""

@@ -10,8 +10,11 @@ a rule with a fixed message hides `str(error)`, and whatever has no rule is a pl
     |   |-- UnsupportedParameterError   a parameter that would have to be ignored
     |   |-- RequestTooLargeError        the body is over the byte limit
     |   |-- UnknownUrlError, MethodNotAllowedError
+    |   |-- UploadNotFoundError         no uploaded file of this id is kept
     |   |-- RecordNotFoundError         no served request of this id is remembered
-    |   `-- ImageError > ImageFileTooLargeError
+    |   `-- ImageError
+    |       |-- ImageFileTooLargeError
+    |       `-- ImageDownloadError      a remote image that did not come
     `-- EngineError
         |-- NotReadyError               the model is still loading, or failed to load
         |-- DrainingError               the server is going down
@@ -55,8 +58,16 @@ class RecordNotFoundError(core.InputError):
     code = "request_not_found"
 
 
+class UploadNotFoundError(core.InputError):
+    code = "file_not_found"
+
+
 class ImageFileTooLargeError(core.ImageError):
     code = "image_file_too_large"
+
+
+class ImageDownloadError(core.ImageError):
+    code = "failed_to_download_image"
 
 
 class NotReadyError(core.EngineError):
@@ -132,7 +143,9 @@ TABLE: Mapping[type[BaseException], Rule] = {
     UnknownUrlError: Rule(404, _INVALID, "unknown_url"),
     MethodNotAllowedError: Rule(405, _INVALID, "method_not_allowed"),
     RecordNotFoundError: Rule(404, _INVALID, "request_not_found"),
+    UploadNotFoundError: Rule(404, _INVALID, "file_not_found"),
     ImageFileTooLargeError: Rule(400, _INVALID, "image_file_too_large"),
+    ImageDownloadError: Rule(400, _INVALID, "failed_to_download_image"),
     NotReadyError: Rule(503, _SERVER, "model_loading", "The model is not loaded yet.", may_retry=True),
     DrainingError: Rule(503, _SERVER, "server_draining", "The server is shutting down.", may_retry=True),
     StalledError: Rule(503, _SERVER, "engine_stalled", "Work waits and the engine does not move."),

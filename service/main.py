@@ -53,7 +53,13 @@ def load_engine(settings: Settings) -> Engine:
         encoder = DualVisionEncoder(settings.qwen_model_name, settings.dinov2_model_name, **common)
     # Warmed up first: its own picture may be over a small limit.
     encoder.warm_up()
-    encoder.configure(ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels))
+    encoder.configure(
+        ImageLimits(
+            max_bytes=settings.max_image_bytes,
+            max_pixels=settings.max_image_pixels,
+            max_visual_tokens=settings.max_visual_tokens,
+        )
+    )
     engine: Engine = encoder.engine
     return engine
 

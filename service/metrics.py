@@ -21,6 +21,7 @@ _PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.
 _REQUEST = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0)
 _STAGE = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+_PIXELS = tuple(side * side for side in (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192))
 _RATIO = tuple(i / 10 for i in range(1, 11))
 
 
@@ -30,6 +31,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._engine_totals: dict[Counter, float] = {}
+        self._batches_seen: dict[tuple[str, int], int] = {}
         self._declare_requests()
         self._declare_engine()
         self._declare_vision()
@@ -73,6 +75,14 @@ class Metrics:
         self.encoder_cache_evictions = self._counter("encoder_cache_evictions", "Features dropped.", "encoder")
         self.encoder_cache_bytes = self._gauge("encoder_cache_bytes", "Features kept.", "encoder")
         self.visual_tokens = self._histogram("visual_tokens", "Vision tokens of a request with images.", _COUNTS)
+        self.image_pixels = self._histogram("image_pixels", "Width x height of a picture as it came.", _PIXELS)
+        self.encoder_batch_images = self._histogram(
+            "encoder_batch_images", "Pictures of one encoder forward.", _COUNTS, "encoder"
+        )
+        self.preprocess_stages = self._histogram(
+            "preprocess_seconds", "Parts of a request's preprocessing: download, decode, resize, patchify.", _STAGE,
+            "stage",
+        )  # fmt: skip
         self.media_rejected = self._counter("media_rejected", "Images refused, by error code.", "reason")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -113,6 +123,11 @@ class Metrics:
         ):
             for encoder, total in by_encoder.items():
                 self._grow(counter.labels(encoder), total)
+        for encoder, sizes in stats.encoder_batches.items():
+            for num_images, total in sizes.items():
+                for _ in range(total - self._batches_seen.get((encoder, num_images), 0)):
+                    self.encoder_batch_images.labels(encoder).observe(num_images)
+                self._batches_seen[encoder, num_images] = total
         for encoder, num_bytes in stats.encoder_cache_bytes.items():
             self.encoder_cache_bytes.labels(encoder).set(num_bytes)
 
@@ -148,6 +163,8 @@ class Metrics:
             histogram.observe(getattr(timings, f"{stage}_seconds"))
         for encoder, seconds in timings.encoder_seconds.items():
             self.encoder_forward.labels(encoder).observe(seconds)
+        for stage, seconds in timings.preprocess_stages.items():
+            self.preprocess_stages.labels(stage).observe(seconds)
 
 
 class RequestRecorder:
@@ -202,5 +219,7 @@ class RequestRecorder:
             metrics.prompt_tokens.inc(end.usage.prompt_tokens)
             if end.usage.image_tokens:
                 metrics.visual_tokens.observe(end.usage.image_tokens)
+            for pixels in end.usage.image_pixels:
+                metrics.image_pixels.observe(pixels)
         if end.timings is not None:
             metrics._observe_timings(end.timings)

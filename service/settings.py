@@ -53,6 +53,10 @@ class Settings(BaseSettings):
     max_images: int = Field(16, ge=1, le=1024, description="images in one request")
     max_image_bytes: int = Field(20 * _MIB, ge=64, description="largest encoded image")
     max_image_pixels: int = Field(36_000_000, ge=784, description="largest image, width times height")
+    max_visual_tokens: int = Field(16_384, ge=1, description="vision tokens of one request's images together")
+    allowed_media_domains: str = Field(
+        "", description="hosts that images are fetched from: a.com, *.a.com, *, http://a.com"
+    )
     request_timeout_seconds: float = Field(600.0, gt=0, description="a request's whole time, queueing included")
     stall_timeout_seconds: float = Field(120.0, gt=0, description="/health/live fails after so long without progress")
     shutdown_timeout_seconds: float = Field(30.0, ge=0, description="time that running requests get at shutdown")

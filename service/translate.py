@@ -1,41 +1,31 @@
-"""The only file that knows both vocabularies: the wire's and `model_core.types`.
+"""With messages.py the only file that knows both vocabularies: the wire's and `model_core.types`.
 
-In: validated bodies and the loaded model's `ModelInfo`. Out: ChatMessages, SamplingParams, GenerationRequests; and
+In: validated bodies and the loaded model's `ModelInfo`. Out: SamplingParams, GenerationRequests; and
 back from TokenEvents to JSON objects (fusion weights and comparisons: reports.py). It refuses to run anything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from model_core.analysis.compare import collect_answer
-from model_core.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError, RequestFailedError
+from model_core.errors import InvalidRequestError, ModelNotFoundError, RequestFailedError
 from model_core.types import (
     ARMS,
     Arm,
     ChatMessage,
     FinishReason,
     GenerationRequest,
-    ImagePart,
     ModelInfo,
-    Part,
     SamplingParams,
-    TextPart,
     Timings,
     TokenEvent,
     TokenLogprob,
     Usage,
 )
-from service.protocol.chat import (
-    ChatCompletionRequest,
-    ImageUrlContent,
-    InputImageContent,
-    Message,
-    TextContent,
-    check_supported,
-)
+from service.protocol.chat import ChatCompletionRequest, check_supported
 from service.protocol.completion import (
     AssistantMessage,
     ChatCompletion,
@@ -43,21 +33,12 @@ from service.protocol.completion import (
     CompletionUsage,
     PromptTokensDetails,
 )
-from service.protocol.fusion import CompareRequest
+from service.protocol.fusion import DEFAULT_COMPARE_TOKENS, CompareRequest
 from service.protocol.models import ModelCard, ModelFusion
 from service.reports import STAGES, fusion_entries
 
-#: What turns an image's URL and its place in the body into bytes; media.py has the real one.
-ReadImage = Callable[[str, str], bytes]
-
 #: What turns a token's id into its text and its bytes.
 TokenText = Callable[[int], tuple[str, list[int]]]
-
-#: `detail: low` allows 256 vision tokens an image (28 x 28 pixels each); high and auto the model's own budget.
-_LOW_DETAIL_PIXELS = 256 * 28 * 28
-
-#: No vocabulary packs more characters into a token; text beyond is refused before it is tokenised.
-_MAX_CHARACTERS_PER_TOKEN = 256
 
 #: JSON has no infinity; a forbidden token's log-probability is written as vLLM writes it.
 _LEAST_LOGPROB = -9999.0
@@ -160,79 +141,16 @@ def _nth_sampling(sampling: SamplingParams, index: int) -> SamplingParams:
     return replace(sampling, seed=(sampling.seed + index + 2**63) % 2**64 - 2**63)
 
 
-def compare_sampling(body: CompareRequest, info: ModelInfo) -> SamplingParams:
+def compare_sampling(body: CompareRequest | None, info: ModelInfo) -> SamplingParams:
+    """None: an upload's form has no sampling parameters."""
+    if body is None:
+        return SamplingParams(max_tokens=min(DEFAULT_COMPARE_TOKENS, info.max_context_tokens))
     return SamplingParams(
         max_tokens=min(body.max_tokens, info.max_context_tokens),
         temperature=body.temperature,
         top_p=body.top_p,
         seed=body.seed,
     )
-
-
-def count_images(messages: Iterable[Message]) -> int:
-    return sum(
-        isinstance(part, (ImageUrlContent, InputImageContent))
-        for message in messages
-        if not isinstance(message.content, str)
-        for part in message.content
-    )
-
-
-def require_images(messages: Sequence[Message]) -> None:
-    if count_images(messages) == 0:
-        raise InvalidRequestError(
-            "there is nothing to analyze: the messages hold no image",
-            value=f"{len(messages)} message(s), 0 images",
-            allowed="messages with at least one image",
-            param="messages",
-        )
-
-
-def to_messages(messages: Sequence[Message], read_image: ReadImage, info: ModelInfo) -> tuple[ChatMessage, ...]:
-    """Decodes base64, so it belongs in the preprocess pool. Raises ImageError, ContextLengthError."""
-    _check_text_length(messages, info)
-    return tuple(_to_message(f"messages[{index}]", message, read_image) for index, message in enumerate(messages))
-
-
-def _check_text_length(messages: Sequence[Message], info: ModelInfo) -> None:
-    count = 0
-    for message in messages:
-        parts = (message.content,) if isinstance(message.content, str) else message.content
-        count += sum(len(p) if isinstance(p, str) else len(p.text) for p in parts if isinstance(p, (str, TextContent)))
-    if count > info.max_context_tokens * _MAX_CHARACTERS_PER_TOKEN:
-        raise ContextLengthError(
-            "the prompt does not fit the context",
-            value=f"{count} characters",
-            allowed=f"{info.max_context_tokens} tokens",
-            param="messages",
-        )
-
-
-def _to_message(where: str, message: Message, read_image: ReadImage) -> ChatMessage:
-    role: Literal["system", "user", "assistant"] = "system" if message.role == "developer" else message.role
-    if isinstance(message.content, str):
-        return ChatMessage(role, (TextPart(message.content),))
-    return ChatMessage(
-        role, tuple(_to_part(f"{where}.content[{i}]", part, read_image) for i, part in enumerate(message.content))
-    )
-
-
-def _to_part(where: str, part: object, read_image: ReadImage) -> Part:
-    if isinstance(part, TextContent):
-        return TextPart(part.text)
-    if isinstance(part, ImageUrlContent):
-        return _to_image(part.image_url.url, part.image_url.detail, read_image, f"{where}.image_url.url")
-    if isinstance(part, InputImageContent):
-        return _to_image(part.image_url, part.detail, read_image, f"{where}.image_url")
-    raise InvalidRequestError("unknown content part", allowed="text, image_url, input_image", param=where)
-
-
-def _to_image(url: str, detail: str | None, read_image: ReadImage, param: str) -> ImagePart:
-    return ImagePart(read_image(url, param), _LOW_DETAIL_PIXELS if detail == "low" else None)
-
-
-def upload_messages(data: bytes, question: str) -> tuple[ChatMessage, ...]:
-    return (ChatMessage("user", (ImagePart(data), TextPart(question))),)
 
 
 # From here on: model_core -> wire.

@@ -6,6 +6,7 @@ the encoders run on streams of their own, side by side. Knows no request, no fus
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -43,7 +44,10 @@ class Lanes(Protocol):
 
 
 class EncoderPass:
-    """`seconds` by encoder and `num_images`, over all passes; a picture counts once for each encoder."""
+    """`seconds` by encoder and `num_images`, over all passes; a picture counts once for each encoder.
+
+    `batch_sizes`: by encoder, how many forwards had so many pictures.
+    """
 
     def __init__(
         self,
@@ -56,6 +60,7 @@ class EncoderPass:
         self.model, self.features = model, features
         self.seconds: dict[str, float] = dict.fromkeys(model.model.encoders, 0.0)
         self.num_images = 0
+        self.batch_sizes: dict[str, Counter[int]] = {name: Counter() for name in model.model.encoders}
         self._patches = patches
         self._lanes = lanes or (CudaLanes(model.device) if model.device.type == "cuda" else OneLane(clock))
 
@@ -111,6 +116,7 @@ class EncoderPass:
         is_sound = iter(flags)
         for name, lacks in missing.items():
             self.num_images += len(lacks)
+            self.batch_sizes[name][len(lacks)] += 1
             for image, part in zip(lacks, parts[name], strict=True):
                 found[name][image.key] = part
                 if next(is_sound):  # or one bad forward would fail this picture for as long as it is kept

@@ -65,7 +65,11 @@ class ContinuousEngine:
         check_params(sampling, self._vocab_size)
         most = self.info.max_context_tokens
         inputs = prepare_inputs(
-            request.messages, fmt or self.runner.fmt, most - (0 if suffix or request.encode_only else 1), suffix
+            request.messages,
+            fmt or self.runner.fmt,
+            most - (0 if suffix or request.encode_only else 1),
+            suffix,
+            clock=clock,
         )
         tokenizer = self.runner.fmt.tokenizer
         return Sequence(
@@ -75,7 +79,7 @@ class ContinuousEngine:
             detokenizer=Detokenizer(tokenizer, sampling.stop),
             sampler=SamplerState(sampling, inputs.input_ids, self._eos_ids),
             hasher=self._hasher(request),
-            preprocess_seconds=clock() - start,
+            preprocess_seconds=clock() - start + request.fetch_seconds,
         )
 
     def _hasher(self, request: GenerationRequest) -> PrefixHasher | None:
@@ -129,6 +133,7 @@ class ContinuousEngine:
             encoder_cache_misses=dict(cache.misses),
             encoder_cache_evictions=dict(cache.evictions),
             encoder_cache_bytes=dict(cache.bytes),
+            encoder_batches={name: dict(sizes) for name, sizes in self.runner.encoders.batch_sizes.items()},
         )
 
     @torch.inference_mode()

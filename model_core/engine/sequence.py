@@ -102,7 +102,8 @@ class Sequence:
     def usage(self) -> Usage:
         scored = len(self.request.score_token_ids or ())
         cached = max(0, min(self.num_cached, self.num_prompt - scored))
-        return Usage(self.num_prompt - scored, len(self.token_ids), self.inputs.num_image_tokens, cached)
+        pixels = self.inputs.media.image_pixels
+        return Usage(self.num_prompt - scored, len(self.token_ids), self.inputs.num_image_tokens, cached, pixels)
 
     def timings(self, now: float) -> Timings:
         decode = now - self.prefilled_at if self.prefilled_at else 0.0
@@ -114,4 +115,5 @@ class Sequence:
             prefill_seconds=self.prefill_seconds,
             decode_seconds=decode,
             encoder_seconds=self.encoder_seconds,
+            preprocess_stages=self.inputs.media.stage_seconds,
         )

@@ -19,8 +19,9 @@ from torch import Tensor
 from model_core.errors import ContextLengthError
 from model_core.language.rope import MropeLayout, mrope_positions
 from model_core.processing.chat import SpecialIds, encode_chat, expand_placeholders
-from model_core.processing.images import ImageLimits, Patches, PatchSpec, frames_to_patches, open_image, to_patches
-from model_core.types import ChatMessage, ImagePart, VideoPart
+from model_core.processing.images import ImageLimits, Patches, PatchSpec
+from model_core.processing.media import Clock, MediaReport, no_clock, open_media
+from model_core.types import ChatMessage, ImagePart, TextPart, VideoPart
 from model_core.vision_tokens import Grid
 
 
@@ -53,6 +54,7 @@ class ModelInputs:
     delta: int
     warnings: tuple[tuple[str, ...], ...]
     spans: tuple[tuple[int, int, bytes], ...] = ()
+    media: MediaReport = field(default_factory=MediaReport)
 
     @property
     def num_image_tokens(self) -> int:
@@ -64,8 +66,10 @@ def prepare_inputs(
     fmt: InputFormat,
     max_context: int | None = None,
     suffix_ids: Sequence[int] = (),
+    *,
+    clock: Clock = no_clock,
 ) -> ModelInputs:
-    """Decode, resize, tokenise and place.
+    """Decode, resize, tokenise and place. What the headers say is checked before any pixel is decoded.
 
     Args:
         max_context: most tokens that prompt and suffix may have together.
@@ -74,19 +78,26 @@ def prepare_inputs(
         InputError: anything about the messages or the pictures; ContextLengthError with the counts.
     """
     chat = encode_chat(fmt.tokenizer, messages)
-    opened = [_patches(part, fmt) for part in chat.media]
-    patches = [found for found, _ in opened]
-    counts = [_num_tokens(p, fmt) for p in patches]
+    num_text = len(chat.ids) - len(chat.media) + len(suffix_ids)
+
+    def check(grids: Sequence[Grid]) -> None:
+        num_image = sum(_num_tokens(grid, fmt) for grid in grids)
+        _check_context(num_text, num_image, max_context)
+
+    places = [
+        f"messages[{m}].content[{i}]"
+        for m, message in enumerate(messages)
+        for i, part in enumerate(message.parts)
+        if not isinstance(part, TextPart)
+    ]
+    named = list(zip(places, chat.media, strict=True))
+    patches, media = open_media(
+        named, fmt.patches, fmt.limits, allow_paths=fmt.allow_paths, tokens_per_cell=fmt.mrope.tokens_per_cell,
+        check=check, clock=clock,
+    )  # fmt: skip
+    counts = [_num_tokens(p.grid, fmt) for p in patches]
     ids, types = expand_placeholders(chat.ids, counts, fmt.special)
     ids, types = ids + list(suffix_ids), types + [0] * len(suffix_ids)
-    if max_context is not None and len(ids) > max_context:
-        raise ContextLengthError(
-            "the prompt does not fit the context",
-            value=f"{len(ids)} tokens ({len(ids) - sum(counts)} text, {sum(counts)} image)",
-            allowed=f"{max_context} tokens",
-            fix="Shorten the conversation, or send fewer or smaller images",
-            param="messages",
-        )
     images = [p.grid for p, part in zip(patches, chat.media, strict=True) if isinstance(part, ImagePart)]
     videos = [(p.grid, part) for p, part in zip(patches, chat.media, strict=True) if isinstance(part, VideoPart)]
     seconds = [fmt.patches.temporal_patch_size / part.fps for _, part in videos]
@@ -98,9 +109,21 @@ def prepare_inputs(
         grids=tuple(p.grid for p in patches),
         positions=positions,
         delta=delta,
-        warnings=tuple(notes for _, notes in opened),
+        warnings=media.warnings,
         spans=_spans(types, counts, patches, chat.media),
+        media=media,
     )
+
+
+def _check_context(num_text: int, num_image: int, max_context: int | None) -> None:
+    if max_context is not None and num_text + num_image > max_context:
+        raise ContextLengthError(
+            "the prompt does not fit the context",
+            value=f"{num_text + num_image} tokens ({num_text} text, {num_image} image)",
+            allowed=f"{max_context} tokens",
+            fix="Shorten the conversation, or send fewer or smaller images",
+            param="messages",
+        )
 
 
 def _spans(
@@ -122,17 +145,8 @@ def _image_key(patches: Patches, part: ImagePart | VideoPart) -> bytes:
     return digest.digest()
 
 
-def _patches(part: ImagePart | VideoPart, fmt: InputFormat) -> tuple[Patches, tuple[str, ...]]:
-    if isinstance(part, ImagePart):
-        decoded = open_image(part.image, fmt.limits, allow_paths=fmt.allow_paths)
-        return to_patches(decoded.image, fmt.patches, part.max_pixels), decoded.warnings
-    frames = [open_image(frame, fmt.limits, allow_paths=fmt.allow_paths) for frame in part.frames]
-    notes = tuple(dict.fromkeys(note for frame in frames for note in frame.warnings))
-    return frames_to_patches([frame.image for frame in frames], fmt.patches), notes
-
-
-def _num_tokens(patches: Patches, fmt: InputFormat) -> int:
-    t, h, w = patches.grid
+def _num_tokens(grid: Grid, fmt: InputFormat) -> int:
+    t, h, w = grid
     return t * h * w // fmt.mrope.merge_size**2 * fmt.mrope.tokens_per_cell
 
 

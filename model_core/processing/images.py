@@ -11,18 +11,12 @@ leaves Pillow's globals and the warning filters alone, since other threads may b
 
 from __future__ import annotations
 
-import binascii
 import math
-import os
-import re
-import stat
 import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
-from pathlib import Path
-from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image
@@ -31,16 +25,14 @@ from PIL.Image import Resampling, Transpose
 from model_core.errors import (
     ConfigError,
     EmptyImageError,
-    ImageNotFoundError,
     ImageParseError,
     ImageTooLargeError,
     ImageTooSmallError,
-    InvalidBase64Error,
-    InvalidImageUrlError,
     InvalidRequestError,
     UnsupportedImageError,
 )
 from model_core.processing.image_formats import READABLE, check_whole, sniff, stated_size
+from model_core.processing.sources import load_source
 
 #: What Pillow's plugins raise on hostile bytes (documented, or found by fuzzing). `Warning` is here for
 #: processes that turn warnings into errors: a file that Pillow warns about must not look like a crash.
@@ -60,13 +52,17 @@ _UPRIGHT = {
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What a picture may cost. `max_aspect_ratio` is long side / short side; `formats` may add "TIFF"."""
+    """What a picture may cost. `max_aspect_ratio` is long side / short side; `formats` may add "TIFF".
+
+    `max_visual_tokens`: of all pictures and frames of one request together; None sets no limit but the context's.
+    """
 
     max_bytes: int = 20 * 2**20
     max_pixels: int = 36_000_000
     max_aspect_ratio: float = 200.0
     min_side: int = 2
     formats: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+    max_visual_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.max_pixels <= _PILLOW_WARNS_ABOVE:
@@ -86,31 +82,46 @@ class DecodedImage:
 
 def decode_image(data: bytes, limits: ImageLimits = ImageLimits()) -> DecodedImage:
     """Encoded bytes of one picture (the first frame of an animation) as upright RGB. Raises ImageError."""
-    if not data:
-        raise EmptyImageError("the image has no bytes", fix="Check that the file was written and sent whole")
-    if len(data) > limits.max_bytes:
-        raise ImageTooLargeError("the image has too many bytes", value=len(data), allowed=f"{limits.max_bytes} bytes")
-    data, formats = bytes(data), ", ".join(limits.formats)
-    name = sniff(data)
-    if name is None:
-        raise ImageParseError("the bytes do not begin like an image", value=data[:8], allowed=formats)
-    if name not in limits.formats:
-        raise UnsupportedImageError("this kind of file is not read", value=name, allowed=formats, fix="Convert it")
+    data = bytes(data)
+    name, _ = read_header(data, limits)
     try:
-        _check_size(stated_size(name, data), limits)
         check_whole(name, data)
         with Image.open(BytesIO(data), formats=(name,)) as image:
-            _check_size(image.size, limits)  # as Pillow read it, in case that is not what we read
+            check_size(image.size, limits)  # as Pillow read it, in case that is not what we read
             image.load()
             if name == "PNG" and isinstance(image.info.get("transparency"), (int, tuple)):
                 _scale_colour_key(image, bits=data[24])
             return _finish(image, "first")
     except _DECODER_ERRORS as error:
-        seen = f"{name}, {len(data)} bytes"
-        raise ImageParseError("the image is damaged or incomplete", value=seen, fix="Save or send it again") from error
+        raise _damaged(name, data) from error
 
 
-def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
+def read_header(data: bytes, limits: ImageLimits) -> tuple[str, tuple[int, int]]:
+    """The format and the size (width, height) that the bytes claim, both within limits. Raises ImageError."""
+    if not data:
+        raise EmptyImageError("the image has no bytes", fix="Check that the file was written and sent whole")
+    if len(data) > limits.max_bytes:
+        raise ImageTooLargeError("the image has too many bytes", value=len(data), allowed=f"{limits.max_bytes} bytes")
+    name, formats = sniff(data), ", ".join(limits.formats)
+    if name is None:
+        raise ImageParseError("the bytes do not begin like an image", value=data[:8], allowed=formats)
+    if name not in limits.formats:
+        raise UnsupportedImageError("this kind of file is not read", value=name, allowed=formats, fix="Convert it")
+    try:
+        size = stated_size(name, data)
+    except _DECODER_ERRORS as error:
+        raise _damaged(name, data) from error
+    check_size(size, limits)
+    return name, size
+
+
+def _damaged(name: str, data: bytes) -> ImageParseError:
+    seen = f"{name}, {len(data)} bytes"
+    return ImageParseError("the image is damaged or incomplete", value=seen, fix="Save or send it again")
+
+
+def check_size(size: tuple[int, int], limits: ImageLimits) -> None:
+    """(width, height). Raises ImageTooLargeError, ImageTooSmallError; ImageParseError where a side is 0."""
     width, height = size
     seen, short = f"{width} x {height}", min(size)
     if short < 1:
@@ -206,69 +217,18 @@ def open_image(source: object, limits: ImageLimits = ImageLimits(), *, allow_pat
 
     `allow_paths` is for code that runs as its own user; a server never sets it (hostile.md, R2).
     """
+    return decode_source(load_source(source, limits.max_bytes, allow_paths=allow_paths), limits)
+
+
+def decode_source(source: bytes | Image.Image, limits: ImageLimits = ImageLimits()) -> DecodedImage:
+    """What `load_source` gave, decoded. Raises ImageError."""
     if isinstance(source, Image.Image):
-        _check_size(source.size, limits)
+        check_size(source.size, limits)
         try:
             return _finish(source, "current")
         except _DECODER_ERRORS as error:
             raise ImageParseError("the PIL image can't be read", value=f"mode {source.mode}, {source.size}") from error
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return decode_image(bytes(source), limits)
-    if isinstance(source, os.PathLike):
-        return decode_image(_read_path(os.fspath(source), limits, allow_paths=allow_paths), limits)
-    if not isinstance(source, str):
-        allowed = "bytes, a PIL image, a data URL" + (" or a path" if allow_paths else "")
-        fix = "Wrap an array with PIL.Image.fromarray"
-        raise UnsupportedImageError("this is no image source", value=type(source).__name__, allowed=allowed, fix=fix)
-    return decode_image(_read_address(source, limits, allow_paths=allow_paths), limits)
-
-
-def _read_address(address: str, limits: ImageLimits, *, allow_paths: bool) -> bytes:
-    if address[:5].lower() == "data:":
-        return _read_data_url(address, limits)
-    if re.match(r"https?:", address, re.IGNORECASE):
-        fix = 'Download it first ("curl -o picture.jpg URL") and pass its bytes or a data URL'
-        raise InvalidImageUrlError("remote images are turned off", value=address, fix=fix)
-    if address[:5].lower() == "file:":
-        host, _, path = address[5:].removeprefix("//").partition("/")
-        if host.lower() not in ("", "localhost"):
-            raise InvalidImageUrlError("this file URL is not local", value=address, allowed="file:///path")
-        return _read_path("/" + unquote(path), limits, allow_paths=allow_paths)
-    if re.match(r"[a-z][a-z0-9+.-]*://", address, re.IGNORECASE):
-        raise InvalidImageUrlError("this URL scheme is not fetched", value=address, allowed="data:image/...;base64,...")
-    return _read_path(address, limits, allow_paths=allow_paths)
-
-
-def _read_data_url(url: str, limits: ImageLimits) -> bytes:
-    header, comma, payload = url.partition(",")
-    allowed = "data:image/png;base64,<base64 of the file>"
-    if not comma or not header.lower().endswith(";base64"):
-        raise InvalidBase64Error("the data URL is not base64", value=header[:80], allowed=allowed)
-    if len(payload) > (limits.max_bytes + 2) // 3 * 4:  # before anything of that size is decoded
-        raise ImageTooLargeError("the image has too many bytes", value=f"{len(payload)} characters of base64",
-                                 allowed=f"{limits.max_bytes} bytes")  # fmt: skip
-    try:
-        if payload.endswith("==="):  # more padding than base64 has, which even strict mode takes
-            raise ValueError("padding")
-        return binascii.a2b_base64(payload, strict_mode=True)
-    except ValueError as error:  # binascii.Error, and characters outside ASCII
-        fix = "Use the standard alphabet (+ and /) with = padding and without spaces or line breaks"
-        raise InvalidBase64Error("the data URL's base64 does not decode", value=payload[:40], fix=fix) from error
-
-
-def _read_path(path: str | bytes, limits: ImageLimits, *, allow_paths: bool) -> bytes:
-    if not allow_paths:
-        fix = "Send the bytes as a data URL: data:image/png;base64,..."
-        raise InvalidImageUrlError("paths and file URLs are not opened here", value=path, fix=fix)
-    try:
-        found = Path(os.fsdecode(path)).stat()
-        if not stat.S_ISREG(found.st_mode):  # a directory; or a pipe or device, which may never end
-            raise ImageNotFoundError("this path is not a file", value=path)
-        if found.st_size > limits.max_bytes:
-            raise ImageTooLargeError("the file is too large", value=found.st_size, allowed=f"{limits.max_bytes} bytes")
-        return Path(os.fsdecode(path)).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise ImageNotFoundError("the image file can't be read", value=path, fix="Check the path") from error
+    return decode_image(source, limits)
 
 
 @dataclass(frozen=True)
@@ -288,6 +248,12 @@ class PatchSpec:
     def factor(self) -> int:
         """Pixels along one side of a vision token; resized sides are multiples of it."""
         return self.patch_size * self.merge_size
+
+    def within(self, max_pixels: int | None) -> PatchSpec:
+        """With a smaller budget, never with a larger one."""
+        if max_pixels is None:
+            return self
+        return replace(self, max_pixels=min(self.max_pixels, max(max_pixels, self.factor**2)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -340,17 +306,26 @@ def frames_to_patches(
     frames: Sequence[Image.Image], spec: PatchSpec = PatchSpec(), max_pixels: int | None = None
 ) -> Patches:
     """A video's RGB frames, each within the budget of a picture; a short last group repeats the last frame."""
-    if not frames:
+    spec = spec.within(max_pixels)
+    height, width = one_size([frame.size for frame in frames], spec)
+    return cut_patches([frame.resize((width, height), resample=spec.resample) for frame in frames], spec)
+
+
+def one_size(sizes: Sequence[tuple[int, int]], spec: PatchSpec) -> tuple[int, int]:
+    """(height, width) that frames of these (width, height) are resized to. Raises InvalidRequestError if to several."""
+    if not sizes:
         raise InvalidRequestError("the video has no frames", value=0, allowed="at least one frame")
-    if max_pixels is not None:
-        spec = replace(spec, max_pixels=min(spec.max_pixels, max(max_pixels, spec.factor**2)))
-    sizes = {smart_resize(frame.height, frame.width, spec) for frame in frames}
-    if len(sizes) > 1:
-        seen = ", ".join(f"{width} x {height}" for height, width in sorted(sizes))
+    targets = {smart_resize(height, width, spec) for width, height in sizes}
+    if len(targets) > 1:
+        seen = ", ".join(f"{width} x {height}" for height, width in sorted(targets))
         raise InvalidRequestError("the frames of a video differ in size", value=seen, allowed="one size after resizing")
-    ((height, width),) = sizes
-    resized = [frame.resize((width, height), resample=spec.resample) for frame in frames]
-    pixels = np.stack([np.asarray(frame) for frame in resized])  # (n, height, width, C)
+    return targets.pop()
+
+
+def cut_patches(frames: Sequence[Image.Image], spec: PatchSpec) -> Patches:
+    """Frames that have been resized already, all alike."""
+    pixels = np.stack([np.asarray(frame) for frame in frames])  # (n, height, width, C)
+    height, width = pixels.shape[1:3]
     size, merge, period = spec.patch_size, spec.merge_size, spec.temporal_patch_size
     if missing := -len(pixels) % period:
         pixels = np.concatenate([pixels, np.repeat(pixels[-1:], missing, axis=0)])

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, Discriminator, Field, StringConstraints, Tag
+from pydantic import BaseModel, BeforeValidator, Field, StringConstraints
 
 from model_core.types import MAX_LOGPROBS
 from service.errors import InvalidBodyError, UnsupportedParameterError
 from service.protocol.body import STRICT, TOLERANT
+from service.protocol.content import Message, content_extras, extra_names
 
 MAX_MESSAGES = 512
-MAX_PARTS = 1024
 MAX_CHOICES = 8
 _MAX_BIASES = 1024
 
@@ -46,65 +46,6 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 #: As text, since JSON has no other keys; in one spelling, so that no token is named twice.
 TokenIdText = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,9})$")]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-
-
-class TextContent(BaseModel):
-    model_config = TOLERANT
-    type: Literal["text"]
-    text: str
-
-
-class ImageUrl(BaseModel):
-    model_config = TOLERANT
-    url: str
-    detail: Literal["low", "high", "auto"] | None = None
-
-
-class ImageUrlContent(BaseModel):
-    model_config = TOLERANT
-    type: Literal["image_url"]
-    image_url: ImageUrl
-
-
-class InputImageContent(BaseModel):
-    """The Responses API's spelling of the same part."""
-
-    model_config = TOLERANT
-    type: Literal["input_image"]
-    image_url: str
-    detail: Literal["low", "high", "auto"] | None = None
-
-
-class OtherContent(BaseModel):
-    """Any other part: its type alone is read, to be refused by name."""
-
-    model_config = TOLERANT
-    type: Literal["text", "image_url", "input_image"]
-
-
-def _content_tag(value: object) -> str:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return f"<{kind}>" if kind in ("text", "image_url", "input_image") else "<other>"
-
-
-ContentPart = Annotated[
-    Annotated[TextContent, Tag("<text>")]
-    | Annotated[ImageUrlContent, Tag("<image_url>")]
-    | Annotated[InputImageContent, Tag("<input_image>")]
-    | Annotated[OtherContent, Tag("<other>")],
-    Discriminator(_content_tag),
-]
-Content = Annotated[
-    Annotated[str, Tag("<string>")]
-    | Annotated[tuple[ContentPart, ...], Field(min_length=1, max_length=MAX_PARTS), Tag("<parts>")],
-    Discriminator(lambda value: "<string>" if isinstance(value, str) else "<parts>"),
-]
-
-
-class Message(BaseModel):
-    model_config = TOLERANT
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
 
 
 class StreamOptions(BaseModel):
@@ -191,16 +132,11 @@ def check_supported(body: ChatCompletionRequest) -> list[str]:
         elif name in ("tools", "functions", "tool_choice", "function_call"):
             ignored.append(name)
     _check_combinations(body)
-    ignored.extend(_extras("stream_options", body.stream_options))
-    ignored.extend(_extras("response_format", body.response_format))
+    ignored.extend(extra_names("stream_options", body.stream_options))
+    ignored.extend(extra_names("response_format", body.response_format))
     for index, message in enumerate(body.messages):
         ignored.extend(_check_message(f"messages[{index}]", message))
     return ignored
-
-
-def _extras(where: str, model: BaseModel | None) -> list[str]:
-    extra = (model.model_extra or {}) if model is not None else {}
-    return [f"{where}.{name}" for name, value in extra.items() if value is not None]
 
 
 def _is_same(value: object, neutral: object) -> bool:
@@ -242,10 +178,4 @@ def _check_message(where: str, message: Message) -> list[str]:
             raise UnsupportedParameterError(
                 f"'{name}' in a message is not supported by this server", param=f"{where}.{name}"
             )
-    ignored = _extras(where, message)
-    for index, part in enumerate(() if isinstance(message.content, str) else message.content):
-        at = f"{where}.content[{index}]"
-        ignored.extend(_extras(at, part))
-        if isinstance(part, ImageUrlContent):
-            ignored.extend(_extras(f"{at}.image_url", part.image_url))
-    return ignored
+    return [*extra_names(where, message), *content_extras(where, message.content)]

@@ -11,10 +11,15 @@ from typing import Annotated
 from pydantic import BaseModel, Field
 
 from service.protocol.body import STRICT
-from service.protocol.chat import MAX_MESSAGES, Message
+from service.protocol.chat import MAX_MESSAGES
+from service.protocol.content import Message
 
 ModelName = Annotated[str, Field(min_length=1, max_length=512)]
 Messages = Annotated[tuple[Message, ...], Field(min_length=1, max_length=MAX_MESSAGES)]
+
+
+#: Tokens of each arm's answer.
+DEFAULT_COMPARE_TOKENS = 128
 
 
 class AnalyzeRequest(BaseModel):
@@ -29,7 +34,7 @@ class CompareRequest(BaseModel):
     model_config = STRICT
     model: ModelName | None = None
     messages: Messages
-    max_tokens: Annotated[int, Field(ge=1, le=4096)] = 128
+    max_tokens: Annotated[int, Field(ge=1, le=4096)] = DEFAULT_COMPARE_TOKENS
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None

@@ -55,7 +55,7 @@ class _Chat:
     async def events(self) -> AsyncGenerator[Indexed, None]:
         """Of all choices as they come; the error of one ends all."""
         with self.parts.client.admit(self.plan.num_choices) as admission:
-            messages = await admission.in_pool(lambda: self.parts.read_messages(self.body.messages))
+            messages = await self.parts.read_messages(admission, self.body.messages, self.waiting_body)
             requests = to_requests(self.plan, messages, self.completion_id)
             index_of = {request.request_id: index for index, request in enumerate(requests)}
             async with aclosing(admission.generate_choices(requests)) as events:

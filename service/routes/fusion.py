@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import uuid
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from starlette.datastructures import UploadFile
 
 from model_core.analysis.compare import answer_requests, score_requests, summarise
-from model_core.errors import InvalidRequestError
-from model_core.types import Arm, ChatMessage, FusionWeights, GenerationRequest, TokenEvent
+from model_core.errors import ImageError, InvalidRequestError
+from model_core.types import Arm, ChatMessage, FusionWeights, GenerationRequest, SamplingParams, TokenEvent
 from service.engine_client import Admission
 from service.errors import InvalidBodyError, RecordNotFoundError
 from service.fusion_history import weight_statistics
 from service.logs import request_id_var
-from service.media import MediaLimits, check_image_bytes, check_image_data
+from service.media import check_image_bytes, check_image_data
+from service.messages import require_images, upload_messages
 from service.protocol.body import parse_body
+from service.protocol.content import Message
 from service.protocol.fusion import ANALYZE_MEANING, COMPARE_MEANING, AnalyzeRequest, CompareRequest
 from service.reports import analysis_entry, mean_weights, to_comparison
 from service.routes.parts import AppParts, Parts
 from service.streaming import until_disconnect
-from service.translate import compare_sampling, require_images, resolve_model, upload_messages
+from service.translate import compare_sampling, resolve_model
+from service.uploads import UploadRecord
+from service.waiting import WaitingBody
 
 router = APIRouter()
 
@@ -31,19 +37,38 @@ _DEFAULT_QUESTION = "Describe the picture."
 _MAX_FORM_FIELD_BYTES = 64 * 1024
 
 
+@dataclass(frozen=True, slots=True)
+class _Upload:
+    """A form's picture, kept from now on under its id, and what else the form holds."""
+
+    record: UploadRecord
+    messages: tuple[ChatMessage, ...]
+    model: str | None
+
+
 @router.get("/fusion-weights", operation_id="get_fusion_weights")
 async def get_fusion_weights(
+    request: Request,
     parts: Parts,
     window: Annotated[int, Query(ge=1, le=100_000, description="how many of the latest images to look at")] = 1000,
     request_id: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
+    file_id: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
 ) -> dict[str, Any]:
-    """Rolling statistics of served images, or one request's own weights.
+    """Rolling statistics of served images, or one request's own weights, or those of an uploaded picture.
 
     The top level speaks of the model itself; `by_model` also of the virtual ids, whose gates saw stand-ins.
     """
     info = parts.client.info
     if request_id is not None:
+        if file_id is not None:
+            raise InvalidBodyError(
+                "'request_id' and 'file_id' ask for two things", allowed="one of them", param="file_id"
+            )
         return _one_request(parts, request_id)
+    if file_id is not None:
+        record, data = parts.media.uploads.get(file_id)
+        upload = _Upload(record, upload_messages(data, _DEFAULT_QUESTION), None)
+        return await until_disconnect(request, _analyze(parts, info.model_id, "fused", upload))
     by_model: dict[str, list[FusionWeights]] = defaultdict(list)
     for model, weights in parts.history.recent_images(window):
         by_model[model].append(weights)
@@ -85,28 +110,57 @@ async def analyze_fusion(request: Request, parts: Parts) -> dict[str, Any]:
     """Weights, contribution and relative update of each image: JSON messages, or an uploaded `file`."""
     parts.client.check_room()
     info = parts.client.info
-    if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        messages, name = await _read_form(request, parts.media_limits)
-        model, arm = resolve_model(info, name)
-        return await until_disconnect(request, _analyze(parts, model, arm, lambda: messages))
+    if _is_form(request):
+        upload = await _read_form(request, parts)
+        model, arm = resolve_model(info, upload.model)
+        return await until_disconnect(request, _analyze(parts, model, arm, upload))
     body = parse_body(AnalyzeRequest, await request.body(), request.headers.get("content-type"))
     model, arm = resolve_model(info, body.model)
     require_images(body.messages)
-    return await until_disconnect(request, _analyze(parts, model, arm, lambda: parts.read_messages(body.messages)))
+    given = _Body(body.messages, request.state.waiting_body)
+    return await until_disconnect(request, _analyze(parts, model, arm, given))
 
 
-async def _analyze(
-    parts: AppParts, model: str, arm: Arm, build: Callable[[], tuple[ChatMessage, ...]]
-) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class _Body:
+    """Messages of a JSON body, and the room that it takes."""
+
+    messages: tuple[Message, ...]
+    waiting: WaitingBody
+
+
+async def _messages(parts: AppParts, admission: Admission, given: _Body | _Upload) -> tuple[ChatMessage, ...]:
+    if isinstance(given, _Upload):
+        return given.messages
+    return await parts.read_messages(admission, given.messages, given.waiting)
+
+
+@contextmanager
+def _blaming(given: _Body | _Upload) -> Iterator[None]:
+    """A form has no messages: what is wrong with its picture is wrong with its file."""
+    try:
+        yield
+    except ImageError as error:
+        if isinstance(given, _Upload):
+            error.param = "file"
+        raise
+
+
+def _file_id(given: _Body | _Upload) -> dict[str, str]:
+    return {"file_id": given.record.id} if isinstance(given, _Upload) else {}
+
+
+async def _analyze(parts: AppParts, model: str, arm: Arm, given: _Body | _Upload) -> dict[str, Any]:
     encoders = parts.client.info.encoders
-    with parts.client.admit() as admission:
-        messages = await admission.in_pool(build)
+    with parts.client.admit() as admission, _blaming(given):
+        messages = await _messages(parts, admission, given)
         request = GenerationRequest(f"analyze-{uuid.uuid4().hex}", messages, arm=arm, encode_only=True)
         images = (await admission.answer(request)).fusion or ()
     return {
         "object": "fusion.analysis",
         "request_id": request_id_var.get(),
         "model": model,
+        **_file_id(given),
         "fusion_trained": all(weights.fusion_trained for weights in images),
         **mean_weights(images, encoders),
         "images": [analysis_entry(i, weights, encoders) for i, weights in enumerate(images)],
@@ -114,8 +168,13 @@ async def _analyze(
     }
 
 
-async def _read_form(request: Request, limits: MediaLimits) -> tuple[tuple[ChatMessage, ...], str | None]:
-    """The upload as messages, and the model's name if one was given."""
+def _is_form(request: Request) -> bool:
+    return request.headers.get("content-type", "").lower().startswith("multipart/form-data")
+
+
+async def _read_form(request: Request, parts: AppParts) -> _Upload:
+    """Raises InvalidBodyError, ImageError."""
+    limits = parts.media.limits
     async with request.form(max_files=1, max_fields=3, max_part_size=_MAX_FORM_FIELD_BYTES) as form:
         for name in form:
             if name not in ("file", "question", "model"):
@@ -129,15 +188,26 @@ async def _read_form(request: Request, limits: MediaLimits) -> tuple[tuple[ChatM
             raise InvalidBodyError("a text field holds a file", allowed="only 'file' is a file", param="question")
         check_image_bytes(file.size or 0, limits, "file")
         data = check_image_data(await file.read(), limits, "file")
-    return upload_messages(data, question), model
+        record = parts.media.uploads.put(data, file.filename or "")
+    return _Upload(record, upload_messages(data, question), model)
 
 
 @router.post("/v1/encoders/compare", operation_id="compare_encoders")
 async def compare_encoders(request: Request, parts: Parts) -> dict[str, Any]:
-    """The same question under every arm, and how much the fused answer relies on each encoder."""
+    """The same question under every arm, and how much the fused answer relies on each encoder.
+
+    JSON messages, or an uploaded `file`.
+    """
     parts.client.check_room()
-    body = parse_body(CompareRequest, await request.body(), request.headers.get("content-type"))
-    model, arm = resolve_model(parts.client.info, body.model)
+    given: _Body | _Upload
+    if _is_form(request):
+        given = await _read_form(request, parts)
+        name, sampling = given.model, compare_sampling(None, parts.client.info)
+    else:
+        body = parse_body(CompareRequest, await request.body(), request.headers.get("content-type"))
+        given = _Body(body.messages, request.state.waiting_body)
+        name, sampling = body.model, compare_sampling(body, parts.client.info)
+    model, arm = resolve_model(parts.client.info, name)
     if arm != "fused":
         raise InvalidRequestError(
             "a comparison runs every arm by itself",
@@ -145,21 +215,23 @@ async def compare_encoders(request: Request, parts: Parts) -> dict[str, Any]:
             allowed=f"'{parts.client.info.model_id}', or no model",
             param="model",
         )
-    require_images(body.messages)
-    return await until_disconnect(request, _compare(parts, body, model))
+    if isinstance(given, _Body):
+        require_images(given.messages)
+    return await until_disconnect(request, _compare(parts, given, sampling, model))
 
 
-async def _compare(parts: AppParts, body: CompareRequest, model: str) -> dict[str, Any]:
+async def _compare(parts: AppParts, given: _Body | _Upload, sampling: SamplingParams, model: str) -> dict[str, Any]:
     info = parts.client.info
     prefix = f"compare-{uuid.uuid4().hex}"
-    with parts.client.admit() as admission:
-        messages = await admission.in_pool(lambda: parts.read_messages(body.messages))
-        answers = await _answer_in_turn(admission, answer_requests(prefix, messages, compare_sampling(body, info)))
+    with parts.client.admit() as admission, _blaming(given):
+        messages = await _messages(parts, admission, given)
+        answers = await _answer_in_turn(admission, answer_requests(prefix, messages, sampling))
         scores = await admission.answer_all(score_requests(prefix, messages, answers["fused"].token_ids))
     return {
         "object": "encoders.comparison",
         "request_id": request_id_var.get(),
         "model": model,
+        **_file_id(given),
         "fusion_trained": info.fusion_trained,
         **to_comparison(summarise(answers, scores), info.encoders),
         "meaning": dict(COMPARE_MEANING),

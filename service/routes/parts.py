@@ -9,14 +9,14 @@ from typing import Annotated, cast
 from fastapi import Depends, Request
 
 from model_core.types import ChatMessage
-from service.engine_client import EngineClient
+from service.engine_client import Admission, EngineClient
 from service.fusion_history import FusionHistory
-from service.media import MediaLimits, check_image_count, read_image_url
+from service.media import MediaSource, is_remote
+from service.messages import image_references, to_messages
 from service.metrics import Metrics
-from service.protocol.chat import Message
+from service.protocol.content import Message
 from service.settings import Settings
-from service.translate import count_images, to_messages
-from service.waiting import WaitingBytes
+from service.waiting import WaitingBody, WaitingBytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +28,23 @@ class AppParts:
     metrics: Metrics
     history: FusionHistory
     waiting_bytes: WaitingBytes
+    media: MediaSource
     now: Callable[[], float]
 
-    @property
-    def media_limits(self) -> MediaLimits:
-        return MediaLimits(self.settings.max_images, self.settings.max_image_bytes)
+    async def read_messages(
+        self, admission: Admission, messages: Sequence[Message], body: WaitingBody
+    ) -> tuple[ChatMessage, ...]:
+        """Fetches remote images, then decodes base64 in the preprocess pool. Raises ImageError, ContextLengthError.
 
-    def read_messages(self, messages: Sequence[Message]) -> tuple[ChatMessage, ...]:
-        """Decodes base64, so it belongs in the preprocess pool. Raises ImageError, ContextLengthError."""
-        limits = self.media_limits
-        check_image_count(count_images(messages), limits)
-        return to_messages(messages, lambda url, param: read_image_url(url, limits, param), self.client.info)
+        What is fetched counts as part of the waiting `body`.
+        """
+        references = image_references(messages)
+        self.media.check(references)
+        downloads: dict[str, bytes] = {}
+        if any(map(is_remote, references)):
+            downloads = await admission.fetch(self.media.download(references, body.add))
+        info = self.client.info
+        return await admission.in_pool(lambda: to_messages(messages, lambda r: self.media.read(r, downloads), info))
 
 
 def parts_of(request: Request) -> AppParts:

@@ -7,6 +7,7 @@ import base64
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import httpx
 import openai
@@ -15,6 +16,7 @@ import uvicorn
 
 from service.engine_client import EngineClient
 from service.main import build_app, open_socket
+from service.remote import RemoteImages
 from service.settings import Settings
 from tests.service.fakes import PNG, FakeEngine
 
@@ -49,8 +51,16 @@ class LiveServer:
 
 
 @contextmanager
-def run_server(engine: FakeEngine, load: Callable[[], FakeEngine] | None = None, **settings) -> Iterator[LiveServer]:
+def run_server(
+    engine: FakeEngine,
+    load: Callable[[], FakeEngine] | None = None,
+    remote: RemoteImages | None = None,
+    **settings,
+) -> Iterator[LiveServer]:
+    """`remote`: instead of the settings' own, one that may reach loopback."""
     app, client = build_app(Settings(**{"shutdown_timeout_seconds": 0.0, **settings}), load or (lambda: engine))
+    if remote is not None:
+        app.state.parts = replace(app.state.parts, media=replace(app.state.parts.media, remote=remote))
     listening = open_socket("127.0.0.1", 0)
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)

@@ -21,6 +21,7 @@ from model_core.types import (
     TokenEvent,
     TokenLogprob,
     Usage,
+    VideoPart,
 )
 
 INFO = ModelInfo(
@@ -46,7 +47,8 @@ ANSWERS: dict[Arm, tuple[str, ...]] = {
 }
 #: Log-likelihood of every token of the fused answer under each arm; binary fractions, so sums are exact.
 SCORES: dict[Arm, float] = {"fused": -0.125, "qwen-only": -0.5, "dinov2-only": -1.0, "blind": -2.0, "unfused": -0.25}
-TIMINGS = Timings(0.001, 0.002, 0.003, 0.004, 0.005, {"qwen": 0.002, "dinov2": 0.001})
+STAGES = {"decode": 0.001, "resize": 0.0005, "patchify": 0.0005}
+TIMINGS = Timings(0.001, 0.002, 0.003, 0.004, 0.005, {"qwen": 0.002, "dinov2": 0.001}, STAGES)
 
 
 @dataclass
@@ -101,10 +103,11 @@ class FakeEngine:
         self.seen.append(request)
         self._note()
         text = _text(request)
-        images = [part for m in request.messages for part in m.parts if isinstance(part, ImagePart)]
-        for image in images:
-            if not image.image.startswith(b"\x89PNG"):
-                raise ImageParseError("the image can't be decoded", allowed="a whole PNG", param="messages")
+        media = [part for m in request.messages for part in m.parts if isinstance(part, (ImagePart, VideoPart))]
+        for part in media:
+            for image in part.frames if isinstance(part, VideoPart) else (part.image,):
+                if not image.startswith(b"\x89PNG"):
+                    raise ImageParseError("the image can't be decoded", allowed="a whole PNG", param="messages")
         if len(text) > self.info.max_context_tokens:
             raise ContextLengthError("the prompt does not fit", value=len(text), allowed="100 tokens", param="messages")
         if "bad prepare" in text:
@@ -116,7 +119,7 @@ class FakeEngine:
             words = (str(request.sampling.seed), "")
         elif "count" in text:
             words = ("x",) * request.sampling.max_tokens
-        return _Row(request, words, len(images))
+        return _Row(request, words, len(media))
 
     def add_request(self, prepared: _Row) -> None:
         if "refuse" in _text(prepared.request):
@@ -187,7 +190,8 @@ class FakeEngine:
 
     def _usage(self, row: _Row) -> Usage:
         image_tokens = 4 * row.num_images
-        return Usage(len(_text(row.request)) + image_tokens, row.num_done, image_tokens, cached_tokens=2)
+        text, pixels = len(_text(row.request)), (64 * 64,) * row.num_images
+        return Usage(text + image_tokens, row.num_done, image_tokens, cached_tokens=2, image_pixels=pixels)
 
 
 def _text(request: GenerationRequest) -> str:

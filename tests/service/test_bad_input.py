@@ -268,7 +268,7 @@ def test_broken_forms(shared: LiveServer, parts: dict):
 
 def test_bad_uploads(shared: LiveServer):
     check(shared.http.post("/v1/fusion/analyze", files={"file": ("a", b"")}), 400, "empty_image_file", "file")
-    check(shared.http.post("/v1/fusion/analyze", files={"file": ("a", b"GIF")}), 400, "image_parse_error", "messages")
+    check(shared.http.post("/v1/fusion/analyze", files={"file": ("a", b"GIF")}), 400, "image_parse_error", "file")
 
 
 def test_base64_is_decoded_as_it_was_encoded(shared: LiveServer):

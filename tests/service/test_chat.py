@@ -112,7 +112,7 @@ def test_messages_reach_the_engine(shared: LiveServer):
     seen = shared.engine.seen[-1].messages
     assert [m.role for m in seen] == ["system", "user", "assistant", "user"]
     low, auto, text = seen[1].parts
-    assert (low.image, low.max_pixels, auto.image, auto.max_pixels) == (PNG, 200_704, PNG, None)
+    assert (low.image, low.detail, auto.image, auto.detail) == (PNG, "low", PNG, "auto")
     assert text.text == "a"
     assert seen[3].parts[0].text == "c <|im_end|> \x00"
 

@@ -18,6 +18,7 @@ DECLARED = {
     "admission_rejections": ("counter", ("reason",)),
     "batch_size": ("histogram", ("stage",)),
     "e2e_request_latency_seconds": ("histogram", ()),
+    "encoder_batch_images": ("histogram", ("encoder",)),
     "encoder_cache_bytes": ("gauge", ("encoder",)),
     "encoder_cache_evictions": ("counter", ("encoder",)),
     "encoder_cache_hits": ("counter", ("encoder",)),
@@ -28,6 +29,7 @@ DECLARED = {
     "fusion_weight": ("histogram", ("encoder",)),
     "generation_tokens": ("counter", ()),
     "http_requests": ("counter", ("route", "status")),
+    "image_pixels": ("histogram", ()),
     "inter_token_latency_seconds": ("histogram", ()),
     "iteration_tokens": ("histogram", ()),
     "kv_cache_usage_ratio": ("gauge", ()),
@@ -38,6 +40,7 @@ DECLARED = {
     "num_requests_waiting": ("gauge", ()),
     "prefix_cache_hits": ("counter", ()),
     "prefix_cache_queries": ("counter", ()),
+    "preprocess_seconds": ("histogram", ("stage",)),
     "prompt_tokens": ("counter", ()),
     "queue_depth": ("gauge", ("stage",)),
     "request_decode_time_seconds": ("histogram", ()),
@@ -65,6 +68,7 @@ COUNTED = {
     "encoder_cache_misses": {"qwen": 1, "dinov2": 2},
     "encoder_cache_evictions": {"qwen": 1, "dinov2": 1},
     "encoder_cache_bytes": {"qwen": 1000, "dinov2": 2000},
+    "encoder_batches": {"qwen": {1: 3, 4: 1}, "dinov2": {2: 2}},
 }
 
 

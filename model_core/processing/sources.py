@@ -1,0 +1,87 @@
+"""Where a picture is kept -> its encoded bytes.
+
+In: bytes, a PIL image, a data URL, or a path where paths are allowed. Out: bytes, undecoded, within a limit; a PIL
+image as it is. It refuses to download, and to open a path or a file URL unless it is told that it may.
+"""
+
+from __future__ import annotations
+
+import binascii
+import os
+import re
+import stat
+from pathlib import Path
+from urllib.parse import unquote
+
+from PIL import Image
+
+from model_core.errors import (
+    ImageNotFoundError,
+    ImageTooLargeError,
+    InvalidBase64Error,
+    InvalidImageUrlError,
+    UnsupportedImageError,
+)
+
+
+def load_source(source: object, max_bytes: int, *, allow_paths: bool) -> bytes | Image.Image:
+    """The encoded bytes of a picture, or the PIL image itself. Raises ImageError."""
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source)
+    if isinstance(source, os.PathLike):
+        return _read_path(os.fspath(source), max_bytes, allow_paths=allow_paths)
+    if not isinstance(source, str):
+        allowed = "bytes, a PIL image, a data URL" + (" or a path" if allow_paths else "")
+        fix = "Wrap an array with PIL.Image.fromarray"
+        raise UnsupportedImageError("this is no image source", value=type(source).__name__, allowed=allowed, fix=fix)
+    return _read_address(source, max_bytes, allow_paths=allow_paths)
+
+
+def _read_address(address: str, max_bytes: int, *, allow_paths: bool) -> bytes:
+    if address[:5].lower() == "data:":
+        return _read_data_url(address, max_bytes)
+    if re.match(r"https?:", address, re.IGNORECASE):
+        fix = 'Download it first ("curl -o picture.jpg URL") and pass its bytes or a data URL'
+        raise InvalidImageUrlError("remote images are turned off", value=address, fix=fix)
+    if address[:5].lower() == "file:":
+        host, _, path = address[5:].removeprefix("//").partition("/")
+        if host.lower() not in ("", "localhost"):
+            raise InvalidImageUrlError("this file URL is not local", value=address, allowed="file:///path")
+        return _read_path("/" + unquote(path), max_bytes, allow_paths=allow_paths)
+    if re.match(r"[a-z][a-z0-9+.-]*://", address, re.IGNORECASE):
+        raise InvalidImageUrlError("this URL scheme is not fetched", value=address, allowed="data:image/...;base64,...")
+    return _read_path(address, max_bytes, allow_paths=allow_paths)
+
+
+def _read_data_url(url: str, max_bytes: int) -> bytes:
+    header, comma, payload = url.partition(",")
+    allowed = "data:image/png;base64,<base64 of the file>"
+    if not comma or not header.lower().endswith(";base64"):
+        raise InvalidBase64Error("the data URL is not base64", value=header[:80], allowed=allowed)
+    if len(payload) > (max_bytes + 2) // 3 * 4:  # before anything of that size is decoded
+        raise ImageTooLargeError("the image has too many bytes", value=f"{len(payload)} characters of base64",
+                                 allowed=f"{max_bytes} bytes")  # fmt: skip
+    try:
+        if payload.endswith("==="):  # more padding than base64 has, which even strict mode takes
+            raise ValueError("padding")
+        return binascii.a2b_base64(payload, strict_mode=True)
+    except ValueError as error:  # binascii.Error, and characters outside ASCII
+        fix = "Use the standard alphabet (+ and /) with = padding and without spaces or line breaks"
+        raise InvalidBase64Error("the data URL's base64 does not decode", value=payload[:40], fix=fix) from error
+
+
+def _read_path(path: str | bytes, max_bytes: int, *, allow_paths: bool) -> bytes:
+    if not allow_paths:
+        fix = "Send the bytes as a data URL: data:image/png;base64,..."
+        raise InvalidImageUrlError("paths and file URLs are not opened here", value=path, fix=fix)
+    try:
+        found = Path(os.fsdecode(path)).stat()
+        if not stat.S_ISREG(found.st_mode):  # a directory; or a pipe or device, which may never end
+            raise ImageNotFoundError("this path is not a file", value=path)
+        if found.st_size > max_bytes:
+            raise ImageTooLargeError("the file is too large", value=found.st_size, allowed=f"{max_bytes} bytes")
+        return Path(os.fsdecode(path)).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise ImageNotFoundError("the image file can't be read", value=path, fix="Check the path") from error

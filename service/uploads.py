@@ -1,0 +1,103 @@
+"""Pictures that were uploaded to be looked at again: bytes by file id, in memory, bounded in bytes and in time.
+
+In: bytes and a file name. Out: a record with an id that can't be guessed, and the bytes again under that id until they
+are the least recently used ones and room is needed, or their time is over. It refuses to touch a disk.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from service.errors import ImageFileTooLargeError, UploadNotFoundError
+
+_MAX_NAME_CHARACTERS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class UploadRecord:
+    """`filename` is the client's word and names nothing here. `expires_unix` holds unless room is needed sooner."""
+
+    id: str
+    filename: str
+    num_bytes: int
+    created_unix: int
+    expires_unix: int
+
+
+class UploadStore:
+    """Methods may be called from any thread. `now` is a wall clock: its seconds are told to clients."""
+
+    def __init__(self, max_bytes: int, ttl_seconds: float, now: Callable[[], float]) -> None:
+        self._max_bytes, self._ttl_seconds, self._now = max_bytes, ttl_seconds, now
+        self._lock = threading.Lock()
+        #: The least recently used one first.
+        self._held: OrderedDict[str, tuple[UploadRecord, bytes]] = OrderedDict()
+        self._num_bytes = 0
+
+    @property
+    def num_bytes(self) -> int:
+        return self._num_bytes
+
+    def put(self, data: bytes, filename: str) -> UploadRecord:
+        """Keep the bytes; the least recently used others go if there is no room. Raises ImageFileTooLargeError."""
+        if len(data) > self._max_bytes:
+            raise ImageFileTooLargeError(
+                "the file is larger than all room for uploads",
+                value=f"{len(data)} bytes",
+                allowed=f"{self._max_bytes} bytes",
+            )
+        now = self._now()
+        name = filename[:_MAX_NAME_CHARACTERS]
+        record = UploadRecord(f"file-{uuid.uuid4().hex}", name, len(data), int(now), int(now + self._ttl_seconds))
+        with self._lock:
+            self._drop_expired(now)
+            while self._num_bytes + len(data) > self._max_bytes:
+                self._drop(next(iter(self._held)))
+            self._held[record.id] = (record, data)
+            self._num_bytes += len(data)
+        return record
+
+    def get(self, file_id: str) -> tuple[UploadRecord, bytes]:
+        """The record and the bytes. Raises UploadNotFoundError."""
+        with self._lock:
+            self._drop_expired(self._now())
+            held = self._held.get(file_id)
+            if held is None:
+                raise UploadNotFoundError(
+                    "there is no such file, or not any more",
+                    value=file_id,
+                    allowed=f"the id of an upload of the last {self._ttl_seconds:g} s",
+                    fix="Upload it again",
+                    param="file_id",
+                )
+            self._held.move_to_end(file_id)
+            return held
+
+    def delete(self, file_id: str) -> bool:
+        """Whether there was one."""
+        with self._lock:
+            self._drop_expired(self._now())
+            if file_id not in self._held:
+                return False
+            self._drop(file_id)
+            return True
+
+    def records(self) -> list[UploadRecord]:
+        """Of all files, the least recently used one first."""
+        with self._lock:
+            self._drop_expired(self._now())
+            return [record for record, _ in self._held.values()]
+
+    def _drop_expired(self, now: float) -> None:
+        for file_id in [
+            record.id for record, _ in self._held.values() if now >= record.created_unix + self._ttl_seconds
+        ]:
+            self._drop(file_id)
+
+    def _drop(self, file_id: str) -> None:
+        _, data = self._held.pop(file_id)
+        self._num_bytes -= len(data)
