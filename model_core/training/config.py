@@ -1,0 +1,282 @@
+"""The recipe of a training run: one frozen schema for the file, the command line, the HTTP body and the checkpoint.
+
+In: JSON as the original's `config.json` has it, and overrides `a.b=c`; out: a `TrainConfig` and its stages. Unknown
+keys are refused. It knows no torch, no model and no data: a recipe can be checked where none of them is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from model_core.errors import ConfigError
+from model_core.training.sections import (
+    COMPONENTS,
+    DEFAULT_LEARNING_RATES,
+    FREEZE_FLAGS,
+    FUSION_ONLY_ENCODER_DROPOUT,
+    TRAINING_MODES,
+    BadSampleConfig,
+    CheckpointConfig,
+    Component,
+    Count,
+    CurriculumConfig,
+    DatasetConfig,
+    EarlyStoppingConfig,
+    EvaluationConfig,
+    FailureConfig,
+    FreezeConfig,
+    FreezeRule,
+    LoraConfig,
+    LoraGroup,
+    LossConfig,
+    Note,
+    Rate,
+    RateGroup,
+    Ratio,
+    StageConfig,
+    TrainingMode,
+)
+from model_core.training.strict import Section, apply_overrides, parse_section, read_json
+
+__all__ = [
+    "COMPONENTS",
+    "DEFAULT_LEARNING_RATES",
+    "FREEZE_FLAGS",
+    "FUSION_ONLY_ENCODER_DROPOUT",
+    "TRAINING_MODES",
+    "BadSampleConfig",
+    "CheckpointConfig",
+    "Component",
+    "CurriculumConfig",
+    "DatasetConfig",
+    "EarlyStoppingConfig",
+    "EvaluationConfig",
+    "FailureConfig",
+    "FreezeConfig",
+    "FreezeRule",
+    "LoraConfig",
+    "LoraGroup",
+    "LossConfig",
+    "Note",
+    "Stage",
+    "StageConfig",
+    "TrainConfig",
+    "TrainingMode",
+    "load_config",
+    "parse_config",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage with everything resolved.
+
+    learning_rates: by component and `lora`; a rule's own rate goes above them.
+    """
+
+    index: int
+    training_mode: TrainingMode | None
+    freeze: FreezeConfig
+    epochs: int
+    description: str
+    learning_rate: float | None
+    learning_rates: Mapping[str, float]
+    dataset_weights: Mapping[str, float] | None
+    reset_optimizer: bool
+    encoder_dropout: float
+
+
+class TrainConfig(Section):
+    """A whole run. Every key of the original's config.json has its old name and place.
+
+    model: a dual checkpoint to start from, folder or hub id; instead of the two names.
+    training_mode, freeze_config: without a curriculum; a curriculum's stages may override the flags.
+    learning_rate: for every group that learning_rates does not name; None leaves DEFAULT_LEARNING_RATES.
+    batch_size, max_tokens: a pack holds at most so many samples and tokens; a step takes
+        batch_size * gradient_accumulation_steps of them on each process.
+    schedule_span: the schedule runs anew in each stage, or once over all.
+    rewarm_steps: warm-up of parameters that are unfrozen later than step 0.
+    precision: what products are computed in; weights that train have a float32 master in any case.
+    gradient_checkpointing: components whose activations are computed twice; a frozen encoder never is.
+    """
+
+    note: Note | None = None
+    # The model
+    model: str | None = None
+    qwen_model_name: str | None = None
+    dinov2_model_name: str | None = None
+    encoder: str | None = None
+    fusion: str | None = None
+    common_dim: Count | None = None
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    static_weights: tuple[float, ...] | None = None
+    dinov2_max_patches: int | None = Field(default=None, ge=4)
+    use_flash_attention: bool | None = None
+    device: str = "auto"
+    # What trains
+    training_mode: TrainingMode | None = None
+    freeze_config: FreezeConfig = FreezeConfig()
+    curriculum_training: CurriculumConfig = CurriculumConfig()
+    lora: LoraConfig = LoraConfig()
+    # How
+    learning_rate: Rate | None = None
+    learning_rates: dict[RateGroup, Rate] = {}
+    num_epochs: int = Field(default=1, ge=1, le=100_000)
+    max_steps: Count | None = None
+    batch_size: int = Field(default=1, ge=1, le=65_536)
+    max_tokens: int = Field(default=4096, ge=16, le=1 << 20)
+    gradient_accumulation_steps: int = Field(default=1, ge=1, le=65_536)
+    weight_decay: float = Field(default=0.0, ge=0, le=1)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
+    epsilon: float = Field(default=1e-8, gt=0, le=1e-2)
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule_span: Literal["stage", "run"] = "stage"
+    min_lr_ratio: Ratio = 0.0
+    warmup_steps: int | None = Field(default=None, ge=0)
+    warmup_ratio: Ratio = 0.03
+    rewarm_steps: int = Field(default=20, ge=0)
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    gradient_checkpointing: tuple[Literal["qwen_vision", "dinov2", "llm"], ...] = ()
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    # The losses
+    diversity_loss_weight: float = Field(default=0.1, ge=0)
+    losses: LossConfig = LossConfig()
+    # The data
+    train_data_path: str | None = None
+    val_data_path: str | None = None
+    image_root: str | None = None
+    datasets: tuple[DatasetConfig, ...] = Field(default=(), max_length=256)
+    mixture_temperature: float = Field(default=1.0, gt=0)
+    caption_prompt: str = Field(default="Describe this image.", min_length=1)
+    bad_samples: BadSampleConfig = BadSampleConfig()
+    num_workers: int = Field(default=0, ge=0, le=256)
+    # The run
+    output_dir: str = "outputs"
+    evaluation: EvaluationConfig = EvaluationConfig()
+    early_stopping: EarlyStoppingConfig | None = None
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    failures: FailureConfig = FailureConfig()
+    loggers: tuple[Literal["jsonl", "tensorboard", "curves"], ...] = ("jsonl",)
+    log_every_steps: Count = 1
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.model is not None and (self.qwen_model_name or self.dinov2_model_name):
+            raise ValueError("'model', or 'qwen_model_name' and 'dinov2_model_name', not both ways at once")
+        if (self.qwen_model_name is None) != (self.dinov2_model_name is None):
+            raise ValueError("'qwen_model_name' and 'dinov2_model_name' together")
+        if self.train_data_path and self.datasets:
+            raise ValueError("'train_data_path' or 'datasets', not both")
+        if self.training_mode and self.curriculum_training.enabled:
+            raise ValueError("'training_mode' or an enabled 'curriculum_training', not both")
+        names = [d.name or Path(d.data_path).stem for d in self.datasets]
+        if len(set(names)) != len(names):
+            raise ValueError(f"datasets of different names (set 'name'), not {', '.join(names)}")
+        if self.datasets and not any(d.weight for d in self.datasets):
+            raise ValueError("at least one dataset with a weight above 0")
+        known = set(names) or {Path(self.train_data_path or "").stem}
+        for stage in self.curriculum_training.stages:
+            unknown = sorted(set(stage.dataset_weights or ()) - known)
+            if unknown and (self.datasets or self.train_data_path):
+                raise ValueError(f"dataset_weights of {', '.join(sorted(known))}, not {', '.join(unknown)}")
+        return self
+
+    @property
+    def freeze(self) -> FreezeConfig:
+        """freeze_config with training_mode as its mode, which wins over a mode written inside it."""
+        return self.freeze_config.changed({"mode": self.training_mode} if self.training_mode else {})
+
+    def with_freeze(self, mode: TrainingMode | None, flags: Mapping[str, bool]) -> TrainConfig:
+        """This with the command line's mode and flags. A mode given there leaves none of the file's flags standing.
+
+        Raises:
+            ConfigError: the recipe has a curriculum, whose stages decide.
+        """
+        if mode is None and not flags:
+            return self
+        if self.curriculum_training.enabled:
+            raise ConfigError(
+                "a curriculum's stages say what trains, and so do the flags of the command line",
+                value=", ".join([*([mode] if mode else []), *flags]), allowed="one of the two",
+                fix="Give --set curriculum_training.enabled=false as well", param="training_mode",
+            )  # fmt: skip
+        freeze = (FreezeConfig() if mode else self.freeze_config).changed(flags)
+        data = self.model_dump() | {"training_mode": mode or self.training_mode, "freeze_config": freeze.model_dump()}
+        return parse_section(TrainConfig, data, "recipe")
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The curriculum; one stage where there is none."""
+        if not self.curriculum_training.enabled:
+            only = StageConfig(epochs=self.num_epochs)
+            return (self._stage(0, only, self.freeze),)
+        return tuple(self._stage(i, s, self._stage_freeze(s)) for i, s in enumerate(self.curriculum_training.stages))
+
+    def _stage_freeze(self, stage: StageConfig) -> FreezeConfig:
+        # The run's flags belong to the run's mode: a stage that names a mode or flags means those alone.
+        freeze = stage.freeze_config or (FreezeConfig() if stage.mode else self.freeze)
+        return freeze.changed({"mode": stage.mode} if stage.mode else {})
+
+    def _stage(self, index: int, stage: StageConfig, freeze: FreezeConfig) -> Stage:
+        rates: dict[str, float] = dict(DEFAULT_LEARNING_RATES)
+        for one, many in ((self.learning_rate, self.learning_rates), (stage.learning_rate, stage.learning_rates)):
+            if one is not None:
+                rates = dict.fromkeys(rates, one)
+            rates |= {str(name): rate for name, rate in many.items()}
+        dropout = self.losses.encoder_dropout
+        if dropout is None:
+            dropout = FUSION_ONLY_ENCODER_DROPOUT if freeze.mode == "fusion_only" else 0.0
+        return Stage(
+            index=index,
+            training_mode=freeze.mode,
+            freeze=freeze,
+            epochs=stage.epochs,
+            description=stage.description,
+            learning_rate=stage.learning_rate or self.learning_rate,
+            learning_rates=rates,
+            dataset_weights=stage.dataset_weights,
+            reset_optimizer=stage.reset_optimizer,
+            encoder_dropout=dropout,
+        )
+
+    def train_sources(self) -> tuple[DatasetConfig, ...]:
+        """Where training samples come from.
+
+        Raises:
+            ConfigError: the recipe names none.
+        """
+        if self.datasets:
+            return self.datasets
+        if self.train_data_path is None:
+            raise ConfigError(
+                "the recipe names no training data", allowed="train_data_path or datasets",
+                fix="Set train_data_path in the file, or give --set train_data_path=FILE", param="train_data_path",
+            )  # fmt: skip
+        return (DatasetConfig(data_path=self.train_data_path, image_root=self.image_root),)
+
+    def fingerprint(self) -> str:
+        """Of all that can change a weight; a resumed run must have the same, or say so."""
+        left_out = {"note", "output_dir", "loggers", "log_every_steps", "device", "num_workers", "checkpoints"}
+        return hashlib.sha256(self.model_dump_json(exclude=left_out).encode()).hexdigest()[:16]
+
+
+def parse_config(data: Any, overrides: Iterable[str] = ()) -> TrainConfig:
+    """A recipe from JSON data, with `a.b=c` laid over it.
+
+    Raises:
+        ConfigError: what is wrong with it, the first thing first.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError("a recipe is not a JSON object", value=type(data).__name__, allowed="an object of settings")
+    return parse_section(TrainConfig, apply_overrides(data, overrides), "recipe")
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
+    """A recipe from its file. Raises ConfigError as `parse_config` does."""
+    return parse_config(read_json(path), overrides)
