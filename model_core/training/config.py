@@ -102,6 +102,7 @@ class TrainConfig(Section):
         batch_size * gradient_accumulation_steps of them on each process.
     schedule_span: the schedule runs anew in each stage, or once over all.
     rewarm_steps: warm-up of parameters that are unfrozen later than step 0.
+    diversity_loss_weight: None is DEFAULT_DIVERSITY_LOSS_WEIGHT where there is a gate that learns.
     precision: what products are computed in; weights that train have a float32 master in any case.
     gradient_checkpointing: components whose activations are computed twice; a frozen encoder never is.
     """
@@ -146,7 +147,7 @@ class TrainConfig(Section):
     gradient_checkpointing: tuple[Literal["qwen_vision", "dinov2", "llm"], ...] = ()
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     # The losses
-    diversity_loss_weight: float = Field(default=0.1, ge=0)
+    diversity_loss_weight: float | None = Field(default=None, ge=0)
     losses: LossConfig = LossConfig()
     # The data
     train_data_path: str | None = None

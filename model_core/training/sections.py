@@ -107,14 +107,15 @@ class CurriculumConfig(Section):
 class LossConfig(Section):
     """The gate's losses and encoder dropout.
 
+    diversity_loss: None is marginal_kl where the fusion strategy has a gate that learns.
     prior: the share of each encoder that marginal_kl draws to; None is the same for all.
-    anneal_ratio: marginal_kl is at full weight at the first step and gone after this share of all steps.
+    anneal_ratio: marginal_kl is at full weight at the first step and gone after this share of all steps; None: never.
     encoder_dropout: total chance that an image trains with one encoder hidden; None: 0.2 in fusion_only, else 0.
     """
 
-    diversity_loss: DiversityLoss = "marginal_kl"
+    diversity_loss: DiversityLoss | None = None
     prior: tuple[Annotated[float, Field(gt=0, lt=1)], ...] | None = None
-    anneal_ratio: Ratio = 0.3
+    anneal_ratio: float | None = Field(default=0.3, gt=0, le=1)
     ema_decay: float = Field(default=0.9, ge=0, lt=1)
     encoder_dropout: float | None = Field(default=None, ge=0, lt=1)
 

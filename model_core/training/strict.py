@@ -38,7 +38,7 @@ def parse_section(cls: type[SectionT], data: Mapping[str, Any], what: str) -> Se
     try:
         return cls.model_validate(dict(data))
     except ValidationError as error:
-        problems = error.errors(include_url=False, include_context=True)
+        problems = sorted(error.errors(include_url=False), key=lambda p: p["type"] != "extra_forbidden")
     first = problems[0]
     path = ".".join(str(part) for part in first["loc"])
     others = [".".join(str(part) for part in p["loc"]) for p in problems[1:]]

@@ -1,0 +1,75 @@
+"""Where in a curriculum a step stands, and what follows from it: the rate's schedule and the losses' annealing.
+
+In: a recipe and the optimizer steps of each stage; out: numbers between 0 and 1. It counts and trains nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from model_core.errors import ConfigError
+from model_core.training.config import Stage, TrainConfig
+
+
+def learning_rate_scale(config: TrainConfig, step: int, total_steps: int) -> float:
+    """The share of every group's rate at a step, counted from 0: warm-up to 1, then the schedule's way down.
+
+    The last step still learns: without `min_lr_ratio`, 0 would be reached at `total_steps`.
+    """
+    warmup = config.warmup_steps
+    if warmup is None:
+        warmup = round(config.warmup_ratio * total_steps)
+    warmup = min(warmup, max(0, total_steps - 1))
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.lr_schedule == "constant":
+        return 1.0
+    done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    left = (1 + math.cos(math.pi * done)) / 2 if config.lr_schedule == "cosine" else 1 - done
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * left
+
+
+class Curriculum:
+    """The stages with their lengths in optimizer steps. `max_steps` cuts the last ones short."""
+
+    def __init__(self, config: TrainConfig, steps_per_stage: Sequence[int]) -> None:
+        self.config, self.stages = config, config.stages()
+        if len(steps_per_stage) != len(self.stages) or any(steps < 1 for steps in steps_per_stage):
+            raise ConfigError(
+                "every stage of a curriculum needs at least one step",
+                value=list(steps_per_stage),
+                allowed=f"{len(self.stages)} counts of 1 or more",
+                fix="Give more data, a smaller batch_size or fewer gradient_accumulation_steps",
+            )
+        left = config.max_steps if config.max_steps is not None else sum(steps_per_stage)
+        self.steps: list[int] = []
+        for steps in steps_per_stage:
+            self.steps.append(min(steps, left))
+            left -= self.steps[-1]
+
+    @property
+    def total_steps(self) -> int:
+        return sum(self.steps)
+
+    def global_step(self, stage: int, step: int) -> int:
+        """Steps done before step `step` of stage `stage`."""
+        return sum(self.steps[:stage]) + step
+
+    def stage_of(self, global_step: int) -> tuple[Stage, int]:
+        """The stage that a step belongs to, and its number within it. At a border it is the next stage's first."""
+        for stage, steps in zip(self.stages, self.steps, strict=True):
+            if global_step < steps:
+                return stage, global_step
+            global_step -= steps
+        return self.stages[-1], self.steps[-1] + global_step
+
+    def scale(self, stage: int, step: int) -> float:
+        """The schedule's share of the learning rates at a step of a stage."""
+        if self.config.schedule_span == "run":
+            return learning_rate_scale(self.config, self.global_step(stage, step), self.total_steps)
+        return learning_rate_scale(self.config, step, self.steps[stage])
+
+    def progress(self, stage: int, step: int) -> float:
+        """The share of all steps that is done: what the gate's losses are annealed by."""
+        return min(1.0, self.global_step(stage, step) / max(1, self.total_steps))
