@@ -19,6 +19,8 @@ from service.settings import Settings, load_settings
 #: command, of one word or two -> (module with `main(argv) -> int | None`, what it does)
 MOUNTED: Mapping[str, tuple[str, str]] = {
     "infer": ("model_core.cli.infer", "answer one question about one picture"),
+    "config": ("model_core.cli.configs", "check a training recipe: config validate FILE"),
+    "configs": ("model_core.cli.configs", "write the shipped training recipes: configs create"),
     "demo": ("model_core.cli.demo", "build or evaluate the demo model"),
     "bench": ("model_core.cli.bench", "time the engine or the encoders"),
     "bench serve": ("service.bench", "time an endpoint under load, beside another one if wanted"),

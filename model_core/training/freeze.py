@@ -273,9 +273,11 @@ def _refuse_idle_rules(settings: FreezeConfig, matched: set[FreezeRule], choices
 def _check_silence(model: nn.Module, choices: Mapping[str, ParameterChoice]) -> list[str]:
     """A fresh fusion whose zeros stay frozen keeps the second encoder silent for ever."""
     fusion = _backbone(model).fusion
-    if fusion.is_trained:
+    zeros = fusion.silent_parameters()
+    # On the meta device there are shapes and no values: a cost is being estimated.
+    if any(parameter.is_meta for parameter in zeros) or fusion.is_trained:
         return []
-    silent = {id(parameter) for parameter in fusion.silent_parameters()}
+    silent = {id(parameter) for parameter in zeros}
     names = [name for name, parameter in model.named_parameters() if id(parameter) in silent]
     if any(choices[name].train for name in names):
         return []

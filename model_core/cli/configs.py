@@ -1,0 +1,110 @@
+"""`dve configs create` writes the shipped training recipes; `dve config validate` checks one of the user's.
+
+In: flags; out: files, or what a recipe says in plain words, and an exit code: 0, 2 for a wrong call, 78 for a recipe
+that is refused. It loads no model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from model_core.errors import ConfigError, DualVisionError
+from model_core.training.config import Stage, TrainConfig, load_config
+
+SCENARIOS = Path(__file__).parents[1] / "training" / "scenarios"
+BAD_CONFIG = 78
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """create, list, validate."""
+    parser = argparse.ArgumentParser(prog="dve configs", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    create = commands.add_parser("create", help="write the shipped recipes and the template config.json")
+    create.add_argument("--out", type=Path, default=Path("configs"), help="folder (default: configs)")
+    create.add_argument("--force", action="store_true", help="replace files that were edited")
+    commands.add_parser("list", help="the shipped recipes: purpose, cost, expected outcome")
+    validate = commands.add_parser("validate", help="check a recipe and print its stages")
+    validate.add_argument("file", type=Path)
+    validate.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C")
+    validate.add_argument("--json", action="store_true", help="print the whole recipe, defaults included, as JSON")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0; a recipe that is refused is one line on stderr and 78."""
+    args = build_parser().parse_args(argv)
+    try:
+        if args.command == "create":
+            return _create(args.out, force=args.force)
+        if args.command == "list":
+            return _list()
+        config = load_config(args.file, args.overrides)
+    except DualVisionError as error:
+        print(f"dve configs {args.command}: error: {error}", file=sys.stderr)
+        return BAD_CONFIG
+    if args.json:
+        print(json.dumps(config.model_dump(mode="json"), indent=2))
+    else:
+        _describe(args.file, config)
+    return 0
+
+
+def _create(out: Path, *, force: bool) -> int:
+    shipped = {path.name: path.read_text() for path in sorted(SCENARIOS.glob("*.json"))}
+    edited = [name for name, text in shipped.items() if (out / name).exists() and (out / name).read_text() != text]
+    if edited and not force:
+        raise ConfigError(
+            "files of these names are there and say something else", value=", ".join(str(out / name) for name in edited),
+            allowed="a folder without them", fix="Choose another --out, or --force to replace them",
+        )  # fmt: skip
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, text in shipped.items():
+            (out / name).write_text(text)
+            print(out / name)
+    except OSError as error:
+        raise ConfigError(
+            f"the recipes can't be written ({error.strerror})", value=str(out), allowed="a folder that can be written"
+        ) from error
+    return 0
+
+
+def _list() -> int:
+    for path in sorted(SCENARIOS.glob("*.json")):
+        note = load_config(path).note
+        print(f"{path.name}\n  {note.purpose}\n  cost: {note.cost}\n  expected: {note.expected}")
+    return 0
+
+
+def _describe(path: Path, config: TrainConfig) -> None:
+    print(f"{path}: valid, fingerprint {config.fingerprint()}")
+    model = config.model or " + ".join(n for n in (config.qwen_model_name, config.dinov2_model_name) if n)
+    print(f"model: {model or 'the embedded demo model'}")
+    for stage in config.stages():
+        print(f"stage {stage.index}: {_stage_line(stage)}")
+    if not config.datasets and config.train_data_path is None:
+        print("warning: no training data is named: train_data_path or datasets")
+        return
+    named = [*(source.data_path for source in config.train_sources()), config.val_data_path]
+    for missing in [name for name in named if name is not None and not Path(name).exists()]:
+        print(f"warning: {missing} is not here")
+
+
+def _stage_line(stage: Stage) -> str:
+    flags = [f"{name}={str(value).lower()}" for name, value in stage.freeze.flags.items()]
+    parts = [stage.training_mode or "everything but DINOv2, unless a flag or rule says otherwise", *flags]
+    if stage.freeze.rules:
+        parts.append(f"{len(stage.freeze.rules)} rules")
+    parts.append(f"{stage.epochs} epoch{'s' * (stage.epochs != 1)}")
+    parts.append("rates " + " ".join(f"{name} {rate:g}" for name, rate in stage.learning_rates.items()))
+    if stage.encoder_dropout:
+        parts.append(f"encoder dropout {stage.encoder_dropout:g}")
+    return ", ".join(parts) + (f": {stage.description}" if stage.description else "")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
