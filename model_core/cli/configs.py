@@ -14,6 +14,7 @@ from pathlib import Path
 
 from model_core.errors import ConfigError, DualVisionError
 from model_core.training.config import Stage, TrainConfig, load_config
+from model_core.training.freeze import trained_components
 
 SCENARIOS = Path(__file__).parents[1] / "training" / "scenarios"
 BAD_CONFIG = 78
@@ -58,7 +59,8 @@ def _create(out: Path, *, force: bool) -> int:
     edited = [name for name, text in shipped.items() if (out / name).exists() and (out / name).read_text() != text]
     if edited and not force:
         raise ConfigError(
-            "files of these names are there and say something else", value=", ".join(str(out / name) for name in edited),
+            "files of these names are there and say something else",
+            value=", ".join(str(out / name) for name in edited),
             allowed="a folder without them", fix="Choose another --out, or --force to replace them",
         )  # fmt: skip
     try:
@@ -85,7 +87,7 @@ def _describe(path: Path, config: TrainConfig) -> None:
     model = config.model or " + ".join(n for n in (config.qwen_model_name, config.dinov2_model_name) if n)
     print(f"model: {model or 'the embedded demo model'}")
     for stage in config.stages():
-        print(f"stage {stage.index}: {_stage_line(stage)}")
+        print(f"stage {stage.index}: {_stage_line(stage, has_adapters=bool(config.lora.groups))}")
     if not config.datasets and config.train_data_path is None:
         print("warning: no training data is named: train_data_path or datasets")
         return
@@ -94,13 +96,16 @@ def _describe(path: Path, config: TrainConfig) -> None:
         print(f"warning: {missing} is not here")
 
 
-def _stage_line(stage: Stage) -> str:
+def _stage_line(stage: Stage, *, has_adapters: bool) -> str:
     flags = [f"{name}={str(value).lower()}" for name, value in stage.freeze.flags.items()]
     parts = [stage.training_mode or "everything but DINOv2, unless a flag or rule says otherwise", *flags]
     if stage.freeze.rules:
         parts.append(f"{len(stage.freeze.rules)} rules")
     parts.append(f"{stage.epochs} epoch{'s' * (stage.epochs != 1)}")
-    parts.append("rates " + " ".join(f"{name} {rate:g}" for name, rate in stage.learning_rates.items()))
+    shown = trained_components(stage.freeze) | ({"lora"} if has_adapters else set())
+    parts.append(
+        "rates " + " ".join(f"{name} {rate:g}" for name, rate in stage.learning_rates.items() if name in shown)
+    )
     if stage.encoder_dropout:
         parts.append(f"encoder dropout {stage.encoder_dropout:g}")
     return ", ".join(parts) + (f": {stage.description}" if stage.description else "")

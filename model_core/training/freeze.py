@@ -35,6 +35,7 @@ __all__ = [
     "component_modules",
     "component_of",
     "resolve_freeze",
+    "trained_components",
 ]  # fmt: skip
 
 _FUSION: tuple[Component, ...] = ("projections", "gate", "output_projector")
@@ -202,7 +203,7 @@ def resolve_freeze(
             that could never be heard.
     """
     settings = freeze if isinstance(freeze, FreezeConfig) else FreezeConfig(mode=_checked_mode(freeze))
-    components = _trained_components(settings)
+    components = trained_components(settings)
     second = _backbone(model).second_name
     names = _names_by_tensor(model)
     adapted = {component_of(n[0], second) for n in names.values() if _ADAPTER in n[0]}
@@ -241,7 +242,8 @@ def _checked_mode(mode: str) -> TrainingMode:
     raise ConfigError("unknown training mode", value=mode, allowed=", ".join(TRAINING_MODES), param="training_mode")
 
 
-def _trained_components(settings: FreezeConfig) -> set[Component]:
+def trained_components(settings: FreezeConfig) -> set[Component]:
+    """What a mode and flags train, before any rule."""
     trained = set(MODES[settings.mode or "full"])
     flags = settings.flags
     if settings.mode is None:
