@@ -1,0 +1,68 @@
+"""`dve configs create` and `dve config validate` as a user calls them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from model_core.cli.configs import BAD_CONFIG, SCENARIOS, main
+from service.cli import main as dve
+
+README_NAMES = (
+    "config_vision_finetuning.json",
+    "config_language_adaptation.json",
+    "config_fusion_learning.json",
+    "config_progressive_training.json",
+    "config.json",
+)
+
+
+def test_create_writes_the_readmes_files_and_each_is_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "deep" / "configs"
+    assert main(["create", "--out", str(out)]) == 0
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in SCENARIOS.glob("*.json"))
+    for name in README_NAMES:
+        assert dve(["config", "validate", str(out / name)]) == 0
+    assert "config_fusion_learning.json: valid" in capsys.readouterr().out
+
+
+def test_an_edited_file_is_not_replaced_unless_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["create", "--out", str(tmp_path)]) == 0
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["create", "--out", str(tmp_path)]) == BAD_CONFIG
+    assert "config.json" in capsys.readouterr().err
+    assert (tmp_path / "config.json").read_text() == "{}"
+    assert main(["create", "--out", str(tmp_path), "--force"]) == 0
+    assert len((tmp_path / "config.json").read_text()) > 2
+
+
+def test_validate_tells_stages_overrides_and_what_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["create", "--out", str(tmp_path)])
+    capsys.readouterr()
+    file = str(tmp_path / "config_progressive_training.json")
+    assert main(["validate", file, "--set", "curriculum_training.stages.1.epochs=9"]) == 0
+    shown = capsys.readouterr().out
+    assert "stage 1: encoders_only, 9 epochs" in shown
+    assert "data/train.json is not here" in shown
+    assert main(["validate", file, "--json", "--set", "seed=5"]) == 0
+    assert json.loads(capsys.readouterr().out)["seed"] == 5
+
+
+def test_a_refused_recipe_is_one_line_and_78(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "c.json"
+    file.write_text('{"lerning_rate": 1}')
+    assert main(["validate", str(file)]) == BAD_CONFIG
+    error = capsys.readouterr().err
+    assert "Write 'learning_rate'" in error
+    assert error.count("\n") == 1
+
+
+def test_list_says_what_each_is_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in README_NAMES)
+    assert shown.count("cost: ") == len(list(SCENARIOS.glob("*.json")))
