@@ -63,6 +63,7 @@ __all__ = [
     "LoraConfig",
     "LoraGroup",
     "LossConfig",
+    "ModelSource",
     "Note",
     "Stage",
     "StageConfig",
@@ -90,6 +91,15 @@ class Stage:
     dataset_weights: Mapping[str, float] | None
     reset_optimizer: bool
     encoder_dropout: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where the model comes from: one dual checkpoint, or a pair to combine with these settings, or (neither) the demo."""
+
+    model: str | None
+    pair: tuple[str, str] | None
+    settings: Mapping[str, Any]
 
 
 class TrainConfig(Section):
@@ -245,6 +255,24 @@ class TrainConfig(Section):
             reset_optimizer=stage.reset_optimizer,
             encoder_dropout=dropout,
         )
+
+    def model_source(self) -> ModelSource:
+        """What to load where no model is handed in.
+
+        Raises:
+            ConfigError: settings of a new fusion beside a model that has its own already.
+        """
+        keys = ("encoder", "fusion", "common_dim", "dropout", "static_weights", "dinov2_max_patches")
+        settings = {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
+        if self.qwen_model_name and self.dinov2_model_name:
+            return ModelSource(None, (self.qwen_model_name, self.dinov2_model_name), settings)
+        if settings:
+            raise ConfigError(
+                "a saved model has its own fusion; the recipe can't give it another", value=", ".join(settings),
+                allowed="these settings with qwen_model_name and dinov2_model_name", fix="Leave them out",
+                param=next(iter(settings)),
+            )  # fmt: skip
+        return ModelSource(self.model, None, {})
 
     def train_sources(self) -> tuple[DatasetConfig, ...]:
         """Where training samples come from.

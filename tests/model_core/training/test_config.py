@@ -121,6 +121,16 @@ def test_rates_from_the_general_to_the_particular() -> None:
     assert stage.learning_rates["llm"] == 1e-3
 
 
+def test_where_the_model_comes_from() -> None:
+    pair = parse_config(ORIGINAL).model_source()
+    assert pair.pair == ("q", "d")
+    assert dict(pair.settings) == {"common_dim": 64, "dropout": 0.1}
+    assert parse_config({"model": "folder"}).model_source().model == "folder"
+    assert parse_config({}).model_source() == parse_config({"seed": 1}).model_source()
+    with pytest.raises(ConfigError, match="its own fusion"):
+        parse_config({"model": "folder", "common_dim": 64}).model_source()
+
+
 def test_encoder_dropout_is_on_where_fusion_alone_learns() -> None:
     assert parse_config({"training_mode": "fusion_only"}).stages()[0].encoder_dropout == 0.2
     assert parse_config({"training_mode": "full"}).stages()[0].encoder_dropout == 0.0
