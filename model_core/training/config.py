@@ -95,7 +95,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where the model comes from: one dual checkpoint, or a pair to combine with these settings, or (neither) the demo."""
+    """What to load: one dual checkpoint, or a pair to combine with these settings, or (neither) the demo model."""
 
     model: str | None
     pair: tuple[str, str] | None
