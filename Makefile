@@ -1,5 +1,5 @@
 # Every target makes .venv itself. Settings of the service come from the environment (DVE_*) or from the flags below.
-# Reserved for the issues that bring them: worker, up, test-ui, test-ops, test-scale.
+# Reserved for the issues that bring them: worker, up, test-ui, test-scale.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-heavy check fmt demo bench
+.PHONY: help install serve test test-heavy test-ops check fmt demo bench
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -47,6 +47,10 @@ test: $(VENV)/.dev ## the default tests [ARGS="-k name"]
 
 test-heavy: $(VENV)/.dev ## the long proofs
 	@$(BIN)/python -m pytest -m heavy --timeout 3600 $(ARGS)
+
+test-ops: $(VENV)/.dev ## dashboards, rules and alerts against a real Prometheus (Debian; installs it)
+	@command -v prometheus >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus; }
+	@$(BIN)/python -m pytest -m "ops or not heavy" tests/deploy $(ARGS)
 
 check: $(VENV)/.dev ## format, lint, types, import contracts
 	@$(BIN)/ruff format --check .
