@@ -115,6 +115,7 @@ TABLE: Mapping[type[BaseException], Rule] = {
     core.DualVisionError: Rule(500, _SERVER, "internal_error", _BROKEN),
     core.InputError: Rule(400, _INVALID, "invalid_request"),
     core.InvalidRequestError: Rule(400, _INVALID, "invalid_value"),
+    core.InvalidSchemaError: Rule(400, _INVALID, "invalid_json_schema"),
     core.ContextLengthError: Rule(400, _INVALID, "context_length_exceeded"),
     core.ImageError: Rule(400, _INVALID, "invalid_image"),
     core.ImageNotFoundError: Rule(400, _INVALID, "image_not_found", "The image could not be found."),

@@ -6,12 +6,27 @@ back from TokenEvents to JSON objects (fusion weights and comparisons: reports.p
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 from collections.abc import Callable, Mapping, Sequence
+=======
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+>>>>>>> dc68d38 (Constrain answers to JSON schemas; prepare once for n choices)
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from model_core.analysis.compare import collect_answer
+<<<<<<< HEAD
 from model_core.errors import InvalidRequestError, ModelNotFoundError, RequestFailedError
+=======
+from model_core.errors import (
+    ContextLengthError,
+    InvalidRequestError,
+    InvalidSchemaError,
+    ModelNotFoundError,
+    RequestFailedError,
+)
+>>>>>>> dc68d38 (Constrain answers to JSON schemas; prepare once for n choices)
 from model_core.types import (
     ARMS,
     Arm,
@@ -19,13 +34,30 @@ from model_core.types import (
     FinishReason,
     GenerationRequest,
     ModelInfo,
+<<<<<<< HEAD
+=======
+    Part,
+    ResponseFormat,
+>>>>>>> dc68d38 (Constrain answers to JSON schemas; prepare once for n choices)
     SamplingParams,
     Timings,
     TokenEvent,
     TokenLogprob,
     Usage,
 )
+<<<<<<< HEAD
 from service.protocol.chat import ChatCompletionRequest, check_supported
+=======
+from service.protocol import chat as protocol
+from service.protocol.chat import (
+    ChatCompletionRequest,
+    ImageUrlContent,
+    InputImageContent,
+    Message,
+    TextContent,
+    check_supported,
+)
+>>>>>>> dc68d38 (Constrain answers to JSON schemas; prepare once for n choices)
 from service.protocol.completion import (
     AssistantMessage,
     ChatCompletion,
@@ -120,7 +152,22 @@ def _chat_sampling(body: ChatCompletionRequest, info: ModelInfo) -> SamplingPara
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         min_tokens=body.min_tokens or 0,
         stop_token_ids=body.stop_token_ids or (),
+        response_format=_to_format(body.response_format),
     )
+
+
+def _to_format(asked: protocol.ResponseFormat | None) -> ResponseFormat | None:
+    if asked is None or asked.type == "text":
+        return None
+    schema = asked.json_schema.schema_ if asked.json_schema is not None else None
+    if schema is None:
+        return ResponseFormat()
+    try:
+        return ResponseFormat(json.dumps(schema, allow_nan=False))
+    except ValueError:
+        raise InvalidSchemaError(
+            "the JSON schema holds a number that is not finite", allowed="finite numbers", param="response_format"
+        ) from None
 
 
 def to_requests(plan: ChatPlan, messages: tuple[ChatMessage, ...], completion_id: str) -> tuple[GenerationRequest, ...]:

@@ -18,14 +18,15 @@ from torch import Tensor
 from model_core.engine.block_manager import BlockManager
 from model_core.engine.config import BLOCK_SIZE, EngineConfig
 from model_core.engine.detokenizer import Detokenizer, bytes_of, text_of
+from model_core.engine.grammar import GrammarCompiler, GrammarMatcher
 from model_core.engine.model_runner import ModelRunner
 from model_core.engine.prefix_hash import PrefixHasher, prefix_root
 from model_core.engine.sampler import Sampled, SamplerState, check_params, sample_batch
 from model_core.engine.scheduler import Chunk, Scheduler, SchedulerConfig
 from model_core.engine.sequence import Sequence
 from model_core.errors import DualVisionError, InvalidRequestError, RequestFailedError
-from model_core.processing.batch import InputFormat, prepare_inputs
-from model_core.types import EngineStats, FinishReason, GenerationRequest, ModelInfo, TokenEvent
+from model_core.processing.batch import InputFormat, ModelInputs, prepare_inputs
+from model_core.types import EngineStats, FinishReason, GenerationRequest, ModelInfo, SamplingParams, TokenEvent
 
 #: What one row may do wrong without taking the others with it.
 ROW_ERRORS = (RuntimeError, ValueError, MemoryError, DualVisionError)
@@ -49,6 +50,7 @@ class ContinuousEngine:
         )
         self._eos_ids = eos_ids
         self._vocab_size = runner.decoder.config.vocab_size
+        self._grammars = GrammarCompiler(runner.fmt.tokenizer, self._vocab_size, eos_ids)
         self._arrivals = itertools.count()
         self._known: dict[str, Sequence] = {}
         self._to_encode: OrderedDict[str, Sequence] = OrderedDict()
@@ -62,7 +64,7 @@ class ContinuousEngine:
         clock: Callable[[], float] = self.runner.clock
         start = clock()
         sampling, suffix = request.sampling, request.score_token_ids or ()
-        check_params(sampling, self._vocab_size)
+        grammar = self._start_grammar(sampling)  # first: a refusal is cheaper than a picture
         most = self.info.max_context_tokens
         inputs = prepare_inputs(
             request.messages,
@@ -71,15 +73,28 @@ class ContinuousEngine:
             suffix,
             clock=clock,
         )
-        tokenizer = self.runner.fmt.tokenizer
+        prepared = self._sequence(request, inputs, grammar)
+        prepared.preprocess_seconds = clock() - start + request.fetch_seconds
+        return prepared
+
+    def fork(self, prepared: Sequence, request: GenerationRequest) -> Sequence:
+        """Nothing of the images or the text is done again; what sampling needs is this request's own."""
+        return self._sequence(request, prepared.inputs, self._start_grammar(request.sampling))
+
+    def _start_grammar(self, sampling: SamplingParams) -> GrammarMatcher | None:
+        check_params(sampling, self._vocab_size)
+        wanted = sampling.response_format
+        return None if wanted is None else self._grammars.matcher(wanted)
+
+    def _sequence(self, request: GenerationRequest, inputs: ModelInputs, grammar: GrammarMatcher | None) -> Sequence:
+        sampling, most = request.sampling, self.info.max_context_tokens
         return Sequence(
             request=request,
             inputs=inputs,
             max_tokens=min(sampling.max_tokens, most - len(inputs.input_ids)),
-            detokenizer=Detokenizer(tokenizer, sampling.stop),
-            sampler=SamplerState(sampling, inputs.input_ids, self._eos_ids),
+            detokenizer=Detokenizer(self.runner.fmt.tokenizer, sampling.stop),
+            sampler=SamplerState(sampling, inputs.input_ids, self._eos_ids, grammar),
             hasher=self._hasher(request),
-            preprocess_seconds=clock() - start + request.fetch_seconds,
         )
 
     def _hasher(self, request: GenerationRequest) -> PrefixHasher | None:

@@ -65,12 +65,15 @@ class FakeEngine:
 
     "forever": says one word and never ends by itself; "count": as many words as max_tokens; "seed": says its seed;
     "break": the row fails, "break last": only that of the third choice; "lose": the engine forgets the request;
-    "die": the step raises. `hold()` stops all steps until `release()`; `seen` is every prepared request, `added` and
-    `aborted` their ids as they came and went; `counters` goes into `stats`.
+    "die": the step raises. `hold()` stops all steps until `release()`; `seen` is every prepared request, `forked`
+    those that shared another's preparation, `num_decoded` counts images; `added` and `aborted` are ids as they came
+    and went; `counters` goes into `stats`.
     """
 
     info: ModelInfo = INFO
     seen: list[GenerationRequest] = field(default_factory=list)
+    forked: list[GenerationRequest] = field(default_factory=list)
+    num_decoded: int = 0
     added: list[str] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     counters: dict[str, Any] = field(default_factory=dict)
@@ -103,11 +106,20 @@ class FakeEngine:
         self.seen.append(request)
         self._note()
         text = _text(request)
+<<<<<<< HEAD
         media = [part for m in request.messages for part in m.parts if isinstance(part, (ImagePart, VideoPart))]
         for part in media:
             for image in part.frames if isinstance(part, VideoPart) else (part.image,):
                 if not image.startswith(b"\x89PNG"):
                     raise ImageParseError("the image can't be decoded", allowed="a whole PNG", param="messages")
+=======
+        images = [part for m in request.messages for part in m.parts if isinstance(part, ImagePart)]
+        for image in images:
+            with self._changed:
+                self.num_decoded += 1
+            if not image.image.startswith(b"\x89PNG"):
+                raise ImageParseError("the image can't be decoded", allowed="a whole PNG", param="messages")
+>>>>>>> dc68d38 (Constrain answers to JSON schemas; prepare once for n choices)
         if len(text) > self.info.max_context_tokens:
             raise ContextLengthError("the prompt does not fit", value=len(text), allowed="100 tokens", param="messages")
         if "bad prepare" in text:
@@ -120,6 +132,14 @@ class FakeEngine:
         elif "count" in text:
             words = ("x",) * request.sampling.max_tokens
         return _Row(request, words, len(media))
+
+    def fork(self, prepared: _Row, request: GenerationRequest) -> _Row:
+        self.forked.append(request)
+        self._note()
+        row = _Row(request, prepared.words, prepared.num_images)
+        if "seed" in _text(request):
+            row.words = (str(request.sampling.seed), "")
+        return row
 
     def add_request(self, prepared: _Row) -> None:
         if "refuse" in _text(prepared.request):
