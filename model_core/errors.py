@@ -26,6 +26,7 @@ is allowed, and what to do about it. `code` is a stable name that the HTTP layer
     `-- EngineError
         |-- OverloadedError           the queue is full; try again later
         |-- RequestFailedError        this one request broke inside the engine
+        |-- OutOfDeviceMemoryError    this one request does not fit the memory, even alone
         `-- EngineDeadError           the engine loop has stopped
 """
 
@@ -137,6 +138,10 @@ class OverloadedError(EngineError):
 
 class RequestFailedError(EngineError):
     code = "request_failed"
+
+
+class OutOfDeviceMemoryError(EngineError):
+    code = "out_of_memory"
 
 
 class EngineDeadError(EngineError):

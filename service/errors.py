@@ -137,6 +137,12 @@ TABLE: Mapping[type[BaseException], Rule] = {
         503, _SERVER, "server_overloaded", "The server is busy: its queue is full. Try again shortly.", may_retry=True
     ),
     core.RequestFailedError: Rule(500, _SERVER, "request_failed", "This request failed inside the engine."),
+    core.OutOfDeviceMemoryError: Rule(
+        503,
+        _SERVER,
+        "out_of_memory",
+        "This request needs more memory than the server has. Send smaller images or less.",
+    ),
     core.EngineDeadError: Rule(503, _SERVER, "engine_dead", "The engine has stopped; the server must be restarted."),
     InvalidBodyError: Rule(400, _INVALID, "invalid_value"),
     UnsupportedParameterError: Rule(400, _INVALID, "unsupported_parameter"),

@@ -24,7 +24,7 @@ from model_core.engine.prefix_hash import PrefixHasher, prefix_root
 from model_core.engine.sampler import Sampled, SamplerState, check_params, sample_batch
 from model_core.engine.scheduler import Chunk, Scheduler, SchedulerConfig
 from model_core.engine.sequence import Sequence
-from model_core.errors import DualVisionError, InvalidRequestError, RequestFailedError
+from model_core.errors import DualVisionError, InvalidRequestError, OutOfDeviceMemoryError, RequestFailedError
 from model_core.processing.batch import InputFormat, ModelInputs, prepare_inputs
 from model_core.types import EngineStats, FinishReason, GenerationRequest, ModelInfo, SamplingParams, TokenEvent
 
@@ -214,6 +214,7 @@ class ContinuousEngine:
             if len(sequences) == 1:
                 events.append(self._fail(sequences[0], error))
                 return
+            _make_room(error)
             half = len(sequences) // 2
             self._encode(sequences[:half], events)
             self._encode(sequences[half:], events)
@@ -262,6 +263,7 @@ class ContinuousEngine:
         if len(chunks) == 1:
             events.append(self._fail(chunks[0].sequence, error))
             return
+        _make_room(error)
         half = len(chunks) // 2
         for part in (chunks[:half], chunks[half:]):
             for chunk in part:
@@ -329,9 +331,7 @@ class ContinuousEngine:
 
     def _fail(self, sequence: Sequence, error: Exception) -> TokenEvent:
         self._free(sequence)
-        shown = error if isinstance(error, DualVisionError) else RequestFailedError(
-            "the model failed on this request", value=type(error).__name__
-        )  # fmt: skip
+        shown = _told(error)
         shown.__cause__ = None if shown is error else error
         timings = sequence.timings(self.runner.clock())
         return TokenEvent(sequence.request_id, error=shown, usage=sequence.usage(), timings=timings)
@@ -343,6 +343,25 @@ class ContinuousEngine:
         self.scheduler.remove(sequence)
         self.runner.store.close(sequence)
         sequence.embeds = None
+
+
+def _told(error: Exception) -> DualVisionError:
+    if isinstance(error, DualVisionError):
+        return error
+    if _is_memory(error):
+        return OutOfDeviceMemoryError("this request does not fit the memory", fix="Send smaller images or less text")
+    return RequestFailedError("the model failed on this request", value=type(error).__name__)
+
+
+def _make_room(error: Exception) -> None:
+    """Before a smaller try: what the larger one has left behind in torch's cache may be in its way."""
+    if _is_memory(error) and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _is_memory(error: Exception) -> bool:
+    # On CPUs torch's allocator raises a plain RuntimeError.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _is_answering(chunk: Chunk[Sequence]) -> bool:

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from model_core.errors import ContextLengthError, ImageParseError, RequestFailedError
+from model_core.errors import ContextLengthError, ImageParseError, OutOfDeviceMemoryError, RequestFailedError
 from model_core.types import (
     Arm,
     EngineStats,
@@ -65,9 +65,9 @@ class FakeEngine:
 
     "forever": says one word and never ends by itself; "count": as many words as max_tokens; "seed": says its seed;
     "break": the row fails, "break last": only that of the third choice; "lose": the engine forgets the request;
-    "die": the step raises. `hold()` stops all steps until `release()`; `seen` is every prepared request, `forked`
-    those that shared another's preparation, `num_decoded` counts images; `added` and `aborted` are ids as they came
-    and went; `counters` goes into `stats`.
+    "memory": the row is out of it; "die": the step raises. `hold()` stops all steps until `release()`; `seen` is
+    every prepared request, `forked` those that shared another's preparation, `num_decoded` counts images; `added` and
+    `aborted` are ids as they came and went; `counters` goes into `stats`.
     """
 
     info: ModelInfo = INFO
@@ -176,15 +176,8 @@ class FakeEngine:
 
     def _advance(self, row: _Row) -> list[TokenEvent]:
         text, request_id = _text(row.request), row.request.request_id
-        if "die" in text:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        if "lose" in text:
-            del self.rows[request_id]
-            return []
-        breaks = "break last" not in text or request_id.endswith("-2")
-        if "break" in text and breaks and row.num_done == 1:
-            del self.rows[request_id]
-            return [TokenEvent(request_id, error=RequestFailedError("NaN in secret user text"))]
+        if (trouble := self._trouble(row, text)) is not None:
+            return trouble
         if "forever" in text and row.num_done == 1:
             return []
         event = TokenEvent(request_id)
@@ -203,6 +196,22 @@ class FakeEngine:
         if row.num_done == row.request.sampling.max_tokens:
             return [self._end(row, event, "length")]
         return [event]
+
+    def _trouble(self, row: _Row, text: str) -> list[TokenEvent] | None:
+        request_id = row.request.request_id
+        if "die" in text:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if "lose" in text:
+            del self.rows[request_id]
+            return []
+        breaks = "break last" not in text or request_id.endswith("-2")
+        if "break" in text and breaks and row.num_done == 1:
+            del self.rows[request_id]
+            return [TokenEvent(request_id, error=RequestFailedError("NaN in secret user text"))]
+        if "memory" in text:
+            del self.rows[request_id]
+            return [TokenEvent(request_id, error=OutOfDeviceMemoryError("48 GiB of secret device is full"))]
+        return None
 
     def _end(self, row: _Row, event: TokenEvent, reason: FinishReason) -> TokenEvent:
         del self.rows[row.request.request_id]
