@@ -6,27 +6,13 @@ back from TokenEvents to JSON objects (fusion weights and comparisons: reports.p
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-from collections.abc import Callable, Mapping, Sequence
-=======
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
->>>>>>> dc68d38 (Constrain answers to JSON schemas; prepare once for n choices)
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from model_core.analysis.compare import collect_answer
-<<<<<<< HEAD
-from model_core.errors import InvalidRequestError, ModelNotFoundError, RequestFailedError
-=======
-from model_core.errors import (
-    ContextLengthError,
-    InvalidRequestError,
-    InvalidSchemaError,
-    ModelNotFoundError,
-    RequestFailedError,
-)
->>>>>>> dc68d38 (Constrain answers to JSON schemas; prepare once for n choices)
+from model_core.errors import InvalidRequestError, InvalidSchemaError, ModelNotFoundError, RequestFailedError
 from model_core.types import (
     ARMS,
     Arm,
@@ -34,30 +20,15 @@ from model_core.types import (
     FinishReason,
     GenerationRequest,
     ModelInfo,
-<<<<<<< HEAD
-=======
-    Part,
     ResponseFormat,
->>>>>>> dc68d38 (Constrain answers to JSON schemas; prepare once for n choices)
     SamplingParams,
     Timings,
     TokenEvent,
     TokenLogprob,
     Usage,
 )
-<<<<<<< HEAD
-from service.protocol.chat import ChatCompletionRequest, check_supported
-=======
 from service.protocol import chat as protocol
-from service.protocol.chat import (
-    ChatCompletionRequest,
-    ImageUrlContent,
-    InputImageContent,
-    Message,
-    TextContent,
-    check_supported,
-)
->>>>>>> dc68d38 (Constrain answers to JSON schemas; prepare once for n choices)
+from service.protocol.chat import ChatCompletionRequest, check_supported
 from service.protocol.completion import (
     AssistantMessage,
     ChatCompletion,

@@ -106,20 +106,13 @@ class FakeEngine:
         self.seen.append(request)
         self._note()
         text = _text(request)
-<<<<<<< HEAD
         media = [part for m in request.messages for part in m.parts if isinstance(part, (ImagePart, VideoPart))]
         for part in media:
             for image in part.frames if isinstance(part, VideoPart) else (part.image,):
+                with self._changed:
+                    self.num_decoded += 1
                 if not image.startswith(b"\x89PNG"):
                     raise ImageParseError("the image can't be decoded", allowed="a whole PNG", param="messages")
-=======
-        images = [part for m in request.messages for part in m.parts if isinstance(part, ImagePart)]
-        for image in images:
-            with self._changed:
-                self.num_decoded += 1
-            if not image.image.startswith(b"\x89PNG"):
-                raise ImageParseError("the image can't be decoded", allowed="a whole PNG", param="messages")
->>>>>>> dc68d38 (Constrain answers to JSON schemas; prepare once for n choices)
         if len(text) > self.info.max_context_tokens:
             raise ContextLengthError("the prompt does not fit", value=len(text), allowed="100 tokens", param="messages")
         if "bad prepare" in text:
