@@ -6,6 +6,7 @@ is allowed, and what to do about it. `code` is a stable name that the HTTP layer
     DualVisionError
     |-- InputError                    the request is wrong; the same request will fail again
     |   |-- InvalidRequestError       a message, role, part or parameter
+    |   |-- InvalidSchemaError        a JSON schema that is no schema, or that can't be followed
     |   |-- ContextLengthError        prompt and images do not fit the context
     |   `-- ImageError
     |       |-- ImageNotFoundError    a path that is not there or can't be read
@@ -25,6 +26,7 @@ is allowed, and what to do about it. `code` is a stable name that the HTTP layer
     `-- EngineError
         |-- OverloadedError           the queue is full; try again later
         |-- RequestFailedError        this one request broke inside the engine
+        |-- OutOfDeviceMemoryError    this one request does not fit the memory, even alone
         `-- EngineDeadError           the engine loop has stopped
 """
 
@@ -56,6 +58,10 @@ class InputError(DualVisionError):
 
 class InvalidRequestError(InputError):
     code = "invalid_value"
+
+
+class InvalidSchemaError(InputError):
+    code = "invalid_json_schema"
 
 
 class ContextLengthError(InputError):
@@ -132,6 +138,10 @@ class OverloadedError(EngineError):
 
 class RequestFailedError(EngineError):
     code = "request_failed"
+
+
+class OutOfDeviceMemoryError(EngineError):
+    code = "out_of_memory"
 
 
 class EngineDeadError(EngineError):

@@ -89,12 +89,24 @@ class ChatMessage:
 
 
 @dataclass(frozen=True, slots=True)
+class ResponseFormat:
+    """The answer is JSON. schema: as JSON text, its order of properties is the answer's; None is any object.
+
+    What the schema may hold is the engine's business: `prepare` raises InvalidSchemaError.
+    """
+
+    schema: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to choose tokens. `temperature == 0` is greedy; `seed` gives the request its own generator.
 
     presence_penalty, frequency_penalty: OpenAI's, over the tokens generated so far; repetition_penalty: over prompt
     and generated tokens, 1 is off. logit_bias: {token id: added to its logit}. logprobs: None is off, else how many of
-    the most likely tokens to report beside the chosen one. min_tokens: no end of text before so many tokens.
+    the most likely tokens to report beside the chosen one. min_tokens: no end of text before so many tokens, unless
+    nothing else can follow. response_format: only tokens that keep the answer within it; None is plain text. It ends by
+    itself, so `ignore_eos` contradicts it.
     """
 
     max_tokens: int = 256
@@ -112,6 +124,7 @@ class SamplingParams:
     logprobs: int | None = None
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    response_format: ResponseFormat | None = None
 
     def __post_init__(self) -> None:
         _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "an integer of at least 1")
@@ -131,6 +144,8 @@ class SamplingParams:
         _check("logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "0 to 20")
         _check("min_tokens", self.min_tokens, 0 <= self.min_tokens <= self.max_tokens, "0 to max_tokens")
         _check("stop_token_ids", self.stop_token_ids, len(self.stop_token_ids) <= 64, "at most 64 token ids")
+        is_ending = self.response_format is None or not self.ignore_eos
+        _check("ignore_eos", self.ignore_eos, is_ending, "false with a response_format, which ends the answer itself")
 
 
 def _check(name: str, value: object, is_allowed: bool, allowed: str) -> None:
@@ -309,6 +324,9 @@ class Engine(Protocol):
 
     def prepare(self, request: GenerationRequest) -> Any:
         """Decode images, build ids, check the context. Raises InputError; touches no engine state."""
+
+    def fork(self, prepared: Any, request: GenerationRequest) -> Any:
+        """Another request with the same messages and arm: shares the decoded images and ids. Pure, in any thread."""
 
     def add_request(self, prepared: Any) -> None:
         """Queue what `prepare` returned."""

@@ -312,7 +312,7 @@ class Admission:
         try:
             prepared = await self._prepare(requests[0])
             client._submit(requests[0].request_id, prepared, events)
-            others = [(request.request_id, await self._prepare(request)) for request in requests[1:]]
+            others = [(request.request_id, await self._fork(prepared, request)) for request in requests[1:]]
             while recorders:
                 event = await self._before_deadline(events.get())
                 recorder = recorders[event.request_id]
@@ -334,12 +334,18 @@ class Admission:
                 recorder.finish(failure)
 
     async def _prepare(self, request: GenerationRequest) -> Any:
+        engine = self._client._ready_engine()
+        return await self.in_pool(partial(engine.prepare, self._until_deadline(request)))
+
+    async def _fork(self, prepared: Any, request: GenerationRequest) -> Any:
+        engine = self._client._ready_engine()
+        return await self.in_pool(partial(engine.fork, prepared, self._until_deadline(request)))
+
+    def _until_deadline(self, request: GenerationRequest) -> GenerationRequest:
         # The engine gets the deadline too: what has run out of time while it queued is not computed.
         left = max(self._deadline - asyncio.get_running_loop().time(), 0.0)
-        engine = self._client._ready_engine()
         spent, self._fetch_seconds = self._fetch_seconds, 0.0
-        request = replace(request, timeout_seconds=left, fetch_seconds=spent)
-        return await self.in_pool(partial(engine.prepare, request))
+        return replace(request, timeout_seconds=left, fetch_seconds=spent)
 
     def _in_time(self, error: DualVisionError) -> DualVisionError:
         """The engine may see the deadline pass before we do: then it is the same end by another name."""

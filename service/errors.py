@@ -115,6 +115,7 @@ TABLE: Mapping[type[BaseException], Rule] = {
     core.DualVisionError: Rule(500, _SERVER, "internal_error", _BROKEN),
     core.InputError: Rule(400, _INVALID, "invalid_request"),
     core.InvalidRequestError: Rule(400, _INVALID, "invalid_value"),
+    core.InvalidSchemaError: Rule(400, _INVALID, "invalid_json_schema"),
     core.ContextLengthError: Rule(400, _INVALID, "context_length_exceeded"),
     core.ImageError: Rule(400, _INVALID, "invalid_image"),
     core.ImageNotFoundError: Rule(400, _INVALID, "image_not_found", "The image could not be found."),
@@ -136,6 +137,12 @@ TABLE: Mapping[type[BaseException], Rule] = {
         503, _SERVER, "server_overloaded", "The server is busy: its queue is full. Try again shortly.", may_retry=True
     ),
     core.RequestFailedError: Rule(500, _SERVER, "request_failed", "This request failed inside the engine."),
+    core.OutOfDeviceMemoryError: Rule(
+        503,
+        _SERVER,
+        "out_of_memory",
+        "This request needs more memory than the server has. Send smaller images or less.",
+    ),
     core.EngineDeadError: Rule(503, _SERVER, "engine_dead", "The engine has stopped; the server must be restarted."),
     InvalidBodyError: Rule(400, _INVALID, "invalid_value"),
     UnsupportedParameterError: Rule(400, _INVALID, "unsupported_parameter"),

@@ -47,6 +47,8 @@ class RequestScope:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
+                # What a model says may look like a page; a browser must not take it for one.
+                headers["x-content-type-options"] = "nosniff"
                 total = f"total;dur={(self._clock() - start) * 1000:.1f}"
                 stages = headers.get("server-timing")
                 headers["server-timing"] = f"{stages}, {total}" if stages else total

@@ -6,12 +6,13 @@ back from TokenEvents to JSON objects (fusion weights and comparisons: reports.p
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from model_core.analysis.compare import collect_answer
-from model_core.errors import InvalidRequestError, ModelNotFoundError, RequestFailedError
+from model_core.errors import InvalidRequestError, InvalidSchemaError, ModelNotFoundError, RequestFailedError
 from model_core.types import (
     ARMS,
     Arm,
@@ -19,12 +20,14 @@ from model_core.types import (
     FinishReason,
     GenerationRequest,
     ModelInfo,
+    ResponseFormat,
     SamplingParams,
     Timings,
     TokenEvent,
     TokenLogprob,
     Usage,
 )
+from service.protocol import chat as protocol
 from service.protocol.chat import ChatCompletionRequest, check_supported
 from service.protocol.completion import (
     AssistantMessage,
@@ -120,7 +123,22 @@ def _chat_sampling(body: ChatCompletionRequest, info: ModelInfo) -> SamplingPara
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         min_tokens=body.min_tokens or 0,
         stop_token_ids=body.stop_token_ids or (),
+        response_format=_to_format(body.response_format),
     )
+
+
+def _to_format(asked: protocol.ResponseFormat | None) -> ResponseFormat | None:
+    if asked is None or asked.type == "text":
+        return None
+    schema = asked.json_schema.schema_ if asked.json_schema is not None else None
+    if schema is None:
+        return ResponseFormat()
+    try:
+        return ResponseFormat(json.dumps(schema, allow_nan=False))
+    except ValueError:
+        raise InvalidSchemaError(
+            "the JSON schema holds a number that is not finite", allowed="finite numbers", param="response_format"
+        ) from None
 
 
 def to_requests(plan: ChatPlan, messages: tuple[ChatMessage, ...], completion_id: str) -> tuple[GenerationRequest, ...]:

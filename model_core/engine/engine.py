@@ -18,14 +18,15 @@ from torch import Tensor
 from model_core.engine.block_manager import BlockManager
 from model_core.engine.config import BLOCK_SIZE, EngineConfig
 from model_core.engine.detokenizer import Detokenizer, bytes_of, text_of
+from model_core.engine.grammar import GrammarCompiler, GrammarMatcher
 from model_core.engine.model_runner import ModelRunner
 from model_core.engine.prefix_hash import PrefixHasher, prefix_root
 from model_core.engine.sampler import Sampled, SamplerState, check_params, sample_batch
 from model_core.engine.scheduler import Chunk, Scheduler, SchedulerConfig
 from model_core.engine.sequence import Sequence
-from model_core.errors import DualVisionError, InvalidRequestError, RequestFailedError
-from model_core.processing.batch import InputFormat, prepare_inputs
-from model_core.types import EngineStats, FinishReason, GenerationRequest, ModelInfo, TokenEvent
+from model_core.errors import DualVisionError, InvalidRequestError, OutOfDeviceMemoryError, RequestFailedError
+from model_core.processing.batch import InputFormat, ModelInputs, prepare_inputs
+from model_core.types import EngineStats, FinishReason, GenerationRequest, ModelInfo, SamplingParams, TokenEvent
 
 #: What one row may do wrong without taking the others with it.
 ROW_ERRORS = (RuntimeError, ValueError, MemoryError, DualVisionError)
@@ -49,6 +50,7 @@ class ContinuousEngine:
         )
         self._eos_ids = eos_ids
         self._vocab_size = runner.decoder.config.vocab_size
+        self._grammars = GrammarCompiler(runner.fmt.tokenizer, self._vocab_size, eos_ids)
         self._arrivals = itertools.count()
         self._known: dict[str, Sequence] = {}
         self._to_encode: OrderedDict[str, Sequence] = OrderedDict()
@@ -62,7 +64,7 @@ class ContinuousEngine:
         clock: Callable[[], float] = self.runner.clock
         start = clock()
         sampling, suffix = request.sampling, request.score_token_ids or ()
-        check_params(sampling, self._vocab_size)
+        grammar = self._start_grammar(sampling)  # first: a refusal is cheaper than a picture
         most = self.info.max_context_tokens
         inputs = prepare_inputs(
             request.messages,
@@ -71,15 +73,28 @@ class ContinuousEngine:
             suffix,
             clock=clock,
         )
-        tokenizer = self.runner.fmt.tokenizer
+        prepared = self._sequence(request, inputs, grammar)
+        prepared.preprocess_seconds = clock() - start + request.fetch_seconds
+        return prepared
+
+    def fork(self, prepared: Sequence, request: GenerationRequest) -> Sequence:
+        """Nothing of the images or the text is done again; what sampling needs is this request's own."""
+        return self._sequence(request, prepared.inputs, self._start_grammar(request.sampling))
+
+    def _start_grammar(self, sampling: SamplingParams) -> GrammarMatcher | None:
+        check_params(sampling, self._vocab_size)
+        wanted = sampling.response_format
+        return None if wanted is None else self._grammars.matcher(wanted)
+
+    def _sequence(self, request: GenerationRequest, inputs: ModelInputs, grammar: GrammarMatcher | None) -> Sequence:
+        sampling, most = request.sampling, self.info.max_context_tokens
         return Sequence(
             request=request,
             inputs=inputs,
             max_tokens=min(sampling.max_tokens, most - len(inputs.input_ids)),
-            detokenizer=Detokenizer(tokenizer, sampling.stop),
-            sampler=SamplerState(sampling, inputs.input_ids, self._eos_ids),
+            detokenizer=Detokenizer(self.runner.fmt.tokenizer, sampling.stop),
+            sampler=SamplerState(sampling, inputs.input_ids, self._eos_ids, grammar),
             hasher=self._hasher(request),
-            preprocess_seconds=clock() - start + request.fetch_seconds,
         )
 
     def _hasher(self, request: GenerationRequest) -> PrefixHasher | None:
@@ -199,6 +214,7 @@ class ContinuousEngine:
             if len(sequences) == 1:
                 events.append(self._fail(sequences[0], error))
                 return
+            _make_room(error)
             half = len(sequences) // 2
             self._encode(sequences[:half], events)
             self._encode(sequences[half:], events)
@@ -247,6 +263,7 @@ class ContinuousEngine:
         if len(chunks) == 1:
             events.append(self._fail(chunks[0].sequence, error))
             return
+        _make_room(error)
         half = len(chunks) // 2
         for part in (chunks[:half], chunks[half:]):
             for chunk in part:
@@ -314,9 +331,7 @@ class ContinuousEngine:
 
     def _fail(self, sequence: Sequence, error: Exception) -> TokenEvent:
         self._free(sequence)
-        shown = error if isinstance(error, DualVisionError) else RequestFailedError(
-            "the model failed on this request", value=type(error).__name__
-        )  # fmt: skip
+        shown = _told(error)
         shown.__cause__ = None if shown is error else error
         timings = sequence.timings(self.runner.clock())
         return TokenEvent(sequence.request_id, error=shown, usage=sequence.usage(), timings=timings)
@@ -328,6 +343,25 @@ class ContinuousEngine:
         self.scheduler.remove(sequence)
         self.runner.store.close(sequence)
         sequence.embeds = None
+
+
+def _told(error: Exception) -> DualVisionError:
+    if isinstance(error, DualVisionError):
+        return error
+    if _is_memory(error):
+        return OutOfDeviceMemoryError("this request does not fit the memory", fix="Send smaller images or less text")
+    return RequestFailedError("the model failed on this request", value=type(error).__name__)
+
+
+def _make_room(error: Exception) -> None:
+    """Before a smaller try: what the larger one has left behind in torch's cache may be in its way."""
+    if _is_memory(error) and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _is_memory(error: Exception) -> bool:
+    # On CPUs torch's allocator raises a plain RuntimeError.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _is_answering(chunk: Chunk[Sequence]) -> bool:

@@ -8,13 +8,14 @@ raw logits; then mask, bias, minimum length, penalties; then temperature, min-p,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from model_core.errors import InvalidRequestError, RequestFailedError
+from model_core.engine.grammar import GrammarMatcher
+from model_core.errors import DualVisionError, InvalidRequestError, RequestFailedError
 from model_core.types import SamplingParams, TokenLogprob
 
 #: Colder is greedy: dividing float32 logits by less overflows.
@@ -31,29 +32,37 @@ class Sampled:
 class SamplerState:
     """What choosing one request's tokens needs to remember. `push` tells it what was chosen.
 
-    mask: gives a bool (V,) of the tokens allowed next, or None for all; a grammar sets it.
+    grammar: says which tokens are allowed next and is told what came; None allows all.
     """
 
-    __slots__ = ("_prompt_ids", "counts", "end_ids", "generator", "mask", "num_generated", "params")
+    __slots__ = ("_prompt_ids", "counts", "end_ids", "generator", "grammar", "num_generated", "params")
 
-    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int], eos_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        eos_ids: frozenset[int],
+        grammar: GrammarMatcher | None = None,
+    ) -> None:
         self.params, self.generator = params, build_generator(params)
         self._prompt_ids = prompt_ids
         self.end_ids = sorted((set() if params.ignore_eos else eos_ids) | set(params.stop_token_ids))
         self.counts: Counter[int] = Counter()
         self.num_generated = 0
-        self.mask: Callable[[], Tensor | None] | None = None
+        self.grammar = grammar
 
     def push(self, token_id: int) -> None:
         self.counts[token_id] += 1
         self.num_generated += 1
+        if self.grammar is not None:
+            self.grammar.accept(token_id)
 
     @property
     def is_plain(self) -> bool:
         """Greedy over the raw logits, and nothing to report."""
         p = self.params
         return (
-            self.generator is None and p.logprobs is None and self.mask is None and not self._is_too_short
+            self.generator is None and p.logprobs is None and self.grammar is None and not self._is_too_short
             and not p.logit_bias and not p.presence_penalty and not p.frequency_penalty and p.repetition_penalty == 1.0
         )  # fmt: skip
 
@@ -64,16 +73,18 @@ class SamplerState:
     def change(self, logits: Tensor) -> Tensor:
         """(V,) float32 on the CPU with everything but temperature and filters applied; may be the same tensor."""
         p = self.params
-        allowed = self.mask() if self.mask is not None else None
-        if allowed is not None:
-            logits = logits.masked_fill(~allowed, _NEVER)
-        is_changing = p.logit_bias or self._is_too_short or p.repetition_penalty != 1.0
+        is_too_short = self._is_too_short
+        if self.grammar is not None:
+            logits = logits.masked_fill(~self.grammar.mask(), _NEVER)
+            # A minimum length can't make an answer longer that has no way on.
+            is_too_short = is_too_short and not _is_only(logits, self.end_ids)
+        is_changing = p.logit_bias or is_too_short or p.repetition_penalty != 1.0
         if not (is_changing or p.frequency_penalty or p.presence_penalty):
             return logits
         logits = logits.clone()
         if p.logit_bias:
             logits[torch.tensor(list(p.logit_bias))] += torch.tensor(list(p.logit_bias.values()), dtype=logits.dtype)
-        if self._is_too_short and self.end_ids:
+        if is_too_short and self.end_ids:
             logits[torch.tensor(self.end_ids)] = _NEVER
         if p.repetition_penalty != 1.0:
             seen = torch.tensor(sorted({*self._prompt_ids, *self.counts}))
@@ -83,6 +94,12 @@ class SamplerState:
             ids, counts = torch.tensor(list(self.counts)), torch.tensor(list(self.counts.values()), dtype=logits.dtype)
             logits[ids] -= p.frequency_penalty * counts + p.presence_penalty
         return logits
+
+
+def _is_only(logits: Tensor, ids: Sequence[int]) -> bool:
+    """Whether nothing but these is left to choose from."""
+    left = logits != _NEVER
+    return int(left.sum()) == int(left[list(ids)].sum())
 
 
 def build_generator(params: SamplingParams) -> torch.Generator | None:
@@ -141,7 +158,7 @@ def _sample_row(raw: Tensor, state: SamplerState) -> Sampled | Exception:
         generator = state.generator
         token = int(logits.argmax()) if generator is None else _draw(logits, state.params, generator)
         return Sampled(token, _logprob(raw, token, state.params.logprobs))
-    except (RuntimeError, ValueError) as error:  # this row's own: the others must not feel it
+    except (RuntimeError, ValueError, DualVisionError) as error:  # this row's own: the others must not feel it
         return error
 
 

@@ -7,7 +7,7 @@ Every known parameter either works, or is neutral (its value asks for nothing), 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, StringConstraints
 
@@ -53,9 +53,23 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
+class JsonSchema(BaseModel):
+    """`strict` false asks for less than is given: the answer always keeps to the schema.
+
+    name, description: for the client's own use; no model is told. schema: null is any object.
+    """
+
+    model_config = TOLERANT
+    name: Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: Annotated[str, Field(max_length=4096)] | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
 class ResponseFormat(BaseModel):
     model_config = TOLERANT
     type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
 
 
 class FusionOptions(BaseModel):
@@ -70,7 +84,8 @@ class ChatCompletionRequest(BaseModel):
 
     n: choice i is sampled with `seed + i` where a seed is given. priority: lower goes first. logit_bias: token ids as
     strings. logprobs: of the raw distribution, before temperature and penalties; one entry a generated token, the
-    end-of-text token included, so that there are `completion_tokens` of them.
+    end-of-text token included, so that there are `completion_tokens` of them. response_format: past `max_tokens` the
+    JSON is cut, and `finish_reason` is "length".
     """
 
     model_config = TOLERANT
@@ -134,6 +149,8 @@ def check_supported(body: ChatCompletionRequest) -> list[str]:
     _check_combinations(body)
     ignored.extend(extra_names("stream_options", body.stream_options))
     ignored.extend(extra_names("response_format", body.response_format))
+    if body.response_format is not None:
+        ignored.extend(extra_names("response_format.json_schema", body.response_format.json_schema))
     for index, message in enumerate(body.messages):
         ignored.extend(_check_message(f"messages[{index}]", message))
     return ignored
@@ -147,11 +164,12 @@ def _is_same(value: object, neutral: object) -> bool:
 
 
 def _check_combinations(body: ChatCompletionRequest) -> None:
-    if body.response_format is not None and body.response_format.type != "text":
-        raise UnsupportedParameterError(
-            "'response_format' is not supported beyond plain text",
-            value=body.response_format.type,
-            allowed='{"type": "text"}',
+    form = body.response_format
+    if form is not None and (form.type == "json_schema") != (form.json_schema is not None):
+        raise InvalidBodyError(
+            "'response_format.json_schema' and the type 'json_schema' belong together",
+            value=form.type,
+            allowed='{"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}',
             param="response_format",
         )
     if body.stream_options is not None and not body.stream:

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from model_core.errors import ContextLengthError, ImageParseError, RequestFailedError
+from model_core.errors import ContextLengthError, ImageParseError, OutOfDeviceMemoryError, RequestFailedError
 from model_core.types import (
     Arm,
     EngineStats,
@@ -65,12 +65,15 @@ class FakeEngine:
 
     "forever": says one word and never ends by itself; "count": as many words as max_tokens; "seed": says its seed;
     "break": the row fails, "break last": only that of the third choice; "lose": the engine forgets the request;
-    "die": the step raises. `hold()` stops all steps until `release()`; `seen` is every prepared request, `added` and
-    `aborted` their ids as they came and went; `counters` goes into `stats`.
+    "memory": the row is out of it; "die": the step raises. `hold()` stops all steps until `release()`; `seen` is
+    every prepared request, `forked` those that shared another's preparation, `num_decoded` counts images; `added` and
+    `aborted` are ids as they came and went; `counters` goes into `stats`.
     """
 
     info: ModelInfo = INFO
     seen: list[GenerationRequest] = field(default_factory=list)
+    forked: list[GenerationRequest] = field(default_factory=list)
+    num_decoded: int = 0
     added: list[str] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     counters: dict[str, Any] = field(default_factory=dict)
@@ -106,6 +109,8 @@ class FakeEngine:
         media = [part for m in request.messages for part in m.parts if isinstance(part, (ImagePart, VideoPart))]
         for part in media:
             for image in part.frames if isinstance(part, VideoPart) else (part.image,):
+                with self._changed:
+                    self.num_decoded += 1
                 if not image.startswith(b"\x89PNG"):
                     raise ImageParseError("the image can't be decoded", allowed="a whole PNG", param="messages")
         if len(text) > self.info.max_context_tokens:
@@ -120,6 +125,14 @@ class FakeEngine:
         elif "count" in text:
             words = ("x",) * request.sampling.max_tokens
         return _Row(request, words, len(media))
+
+    def fork(self, prepared: _Row, request: GenerationRequest) -> _Row:
+        self.forked.append(request)
+        self._note()
+        row = _Row(request, prepared.words, prepared.num_images)
+        if "seed" in _text(request):
+            row.words = (str(request.sampling.seed), "")
+        return row
 
     def add_request(self, prepared: _Row) -> None:
         if "refuse" in _text(prepared.request):
@@ -156,15 +169,8 @@ class FakeEngine:
 
     def _advance(self, row: _Row) -> list[TokenEvent]:
         text, request_id = _text(row.request), row.request.request_id
-        if "die" in text:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        if "lose" in text:
-            del self.rows[request_id]
-            return []
-        breaks = "break last" not in text or request_id.endswith("-2")
-        if "break" in text and breaks and row.num_done == 1:
-            del self.rows[request_id]
-            return [TokenEvent(request_id, error=RequestFailedError("NaN in secret user text"))]
+        if (trouble := self._trouble(row, text)) is not None:
+            return trouble
         if "forever" in text and row.num_done == 1:
             return []
         event = TokenEvent(request_id)
@@ -183,6 +189,22 @@ class FakeEngine:
         if row.num_done == row.request.sampling.max_tokens:
             return [self._end(row, event, "length")]
         return [event]
+
+    def _trouble(self, row: _Row, text: str) -> list[TokenEvent] | None:
+        request_id = row.request.request_id
+        if "die" in text:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if "lose" in text:
+            del self.rows[request_id]
+            return []
+        breaks = "break last" not in text or request_id.endswith("-2")
+        if "break" in text and breaks and row.num_done == 1:
+            del self.rows[request_id]
+            return [TokenEvent(request_id, error=RequestFailedError("NaN in secret user text"))]
+        if "memory" in text:
+            del self.rows[request_id]
+            return [TokenEvent(request_id, error=OutOfDeviceMemoryError("48 GiB of secret device is full"))]
+        return None
 
     def _end(self, row: _Row, event: TokenEvent, reason: FinishReason) -> TokenEvent:
         del self.rows[row.request.request_id]

@@ -87,8 +87,6 @@ def check_named(response: httpx.Response) -> str:
         ("function_call", {"name": "f"}), ("audio", {"voice": "x"}), ("modalities", ["text", "audio"]),
         ("prediction", {"type": "content", "content": "x"}), ("reasoning_effort", "low"), ("verbosity", "low"),
         ("web_search_options", {}), ("web_search_options", {"search_context_size": "low"}),
-        ("response_format", {"type": "json_object"}),
-        ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
     ],
 )  # fmt: skip
 def test_a_parameter_that_would_be_ignored_is_refused(shared: LiveServer, name: str, value: object):

@@ -19,8 +19,15 @@ def test_choices_in_one_body(shared: LiveServer):
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (9, 12, 21)
     assert (usage.prompt_tokens_details.cached_tokens, usage.prompt_tokens_details.multimodal_tokens) == (2, 4)
     assert len(completion.fusion) == 1
-    ids = [request.request_id for request in shared.engine.seen[-3:]]
-    assert ids == [f"{completion.id}-{i}" for i in range(3)]
+    assert shared.engine.seen[-1].request_id == f"{completion.id}-0"
+    assert [request.request_id for request in shared.engine.forked[-2:]] == [f"{completion.id}-{i}" for i in (1, 2)]
+
+
+def test_choices_share_one_preparation(start):
+    """A picture is decoded once and its prompt tokenised once, whatever n."""
+    live = start()
+    assert live.chat("what?", images=2, n=4).status_code == 200
+    assert (len(live.engine.seen), len(live.engine.forked), live.engine.num_decoded) == (1, 3, 2)
 
 
 @pytest.mark.parametrize(
@@ -70,10 +77,8 @@ def test_one_choice_that_breaks_ends_all(start, is_stream: bool):
 
 def test_a_choice_that_can_not_be_prepared_ends_all(start):
     class Second(FakeEngine):
-        def prepare(self, request):
-            if request.request_id.endswith("-1"):
-                raise KeyError("secret user text")
-            return super().prepare(request)
+        def fork(self, prepared, request):
+            raise KeyError("secret user text")
 
     live = start(Second())
     assert live.chat("forever", n=2).json()["error"]["code"] == "internal_error"
@@ -87,7 +92,7 @@ def test_the_others_follow_the_first_ones_prompt(start):
     live.engine.hold()
     answered = threading.Thread(target=live.chat, args=("what?",), kwargs={"n": 3})
     answered.start()
-    live.engine.wait_until(lambda: len(live.engine.seen) == 3 and live.engine.added)
+    live.engine.wait_until(lambda: len(live.engine.forked) == 2 and live.engine.added)
     assert len(live.engine.added) == 1
     live.engine.release()
     answered.join(20)

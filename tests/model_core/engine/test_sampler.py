@@ -179,11 +179,24 @@ def test_a_row_that_is_not_finite_fails_alone() -> None:
     assert [type(one) for one in found] == [Sampled, RequestFailedError, RequestFailedError, Sampled]
 
 
+class Allowing:
+    """A grammar that never moves."""
+
+    def __init__(self, *ids: int) -> None:
+        self._mask = torch.zeros(7, dtype=torch.bool)
+        self._mask[list(ids)] = True
+
+    def mask(self) -> torch.Tensor:
+        return self._mask
+
+
 def test_a_mask_leaves_what_it_allows_and_an_empty_one_is_that_rows_error() -> None:
-    one, none = state(), state(temperature=1.0)
-    one.mask = lambda: torch.tensor([True, False, True, False, False, False, False])
-    none.mask = lambda: torch.zeros(7, dtype=torch.bool)
-    found = sample_batch(LOGITS.repeat(3, 1), [one, none, state()])
+    one, none, short = state(), state(temperature=1.0), state(min_tokens=3)
+    one.grammar = Allowing(0, 2)
+    none.grammar = Allowing()
+    short.end_ids, short.grammar = [2], Allowing(2)
+    found = sample_batch(LOGITS.repeat(4, 1), [one, none, state(), short])
+    assert found.pop() == Sampled(2), "min_tokens does not hold an answer that can only end"
     assert found[0] == Sampled(0)
     assert isinstance(found[1], RequestFailedError)
     assert found[2] == Sampled(1)
