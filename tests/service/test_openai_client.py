@@ -153,10 +153,10 @@ def test_an_overloaded_server_is_asked_again_after_the_time_it_said(start):
 def test_a_client_that_gives_up_frees_its_place(start):
     live = start(max_num_seqs=1, max_waiting=0)
     live.engine.hold()
-    for is_stream in (False, True):
+    for number, is_stream in enumerate((False, True), start=1):
         with pytest.raises(openai.APITimeoutError):
             live.openai.with_options(timeout=0.2).chat.completions.create(**ask(), stream=is_stream)
-    live.engine.wait_until(lambda: len(live.engine.aborted) == 2)
+        live.engine.wait_until(lambda number=number: len(live.engine.aborted) == number)
     live.engine.release()
     assert live.openai.chat.completions.create(**ask()).choices[0].message.content == "a red fox"
 
