@@ -79,7 +79,9 @@ class ContinuousEngine:
 
     def fork(self, prepared: Sequence, request: GenerationRequest) -> Sequence:
         """Nothing of the images or the text is done again; what sampling needs is this request's own."""
-        return self._sequence(request, prepared.inputs, self._start_grammar(request.sampling))
+        forked = self._sequence(request, prepared.inputs, self._start_grammar(request.sampling))
+        forked.is_fork = True
+        return forked
 
     def _start_grammar(self, sampling: SamplingParams) -> GrammarMatcher | None:
         check_params(sampling, self._vocab_size)

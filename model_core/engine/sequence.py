@@ -19,7 +19,7 @@ class Sequence:
     """Times are readings of the engine's clock; the scheduler owns num_computed, num_cached, blocks, block_hashes.
 
     embeds: (N, D) fused tokens of all its images, kept until it ends: a preempted sequence needs them again.
-    image_places: where in the prompt they go.
+    image_places: where in the prompt they go. is_fork: its inputs were prepared for another, who tells what that took.
     """
 
     request: GenerationRequest
@@ -29,6 +29,7 @@ class Sequence:
     sampler: SamplerState
     hasher: PrefixHasher | None
     preprocess_seconds: float = 0.0
+    is_fork: bool = False
     arrival: int = 0
     added_at: float = 0.0
     queued_at: float | None = None
@@ -115,5 +116,5 @@ class Sequence:
             prefill_seconds=self.prefill_seconds,
             decode_seconds=decode,
             encoder_seconds=self.encoder_seconds,
-            preprocess_stages=self.inputs.media.stage_seconds,
+            preprocess_stages={} if self.is_fork else self.inputs.media.stage_seconds,
         )

@@ -17,7 +17,7 @@ from model_core.engine.json_schema import MAX_DEPTH, check_schema
 from model_core.errors import InvalidRequestError, InvalidSchemaError
 from model_core.types import ChatMessage, GenerationRequest, ResponseFormat, SamplingParams, TextPart, TokenEvent
 from tests.model_core import tiny
-from tests.model_core.engine.test_engine import run
+from tests.model_core.engine.test_engine import random_request, run
 
 SCHEMAS = {
     "enums": {
@@ -173,6 +173,20 @@ def test_a_fork_shares_inputs_and_has_its_own_place_in_the_grammar() -> None:
         for event in engine.step():
             texts[event.request_id] += event.text
     assert texts == {request.request_id: alone[f"{request.request_id} alone"].text for request in asked}
+
+
+def test_what_preparing_took_is_told_once() -> None:
+    """Each fork told the shared picture's decode again, and the metrics counted it n times."""
+    engine, asked = small().engine, random_request(5)
+    first = engine.prepare(asked)
+    assert first.inputs.media.stage_seconds
+    engine.add_request(first)
+    engine.add_request(engine.fork(first, replace(asked, request_id="fork")))
+    told = {}
+    while engine.has_work():
+        told |= {event.request_id: event.timings for event in engine.step() if event.is_terminal}
+    assert dict(told[asked.request_id].preprocess_stages) == dict(first.inputs.media.stage_seconds)
+    assert (told["fork"].preprocess_stages, told["fork"].preprocess_seconds) == ({}, 0.0)
 
 
 DEEP: dict = {}
