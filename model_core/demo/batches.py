@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from model_core.demo.artwork import Artwork
-from model_core.demo.labels import cell_counts, cell_places
+from model_core.demo.labels import cell_counts, cell_middles, cell_places
 from model_core.demo.questions import ask
 from model_core.demo.recipe import Recipe, Stage
 from model_core.demo.scenes import KINDS, make_scene
@@ -71,6 +71,7 @@ _CELLS = {
     "letters": lambda scene: scene.cell_letters.astype(np.int64),
     "spots": lambda scene: scene.cell_spots.astype(np.int64),
     "counts": lambda scene: cell_counts(scene).astype(np.int64),
+    "middles": lambda scene: cell_middles(scene).astype(np.int64),
     "places": cell_places,
 }
 

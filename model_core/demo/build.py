@@ -59,6 +59,7 @@ class DenseHeads(nn.Module):
         self.letters = nn.Linear(dims["qwen"], 2 * NUM_LETTERS)
         self.spots = nn.Linear(dims["qwen"], 2 * (MAX_SPOT + 1))
         self.counts = nn.Linear(dims["dinov2"], 2 * (MAX_COUNT + 1))
+        self.middles = nn.Linear(dims["dinov2"], 3)
 
     def forward(self, features: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """features: (S, C_e) by encoder -> the summed loss and the shares of labelled cells that are right."""
@@ -82,6 +83,7 @@ class DenseHeads(nn.Module):
         read(self.spots, features["qwen"].float(), "spots", 0.5, "spots")
         if "dinov2" in features:
             read(self.counts, features["dinov2"].float(), "counts", 0.5, "counts")
+            read(self.middles, features["dinov2"].float(), "middles", 1.0, "middles")
         return torch.stack(losses).sum(), scores
 
 
@@ -265,14 +267,15 @@ class DemoBuilder:
         with torch.autocast(self.device.type, enabled=False):
             words = backbone.get_input_embeddings().weight
             align = self.alignment.loss(fused.tokens, batch.cells, words)
-        look = self.lookup.loss(ids, mask[..., 0], batch.cells["class"], seen)
+        look, tally = self.lookup.loss(ids, mask[..., 0], batch.cells, seen)
         scores = {
             "answer": float(loss.detach()),
             "align": float(align.detach()),
             "look": float(look.detach()),
+            "tally": float(tally.detach()),
             "tokens_right": float((logits.argmax(-1) == labels[is_label]).float().mean()),
         }
-        loss = loss + ALIGNMENT_WEIGHT * align + LOOKUP_WEIGHT * look
+        loss = loss + ALIGNMENT_WEIGHT * align + LOOKUP_WEIGHT * (look + tally)
         if fused.weights is not None:
             # marginal_kl: over many pictures both eyes are used, in one picture either may win
             mean = fused.weights.mean(0)

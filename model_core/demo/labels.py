@@ -70,6 +70,15 @@ def cell_places(scene: Any) -> np.ndarray:
     return 2 * places - 1
 
 
+def cell_middles(scene: Any) -> np.ndarray:
+    """int16 (gh, gw): 2 where the middle of the cell's object lies, 1 in its other cells, 0 where there is none."""
+    middles = np.minimum(scene.cell_object, 1).astype(np.int16)
+    for one in scene.objects:
+        x, y = one.centre
+        middles[int(y) // CELL, int(x) // CELL] = 2
+    return middles
+
+
 def cell_counts(scene: Any) -> np.ndarray:
     """int16 (gh, gw, 2): in an object's cells how many objects of its name, and how many in all; else 0."""
     counts = np.zeros((*scene.cell_object.shape, 2), np.int16)

@@ -1,9 +1,12 @@
-"""A word looks at the cells that it means: a loss on one attention head of the demo's language model.
+"""A word looks at the cells that it means: losses on two attention heads of the demo's language model.
 
 Every question about a thing begins with finding it. Left to the answers alone, that look-up emerges late and all at
-once, after more steps than two cores have time for; but scenes know which cells a noun means, so one head of the
-first layer is told. A noun for what is not in the picture looks at the first token, which is how "no" is seen.
-Guided attention as in Liu et al. 2016 (1605.09553), for a single head.
+once, after more steps than two cores have time for; but scenes know which cells a noun means, so two heads of the
+first layer are told. One looks at all cells of the thing, or at the first token if it is not there, which is how "no"
+is seen. The other counts: it looks evenly at the first token and at the middle cell of each of the n things that are
+meant, so that 1 / (n + 1) of its look stays on the first token. Attention is a mean and can't count by itself; beside a
+token that is always there it can.
+Guided attention as in Liu et al. 2016 (1605.09553), for single heads.
 """
 
 from __future__ import annotations
@@ -15,23 +18,30 @@ import torch
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
+from model_core.demo.canvas import SHAPES
 from model_core.demo.questions import plural_of
 from model_core.demo.scenes import CLASS_NAMES
 
-LAYER, HEAD = 0, 0
+LAYER, HEAD, TALLY_HEAD = 0, 0, -1
+_MIDDLE = 2  # see labels.cell_middles
 
 
 class Lookup:
-    """Watches the guided head during one forward; `loss` then says how much of each noun's look went astray."""
+    """Watches the guided heads during one forward; `loss` then says how much of each noun's look went astray."""
 
     def __init__(self, tokenizer: Any, language_model: nn.Module, device: torch.device) -> None:
         config = language_model.config
         self.attention = language_model.layers[LAYER].self_attn
         self.head_dim = config.hidden_size // config.num_attention_heads
-        self.kv_head = HEAD * config.num_key_value_heads // config.num_attention_heads
+        self.num_heads = config.num_attention_heads
+        self.group = config.num_attention_heads // config.num_key_value_heads
+        nouns = {name: [name] for name in CLASS_NAMES[1:]} | {"shape": list(SHAPES)}
         self.class_of = torch.zeros(len(tokenizer), dtype=torch.long, device=device)
-        for index, name in enumerate(CLASS_NAMES[1:], start=1):
-            for phrase in (f" {name}", f" {plural_of(name)}"):
+        #: (nouns + 1, classes): which classes of cells noun number n means; row 0 is no noun.
+        self.means = torch.zeros(len(nouns) + 1, len(CLASS_NAMES), dtype=torch.bool, device=device)
+        for index, (noun, names) in enumerate(nouns.items(), start=1):
+            self.means[index, [CLASS_NAMES.index(name) for name in names]] = True
+            for phrase in (f" {noun}", f" {plural_of(noun)}"):
                 # A name of several tokens is known at its last one.
                 self.class_of[tokenizer.encode(phrase, add_special_tokens=False)[-1]] = index
         self._seen: tuple[Tensor, Tensor, Tensor] | None = None
@@ -48,23 +58,42 @@ class Lookup:
         finally:
             handle.remove()
 
-    def loss(self, input_ids: Tensor, is_image: Tensor, cell_class: Tensor, may_attend: Tensor) -> Tensor:
-        """Mean over nouns of -log (share of the head's attention that falls where it should).
+    def loss(
+        self, input_ids: Tensor, is_image: Tensor, cells: dict[str, Tensor], may_attend: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mean over nouns of -log (share of the look that falls where it should), and of KL(even look | the tally's).
 
-        input_ids, is_image: (B, T); cell_class: (B, cells), in the order of the image tokens; may_attend: (B, 1, T, T).
+        input_ids, is_image: (B, T); cells: class and middles of (B, gh, gw), in the order of the image tokens;
+        may_attend: (B, 1, T, T).
         """
-        hidden, cos, sin = self._seen
-        meant = self.class_of[input_ids].masked_fill(is_image, 0)  # (B, T)
-        row, place = meant.nonzero(as_tuple=True)
-        shows = torch.zeros_like(input_ids).masked_scatter(is_image, cell_class.to(input_ids.device))
+        noun = self.class_of[input_ids].masked_fill(is_image, 0)  # (B, T)
+        row, place = noun.nonzero(as_tuple=True)
         allowed = may_attend[row, 0, place]  # (N, T)
-        target = (shows[row] == meant[row, place, None]) & allowed  # a question before its picture sees none
-        target[:, 0] |= ~target.any(-1)
-        query = self.attention.q_proj(hidden)[..., HEAD * self.head_dim : (HEAD + 1) * self.head_dim]
-        key = self.attention.k_proj(hidden)[..., self.kv_head * self.head_dim : (self.kv_head + 1) * self.head_dim]
+        shows, middles = (
+            torch.zeros_like(input_ids).masked_scatter(is_image, cells[what].to(input_ids.device))[row]
+            for what in ("class", "middles")
+        )
+        # A question before its picture sees none.
+        meant = self.means[noun[row, place]].gather(1, shows) & allowed  # (N, T)
+        target = meant.clone()
+        target[:, 0] |= ~meant.any(-1)
+        scores = self._scores(HEAD, row, place, allowed)
+        look = scores.logsumexp(-1) - scores.masked_fill(~target, float("-inf")).logsumexp(-1)
+        counted = meant & (middles == _MIDDLE)
+        counted[:, 0] = True
+        scores = self._scores(TALLY_HEAD, row, place, allowed)
+        n = counted.sum(-1)
+        even = scores.masked_fill(~counted, 0.0).sum(-1) / n
+        return look.mean(), (scores.logsumexp(-1) - even - n.log()).mean()
+
+    def _scores(self, head: int, row: Tensor, place: Tensor, allowed: Tensor) -> Tensor:
+        """(N, T): what the head gives each token, seen from each noun; -inf where it may not look."""
+        hidden, cos, sin = self._seen
+        head %= self.num_heads
+        at, kv_at = head * self.head_dim, head // self.group * self.head_dim
+        query = self.attention.q_proj(hidden)[..., at : at + self.head_dim]
+        key = self.attention.k_proj(hidden)[..., kv_at : kv_at + self.head_dim]
         query, key = apply_rotary_pos_emb(query[:, None].float(), key[:, None].float(), cos.float(), sin.float())
         # All pairs, then each noun's row once: a gather of keys would add up its gradient in no fixed order.
-        scores = (query[:, 0] @ key[:, 0].transpose(1, 2) * self.head_dim**-0.5)[row, place]  # (N, T)
-        scores = scores.masked_fill(~allowed, float("-inf"))
-        hit = scores.masked_fill(~target, float("-inf")).logsumexp(-1)
-        return (scores.logsumexp(-1) - hit).mean()
+        scores = (query[:, 0] @ key[:, 0].transpose(1, 2) * self.head_dim**-0.5)[row, place]
+        return scores.masked_fill(~allowed, float("-inf"))

@@ -82,6 +82,8 @@ class Recipe:
 TO_SEE = (0.26, 0.14, 0.14, 0.12, 0.1, 0.24)
 TO_READ = (0.08, 0.04, 0.04, 0.04, 0.2, 0.6)
 TO_ANSWER = (0.12, 0.24, 0.21, 0.2, 0.23, 0.0)
+#: Last come those that are learnt last: which of several shapes is meant, how many there are, and words.
+TO_FINISH = (0.08, 0.12, 0.27, 0.27, 0.26, 0.0)
 
 RECIPE = Recipe(
     stages=(
@@ -99,6 +101,8 @@ RECIPE = Recipe(
             kinds=TO_ANSWER,
             decay_steps=350,
         ),
+        Stage("spell more", 600, ("qwen",), 1.2e-3, dense_weight=1.0, answer_weight=0.0, kinds=TO_READ),
+        Stage("finish", 400, ("encoders", "fusion", "llm"), 1.2e-3, 0.5, 1.0, encoder_dropout=0.2, kinds=TO_FINISH),
     )
 )
 

@@ -68,7 +68,7 @@ def test_a_right_answer_that_both_encoders_took_part_in(client: openai.OpenAI) -
 
 
 def test_what_the_card_calls_met_holds_whoever_else_is_asking(client: openai.OpenAI) -> None:
-    """Names, places and presence; colours, counting and reading are scored on the card and not good enough yet."""
+    """Names, places, presence (no example asks a colour); counting and reading are on the card, not good enough yet."""
     from model_core.demo.questions import grade
 
     def answer(one: dict) -> str:

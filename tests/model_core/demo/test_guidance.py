@@ -12,7 +12,7 @@ from model_core.demo.alignment import WordAlignment, attend_by_likeness
 from model_core.demo.artwork import Artwork
 from model_core.demo.batches import SceneBatches
 from model_core.demo.build import DemoBuilder
-from model_core.demo.lookup import HEAD, LAYER
+from model_core.demo.lookup import HEAD, LAYER, TALLY_HEAD
 from model_core.demo.recipe import Recipe
 from model_core.demo.scenes import CLASS_NAMES
 from tests.model_core.demo.test_build import TINY
@@ -27,7 +27,7 @@ def answering_stage(recipe: Recipe) -> int:
     return next(i for i, stage in enumerate(recipe.stages) if stage.answer_weight)
 
 
-def test_the_look_up_loss_is_of_the_heads_own_attention(builder: DemoBuilder, artwork: Artwork) -> None:
+def test_the_look_up_losses_are_of_the_heads_own_attention(builder: DemoBuilder, artwork: Artwork) -> None:
     """Against the attention weights that transformers itself reports."""
     backbone = builder.model.model.eval()
     more = replace(TINY, stages=tuple(replace(stage, batch_size=8) for stage in TINY.stages))
@@ -45,22 +45,26 @@ def test_the_look_up_loss_is_of_the_heads_own_attention(builder: DemoBuilder, ar
             attention_mask={"full_attention": mask},
             output_attentions=True,
             use_cache=False,
-        ).attentions[LAYER][:, HEAD]
-        found = builder.lookup.loss(batch.input_ids, is_image, batch.cells["class"], seen)
-    losses, num_absent = [], 0
-    nouns = builder.lookup.class_of
+        ).attentions[LAYER]
+        look, tally = builder.lookup.loss(batch.input_ids, is_image, batch.cells, seen)
+    losses, tallies, num_absent, num_middles = [], [], 0, set()
+    nouns, means = builder.lookup.class_of, builder.lookup.means
     for row, ids in enumerate(batch.input_ids.tolist()):
-        cells = dict(
-            zip(is_image[row].nonzero().flatten().tolist(), batch.cells["class"][row].flatten().tolist(), strict=True)
-        )
+        shown = (batch.cells[what][row].flatten().tolist() for what in ("class", "middles"))
+        cells = dict(zip(is_image[row].nonzero().flatten().tolist(), zip(*shown, strict=True), strict=True))
         for place, token in enumerate(ids):
-            meant = int(nouns[token])
-            if not meant or place in cells:
+            noun = int(nouns[token])
+            if not noun or place in cells:
                 continue
-            hit = [at for at, shown in cells.items() if shown == meant and bool(seen[row, 0, place, at])]
+            hit = [at for at, (c, _) in cells.items() if means[noun, c] and bool(seen[row, 0, place, at])]
             num_absent += not hit
-            losses.append(-float(weights[row, place, hit or [0]].sum().log()))
-    assert float(found) == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+            losses.append(-float(weights[row, HEAD, place, hit or [0]].sum().log()))
+            even = [0, *(at for at in hit if cells[at][1] == 2)]
+            num_middles.add(len(even) - 1)
+            tallies.append(-float((weights[row, TALLY_HEAD, place, even] * len(even)).log().mean()))
+    assert float(look) == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+    assert float(tally) == pytest.approx(sum(tallies) / len(tallies), abs=1e-4)
+    assert {0, 1, 2} <= num_middles, "nouns of none, one and several things"
     assert 0 < num_absent < len(losses), "some nouns are shown and some are not"
 
 
