@@ -12,11 +12,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-    Qwen2_5_VisionPatchEmbed,
     Qwen2_5_VisionTransformerPretrainedModel,
     Qwen2_5_VLVisionAttention,
     apply_rotary_pos_emb_vision,
@@ -92,26 +90,6 @@ class SegmentVisionAttention(Qwen2_5_VLVisionAttention):
             is_causal=False,
         )
         return out
-
-
-class LinearPatchEmbed(Qwen2_5_VisionPatchEmbed):
-    """The patch convolution as what it is, a product: its stride is its size. Convolutions are slow at that: eight
-    pictures of 256 patches took a tenth of the tower's time on two cores."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(S, 3 * temporal * patch * patch) -> (S, embed_dim)."""
-        weight = self.proj.weight
-        return F.linear(hidden_states.to(weight.dtype), weight.flatten(1))
-
-
-def use_linear_patch_embed(visual: nn.Module) -> None:
-    """For serving; the same numbers but for rounding, so a fresh model is Qwen to the bit without it."""
-    if type(visual.patch_embed) is Qwen2_5_VisionPatchEmbed:
-        old = visual.patch_embed
-        with torch.device("meta"):
-            sizes = (old.patch_size, old.temporal_patch_size, old.in_channels, old.embed_dim)
-            visual.patch_embed = LinearPatchEmbed(*sizes)
-        visual.patch_embed.proj = old.proj
 
 
 def install_segment_attention(visual: nn.Module) -> None:

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import torch
 
-from model_core.encoders.qwen import use_linear_patch_embed
 from model_core.engine.block_manager import BlockManager
 from model_core.engine.config import BLOCK_SIZE, EngineConfig
 from model_core.engine.decode_graphs import DecodeGraphs
@@ -37,7 +36,6 @@ def build_engine(
     Raises:
         ConfigError: settings that contradict each other or the device, with both numbers.
     """
-    use_linear_patch_embed(model.model.visual)
     decoder = Decoder(model.model.language_model, model.lm_head)
     shape = decoder.cache_shape
     free = torch.cuda.mem_get_info(shape.device)[0] if shape.device.type == "cuda" else None

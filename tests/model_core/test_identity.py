@@ -131,3 +131,10 @@ def test_generate_reads_the_fused_tokens() -> None:
     with torch.no_grad():
         model.fusion.gate[-1].bias[1] += 2.0
     assert not torch.allclose(logits(model, inputs), before, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_stays_qwen_to_the_bit_behind_an_engine(case: str) -> None:
+    """Serving once swapped the patch embedding for a product, and the loaded model was Qwen but for rounding."""
+    encoder = tiny.encoder(tiny.dual_model())
+    assert torch.equal(logits(encoder.model, CASES[case]), logits(tiny.qwen_model(), CASES[case]))

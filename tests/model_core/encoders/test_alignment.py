@@ -10,12 +10,7 @@ from model_core.config import DualVisionConfig
 from model_core.encoders import build_encoders
 from model_core.encoders.base import PixelSpec, VisionEncoder
 from model_core.encoders.dinov2 import IMAGENET_MEAN, IMAGENET_STD, budgeted_grid, recover_pixels, to_imagenet
-from model_core.encoders.qwen import (
-    LinearPatchEmbed,
-    SegmentVisionAttention,
-    install_segment_attention,
-    use_linear_patch_embed,
-)
+from model_core.encoders.qwen import SegmentVisionAttention, install_segment_attention
 from model_core.errors import ConfigError
 from model_core.vision_tokens import VisionTokens
 from tests.model_core import tiny
@@ -223,15 +218,3 @@ def test_the_tower_gets_every_index_ready_made_beside_its_pixels() -> None:
     assert {"position_ids", "cu_seqlens", "cu_window_seqlens", "window_index"} <= kwargs.keys()
     used = [args[0], *(v for k, v in kwargs.items() if k != "grid_thw")]
     assert {tensor.device for tensor in used} == {pixel_values.device}
-
-
-def test_the_patch_embedding_as_a_product_is_the_convolution() -> None:
-    torch.manual_seed(0)
-    visual = tiny.qwen_model().model.visual
-    patches = torch.randn(12, 3 * 2 * 14 * 14)
-    expected, weight = visual.patch_embed(patches), visual.patch_embed.proj.weight
-    use_linear_patch_embed(visual)
-    use_linear_patch_embed(visual)
-    assert isinstance(visual.patch_embed, LinearPatchEmbed)
-    assert visual.patch_embed.proj.weight is weight
-    assert torch.allclose(visual.patch_embed(patches), expected, atol=1e-5)
