@@ -75,12 +75,13 @@ def _load(args: argparse.Namespace) -> DualVisionEncoder:
 def _run(encoder: DualVisionEncoder, messages: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
     sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed}
     result: dict[str, Any] = {"model": encoder.info.model_id, "question": args.question}
-    result["fusion"] = encoder.analyze_fusion_weights(messages)
     if args.compare_encoders:
         result["comparison"] = _comparison(encoder.compare_encoders(messages, **sampling))
         result["answer"] = result["comparison"]["arms"]["fused"]["answer"]
     else:
         result["answer"] = encoder.chat(messages, **sampling)
+    # After the answer: the other way round the encoders' features would be kept already, and their time nothing.
+    result["fusion"] = encoder.analyze_fusion_weights(messages)
     if args.benchmark:
         result["benchmark"] = encoder.benchmark(messages, max_tokens=args.max_tokens, rounds=args.rounds).to_dict()
     return result

@@ -57,7 +57,9 @@ def build_engine(
         joined=decoder.joined,
     )
     num_graphs = graphs.warm_up()
-    LOG.info("keys and values in %s; %s", reason, graphs.refusal or f"{num_graphs} decode graphs")
+    LOG.info("keys and values in %s", reason)
+    if shape.device.type == "cuda":
+        LOG.info("decode graphs: %s", graphs.refusal or num_graphs)
     features = EncoderCache(config.encoder_cache_bytes)
     runner = ModelRunner(
         model, decoder, fmt, clock, store=store, features=features, graphs=graphs if graphs.is_available else None

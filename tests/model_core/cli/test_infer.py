@@ -43,6 +43,9 @@ def test_json_holds_comparison_and_benchmark(folder: Path, picture: Path, capsys
     assert set(found["comparison"]["arms"]) == set(ARMS)
     assert found["answer"] == found["comparison"]["arms"]["fused"]["answer"]
     assert found["question"] == "Describe this image"
+    seconds = found["comparison"]["encoder_seconds"]
+    assert set(seconds) == {"qwen", "dinov2"}
+    assert min(seconds.values()) > 0, "asked before anything else had put the features into the cache"
     assert found["benchmark"]["output_tokens"] == 3
 
 
