@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model_core.errors import ConfigError
@@ -30,6 +30,20 @@ class Settings(BaseSettings):
     dinov2_model_name: str | None = Field(None, min_length=1, description="hub id or folder of a DINOv2")
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     data_dir: Path = Field(Path("data"), description="folder of what the server keeps: keys, files, jobs")
+    api_keys: SecretStr | None = Field(
+        None, description="hashed keys as SCOPE:SHA256, separated by commas, or @FILE with one a line"
+    )
+    public_paths: str = Field(
+        "/metrics,/openapi.json",
+        pattern=r"^(|(/metrics|/openapi\.json)(,(/metrics|/openapi\.json))*)$",
+        description="of /metrics and /openapi.json, those that take no key; the probes and /ui never do",
+    )
+    key_requests_per_minute: int = Field(
+        0, ge=0, le=1_000_000, description="requests a minute of one key; one more is refused (429); 0: no limit"
+    )
+    key_max_concurrent: int = Field(
+        0, ge=0, le=100_000, description="requests of one key that run or wait at once; 0: no limit"
+    )
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's own")
