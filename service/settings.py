@@ -197,12 +197,15 @@ def settings_table(settings: Settings) -> str:
 
 _TABLE_HEAD = """# Settings
 
-Written by `dve serve --print-config --format table`. Each is a flag of `dve serve` (`--port 8123` or `--set port=8123`),
+Written by `dve serve --print-config --format table`. Each is a flag of `dve serve` (`--port 8123`, `--set port=8123`),
 which wins, and an environment variable (`DVE_PORT=8123`).
 
 | setting | value | allowed | meaning |
 |---|---|---|---|
 """
+
+
+_KINDS = {"boolean": "true, false", "null": "none", "string": "text"}
 
 
 def _plain(value: object) -> str:
@@ -218,10 +221,12 @@ def _allowed(schema: Mapping[str, Any]) -> Iterator[str]:
         elif choice["type"] in ("integer", "number"):
             yield _range(choice)
         else:
-            yield {"boolean": "true, false", "null": "none", "string": "text"}[choice["type"]]
+            yield _KINDS.get(choice["type"], choice["type"])
 
 
 def _range(schema: Mapping[str, Any]) -> str:
     if "exclusiveMinimum" in schema:
         return f"over {schema['exclusiveMinimum']}"
-    return f"{schema['minimum']} to {schema['maximum']}" if "maximum" in schema else f"{schema['minimum']} or more"
+    if "maximum" in schema:
+        return f"{schema.get('minimum', '')} to {schema['maximum']}".strip()
+    return f"{schema['minimum']} or more" if "minimum" in schema else "any number"

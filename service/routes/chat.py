@@ -73,9 +73,8 @@ class _Chat:
                     yield index, event
 
     def remember(self, fusion: tuple[FusionWeights, ...]) -> None:
-        self.parts.history.add(
-            Served(request_id_var.get(), self.completion_id, self.plan.model, self.created, tuple(fusion))
-        )
+        ids = self.caller.key_id, request_id_var.get(), self.completion_id
+        self.parts.history.add(Served(*ids, self.plan.model, self.created, tuple(fusion)))
 
     def headers(self, usage: Usage | None) -> dict[str, str]:
         headers = {}
