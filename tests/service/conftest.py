@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import shutil
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -55,10 +58,13 @@ def run_server(
     engine: FakeEngine,
     load: Callable[[], FakeEngine] | None = None,
     remote: RemoteImages | None = None,
+    clock: Callable[[], float] = time.monotonic,
     **settings,
 ) -> Iterator[LiveServer]:
-    """`remote`: instead of the settings' own, one that may reach loopback."""
-    app, client = build_app(Settings(**{"shutdown_timeout_seconds": 0.0, **settings}), load or (lambda: engine))
+    """`remote`: instead of the settings' own, one that may reach loopback. `clock`: that of the keys' limits."""
+    data_dir = tempfile.mkdtemp()  # not the checkout's own: there may be keys in it
+    defaults = {"shutdown_timeout_seconds": 0.0, "data_dir": data_dir}
+    app, client = build_app(Settings(**defaults | settings), load or (lambda: engine), clock=clock)
     if remote is not None:
         app.state.parts = replace(app.state.parts, media=replace(app.state.parts.media, remote=remote))
     listening = open_socket("127.0.0.1", 0)
@@ -89,6 +95,7 @@ def run_server(
         server.should_exit = True
         thread.join(20)
         listening.close()
+        shutil.rmtree(data_dir)
         assert not thread.is_alive()
 
 

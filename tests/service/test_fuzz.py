@@ -91,7 +91,7 @@ def broken(whole: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 def run_bodies(count: int) -> dict[int, int]:
     """`count` bodies through every POST path of one application, without a socket between."""
-    app, client = build_app(Settings(request_timeout_seconds=30), FakeEngine)
+    app, client = build_app(Settings(request_timeout_seconds=30, data_dir="/nowhere"), FakeEngine)
     document = app.openapi()
     paths = {
         path: broken(strategy(item["post"]["requestBody"]["content"]["application/json"]["schema"], document))

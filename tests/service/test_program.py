@@ -147,7 +147,7 @@ import sys
 from service.main import serve
 from service.settings import load_settings
 from tests.service.fakes import FakeEngine
-sys.exit(serve(load_settings({"port": 0, "log_format": "json"}), FakeEngine))
+sys.exit(serve(load_settings({"port": 0, "log_format": "json"}, sys.argv[1:]), FakeEngine))
 """
 
 SERVE_BROKEN = """
@@ -168,8 +168,9 @@ def test_a_checkpoint_that_does_not_load_ends_the_program():
     assert run(SERVE_BROKEN % "RuntimeError('boom')").returncode == 1
 
 
-def test_the_program_serves_until_a_signal_and_logs_json():
-    process = subprocess.Popen([sys.executable, "-c", SERVE_FAKE], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+def test_the_program_serves_until_a_signal_and_logs_json(tmp_path: Path):
+    command = [sys.executable, "-c", SERVE_FAKE, f"data_dir={tmp_path}"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
         lines = []
         while not any("ready: " in line["message"] for line in lines):
