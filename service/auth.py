@@ -119,15 +119,23 @@ class KeyGate:
             await error_response(error, request_id_var.get(), headers)(scope, receive, send)
             return
 
+        is_running = True
+
         async def send_with_headers(message: Message) -> None:
+            nonlocal is_running
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(headers)
+            elif is_running and not message.get("more_body", False):
+                # Before the client has the end: its next request must find the place free.
+                is_running = False
+                self._limits.leave(caller.key_id)
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_headers)
         finally:
-            self._limits.leave(caller.key_id)
+            if is_running:
+                self._limits.leave(caller.key_id)
 
     def _authenticate(self, scope: Scope) -> Caller:
         """Raises InvalidApiKeyError."""

@@ -16,6 +16,7 @@ import httpx
 import openai
 import pytest
 import uvicorn
+from fastapi import FastAPI
 
 from service.engine_client import EngineClient
 from service.main import build_app, open_socket
@@ -37,8 +38,8 @@ def ask(text: str = "what?", images: int = 0, **more) -> dict:
 class LiveServer:
     """`http`: a plain client; `openai`: the official one. Both are closed with the server."""
 
-    def __init__(self, engine: FakeEngine, client: EngineClient, url: str) -> None:
-        self.engine, self.client, self.url = engine, client, url
+    def __init__(self, app: FastAPI, engine: FakeEngine, client: EngineClient, url: str) -> None:
+        self.app, self.engine, self.client, self.url = app, engine, client, url
         self.http = httpx.Client(base_url=url, timeout=20)
         self.openai = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20)
 
@@ -85,7 +86,7 @@ def run_server(
     thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
     thread.start()
     assert started.wait(20)
-    live = LiveServer(engine, client, f"http://127.0.0.1:{listening.getsockname()[1]}")
+    live = LiveServer(app, engine, client, f"http://127.0.0.1:{listening.getsockname()[1]}")
     try:
         yield live
     finally:

@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -168,23 +170,30 @@ def test_a_checkpoint_that_does_not_load_ends_the_program():
     assert run(SERVE_BROKEN % "RuntimeError('boom')").returncode == 1
 
 
-def test_the_program_serves_until_a_signal_and_logs_json(tmp_path: Path):
-    command = [sys.executable, "-c", SERVE_FAKE, f"data_dir={tmp_path}"]
+@contextmanager
+def running_program(*assignments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The program with a FakeEngine, once it is ready, and its address."""
+    command = [sys.executable, "-c", SERVE_FAKE, *assignments]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
         lines = []
         while not any("ready: " in line["message"] for line in lines):
             lines.append(json.loads(process.stderr.readline()))
         url = next(re.search(r"http://\S+:\d+", line["message"])[0] for line in lines if "http://" in line["message"])
+        yield process, url
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def test_the_program_serves_until_a_signal_and_logs_json(tmp_path: Path):
+    with running_program(f"data_dir={tmp_path}") as (process, url):
         answer = httpx.get(f"{url}/v1/models", headers={"x-request-id": "abc"}, timeout=20)
         assert answer.status_code == 200
         process.send_signal(signal.SIGTERM)
         _, rest = process.communicate(timeout=20)
         assert process.returncode == 0
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
     logged = [json.loads(line) for line in rest.splitlines()]
     (request,) = [line for line in logged if line["message"] == "request"]
     assert (request["request_id"], request["route"], request["status"]) == ("abc", "/v1/models", 200)
