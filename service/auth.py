@@ -163,8 +163,7 @@ class KeyGate:
 
         Such a page names itself: as the origin, or as the host once its name has been made to point here.
         """
-        named = [f"//{headers['host']}"] if "host" in headers else []
-        named += headers.getlist("origin")
+        named = [f"//{host}" for host in headers.getlist("host")] + headers.getlist("origin")
         if not all(self._is_own(url) for url in named):
             raise InvalidApiKeyError(
                 "without keys this server answers only under this machine's own names",
