@@ -21,7 +21,7 @@ from starlette.responses import Response
 
 from model_core.errors import DualVisionError
 from service.addresses import AllowedHosts
-from service.auth import KeyGate
+from service.auth import KeyGate, scope_of
 from service.engine_client import EngineClient
 from service.errors import (
     ClientDisconnectedError,
@@ -108,7 +108,7 @@ def create_app(
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_invalid_query)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
-    _document_bodies(app)
+    _complete_document(app, settings)
     return app
 
 
@@ -154,8 +154,8 @@ async def _on_disconnect(_: Request, __: Exception) -> Response:
     return error_response(ClientDisconnectedError("the client closed the connection"), request_id_var.get())
 
 
-def _document_bodies(app: FastAPI) -> None:
-    """Adds the request bodies to the OpenAPI document when it is first asked for."""
+def _complete_document(app: FastAPI, settings: Settings) -> None:
+    """Adds the request bodies, and what takes a key, to the OpenAPI document when it is first asked for."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -170,6 +170,11 @@ def _document_bodies(app: FastAPI) -> None:
                 if model in (AnalyzeRequest, CompareRequest):
                     content["multipart/form-data"] = {"schema": _UPLOAD_SCHEMA}
                 document["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
+            document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            for path, operations in document["paths"].items():
+                for method, operation in operations.items():
+                    if scope_of(method.upper(), path, settings.public_paths.split(",")) is not None:
+                        operation["security"] = [{"key": []}]
             app.openapi_schema = document
         return app.openapi_schema
 

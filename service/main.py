@@ -102,11 +102,11 @@ def build_app(
     on_pool_thread: Callable[[], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[FastAPI, EngineClient]:
-    metrics = Metrics()
+    keys, metrics = load_keys(settings), Metrics()
     client = EngineClient(
         load, metrics, engine_limits(settings), on_load_failure=on_load_failure, on_pool_thread=on_pool_thread
     )
-    return create_app(settings, client, metrics, load_keys(settings), clock=clock), client
+    return create_app(settings, client, metrics, keys, clock=clock), client
 
 
 def open_socket(host: str, port: int) -> socket.socket:

@@ -75,6 +75,19 @@ def test_every_route_has_its_scope() -> None:
     assert {route: scope_of(*route, PUBLIC) for route in ROUTES} == EXPECTED
 
 
+def test_the_document_says_what_takes_a_key(keyed: LiveServer) -> None:
+    document = keyed.http.get("/openapi.json").json()
+    told = {
+        (method.upper(), path)
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+        if operation.get("security") == [{"key": []}]
+    }
+    # The document has no path converters.
+    assert told == {(method, path.replace(":path", "")) for (method, path), scope in EXPECTED.items() if scope}
+    assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+
+
 def test_every_rule_but_those_of_routes_to_come_covers_a_route() -> None:
     used = {next((rule.path for rule in RULES if rule.covers(*route)), None) for route in ROUTES}
     assert {rule.path for rule in RULES} - used <= {"/ui", "/v1/files"}
