@@ -124,6 +124,11 @@ class Settings(BaseSettings):
                 f"batch_window_seconds={self.batch_window_seconds} is not below "
                 f"request_timeout_seconds={self.request_timeout_seconds}: every request would time out"
             )
+        if self.log_content and self.log_level in ("warning", "error"):
+            raise ValueError(
+                f"log_content={self.log_content} with log_level={self.log_level!r}: content stands in the access log, "
+                "whose lines are of level info; lower the second or switch off the first"
+            )
         return self
 
 

@@ -61,6 +61,7 @@ def test_a_models_flag_beats_an_environment_that_names_it_otherwise(monkeypatch:
         ({"max_image_bytes": "1000000", "max_body_bytes": "5000"}, ("1000000", "5000")),
         ({"max_waiting_bytes": "50000000", "max_body_bytes": "50000001"}, ("50000000", "50000001")),
         ({"request_timeout_seconds": "0.5", "batch_window_seconds": "1"}, ("0.5", "1.0")),
+        ({"log_content": "true", "log_level": "warning"}, ("True", "'warning'")),
     ],
 )
 def test_contradictions_show_both_values(flags: dict, both: tuple[str, str]):
