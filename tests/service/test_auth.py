@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
 from collections.abc import Iterator
@@ -145,6 +146,29 @@ def test_an_inference_key_is_kept_from_what_trains(keyed: LiveServer) -> None:
         check(refused, 403, "insufficient_permissions")
         assert refused.headers["x-should-retry"] == "false"
         assert keyed.http.request(method, path, headers=bearer(TRAINING)).status_code in (404, 405)
+
+
+def test_a_training_file_takes_a_training_key(keyed: LiveServer) -> None:
+    """The gate can't see a form's purpose, so the route itself must ask; until there is one, nothing is at its path."""
+    refused = keyed.http.post(
+        "/v1/files",
+        files={"file": ("a.jsonl", b'{"messages": []}\n')},
+        data={"purpose": "fine-tune"},
+        headers=bearer(INFERENCE),
+    )
+    has_route = ("POST", "/v1/files") in ROUTES
+    assert refused.json()["error"]["code"] == ("insufficient_permissions" if has_route else "unknown_url")
+
+
+def test_a_websocket_is_closed_before_it_is_open(keyed: LiveServer) -> None:
+    sent: list[dict] = []
+
+    async def keep(message: dict) -> None:
+        sent.append(message)
+
+    scope = {"type": "websocket", "path": "/v1/models", "headers": [], "query_string": b"", "subprotocols": []}
+    asyncio.run(keyed.app(scope, None, keep))
+    assert [message["type"] for message in sent] == ["websocket.close"]
 
 
 def test_training_grants_inference(keyed: LiveServer) -> None:
