@@ -13,8 +13,10 @@ import asyncio
 import base64
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -137,8 +139,11 @@ async def measure_streams(app: Any, streams: int, tokens: int) -> tuple[float, f
 
 
 async def run(args: argparse.Namespace) -> list[tuple[str, str, str]]:
-    settings = Settings(max_num_seqs=args.streams, batch_window_seconds=0.0, log_level="error")
-    app, client = build_app(settings, FreeEngine)
+    with tempfile.TemporaryDirectory() as data_dir:  # without keys
+        settings = Settings(
+            max_num_seqs=args.streams, batch_window_seconds=0.0, log_level="error", data_dir=Path(data_dir)
+        )
+        app, client = build_app(settings, FreeEngine)
     engine_client: EngineClient = client
     engine_client.start()
     await engine_client.wait_loaded()

@@ -14,9 +14,9 @@ def test_it_prints_its_four_figures(capsys):
     assert "stream events, 4 streams, wall" in printed
 
 
-def test_an_event_is_counted_for_every_token():
+def test_an_event_is_counted_for_every_token(tmp_path):
     async def count() -> tuple[int, int]:
-        app, client = build_app(Settings(), api_overhead.FreeEngine)
+        app, client = build_app(Settings(data_dir=tmp_path), api_overhead.FreeEngine)
         client.start()
         await client.wait_loaded()
         try:
