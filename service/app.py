@@ -97,7 +97,7 @@ def create_app(
         keys=keys,
         limits=limits,
         metrics=metrics,
-        public_paths=settings.public_paths,
+        public_paths=settings.no_key_paths(),
         host_name=settings.host,
         routes=[route for router in routers for route in router.routes],
     )
@@ -173,7 +173,7 @@ def _complete_document(app: FastAPI, settings: Settings) -> None:
             document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             for path, operations in document["paths"].items():
                 for method, operation in operations.items():
-                    if scope_of(method.upper(), path, settings.public_paths.split(",")) is not None:
+                    if scope_of(method.upper(), path, settings.no_key_paths()) is not None:
                         operation["security"] = [{"key": []}]
             app.openapi_schema = document
         return app.openapi_schema

@@ -81,12 +81,12 @@ class KeyGate:
         keys: KeyRing,
         limits: KeyLimits,
         metrics: Metrics,
-        public_paths: str,
+        public_paths: Sequence[str],
         host_name: str,
         routes: Sequence[BaseRoute],
     ) -> None:
         self._app, self._keys, self._limits, self._metrics = app, keys, limits, metrics
-        self._public_paths = tuple(public_paths.split(","))
+        self._public_paths = tuple(public_paths)
         self._own_names = ("localhost", host_name.lower())
         self._routes = routes
 
@@ -125,7 +125,7 @@ class KeyGate:
             nonlocal is_running
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(headers)
-            elif is_running and not message.get("more_body", False):
+            elif is_running and message["type"] == "http.response.body" and not message.get("more_body", False):
                 # Before the client has the end: its next request must find the place free.
                 is_running = False
                 self._limits.leave(caller.key_id)

@@ -84,6 +84,9 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line written")
 
+    def no_key_paths(self) -> tuple[str, ...]:
+        return tuple(path for path in self.public_paths.split(",") if path)
+
     @field_validator("data_dir", mode="before")
     @classmethod
     def _refuse_no_folder(cls, value: object) -> object:

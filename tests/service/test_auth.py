@@ -194,6 +194,13 @@ def test_what_is_public_is_a_setting(start) -> None:
     assert live.http.get("/openapi.json").status_code == live.http.get("/health/live").status_code == 200
 
 
+def test_none_may_be_public(start) -> None:
+    live = start(api_keys=KEYS, public_paths="")
+    for path in ("/metrics", "/openapi.json", "/"):
+        check(live.http.get(path), 401, "invalid_api_key")
+    assert Settings(public_paths="").no_key_paths() == ()
+
+
 def test_a_refusal_comes_before_the_body(keyed: LiveServer) -> None:
     """Who has no key and says that 40 MB will come is answered before any of it has."""
     head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 40000000\r\n\r\n"
