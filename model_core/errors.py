@@ -18,6 +18,10 @@ is allowed, and what to do about it. `code` is a stable name that the HTTP layer
     |       |-- InvalidBase64Error    a data URL whose payload does not decode
     |       `-- InvalidImageUrlError  a URL scheme or address that is not fetched
     |-- ConfigError                   settings that contradict each other or the model
+    |   `-- DataError                 training data that can't be used as it is; the rows are named
+    |       |-- DataFormatError       a file of another kind than those that are read
+    |       |-- UnreadableImagesError samples whose pictures are missing or damaged
+    |       `-- BadSampleBudgetError  more bad samples than may be set aside
     |-- ModelNotFoundError            no such model, arm or encoder
     |-- CheckpointError
     |   |-- CheckpointIncompleteError a file is missing, truncated or does not match the manifest
@@ -106,6 +110,22 @@ class InvalidImageUrlError(ImageError):
 
 class ConfigError(DualVisionError):
     code = "invalid_config"
+
+
+class DataError(ConfigError):
+    code = "invalid_training_file"
+
+
+class DataFormatError(DataError):
+    code = "invalid_file_format"
+
+
+class UnreadableImagesError(DataError):
+    code = "image_unreadable"
+
+
+class BadSampleBudgetError(DataError):
+    code = "bad_sample_budget_exceeded"
 
 
 class ModelNotFoundError(DualVisionError):
