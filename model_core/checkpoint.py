@@ -120,16 +120,17 @@ def quiet_unless_terminal() -> None:
 
 def save_checkpoint(
     model: DualVisionModel, processor: DualVisionProcessor, folder: str | Path, extra: Mapping[str, Any] | None = None,
-    write_more: Callable[[Path], None] | None = None,
+    write_more: Callable[[Path], None] | None = None, *, state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Write the folder whole or not at all.
 
     Args:
         extra: goes into the manifest; write_more: adds files before the manifest is made.
+        state_dict: weights to write instead of the model's own (its adapters folded in, or left out).
     """
 
     def write(target: Path) -> None:
-        model.save_pretrained(target, max_shard_size=MAX_SHARD_SIZE)
+        model.save_pretrained(target, max_shard_size=MAX_SHARD_SIZE, state_dict=state_dict)
         processor.save_pretrained(target)
         (target / "modeling_dual_vision.py").write_text(_SHIM)
         config = json.loads((target / "config.json").read_text())

@@ -27,6 +27,11 @@ is allowed, and what to do about it. `code` is a stable name that the HTTP layer
     |   |-- CheckpointIncompleteError a file is missing, truncated or does not match the manifest
     |   |-- CheckpointMismatchError   another architecture or other shapes
     |   `-- HubUnreachableError       a hub id that is neither cached nor reachable
+    |-- TrainingError                 a run that can't go on
+    |   |-- NonFiniteLossError        the loss or a gradient is not a number
+    |   |-- FreezeViolationError      what is frozen changed, or what trains has no place in the optimizer
+    |   |-- TrainingMemoryError       a pack does not fit the memory
+    |   `-- StorageFullError          a checkpoint or a log could not be written
     `-- EngineError
         |-- OverloadedError           the queue is full; try again later
         |-- RequestFailedError        this one request broke inside the engine
@@ -146,6 +151,26 @@ class CheckpointMismatchError(CheckpointError):
 
 class HubUnreachableError(CheckpointError):
     code = "hub_unreachable"
+
+
+class TrainingError(DualVisionError):
+    code = "training_failed"
+
+
+class NonFiniteLossError(TrainingError):
+    code = "nan_loss"
+
+
+class FreezeViolationError(TrainingError):
+    code = "freeze_violation"
+
+
+class TrainingMemoryError(TrainingError):
+    code = "out_of_memory"
+
+
+class StorageFullError(TrainingError):
+    code = "storage_full"
 
 
 class EngineError(DualVisionError):

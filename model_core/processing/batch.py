@@ -36,6 +36,11 @@ class InputFormat:
     limits: ImageLimits = field(default_factory=ImageLimits)
     allow_paths: bool = False
 
+    @classmethod
+    def of(cls, processor: Any, mrope: MropeLayout) -> InputFormat:
+        """What a DualVisionProcessor says, for the model whose layout this is."""
+        return cls(processor.tokenizer, processor.special, processor.patch_spec, mrope)
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInputs:

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -116,6 +116,11 @@ class TrainConfig(Section):
     precision: what products are computed in; weights that train have a float32 master in any case.
     gradient_checkpointing: components whose activations are computed twice; a frozen encoder never is.
     """
+
+    #: Settings that change no weight, so that a resumed run may have others.
+    HARMLESS: ClassVar[frozenset[str]] = frozenset(
+        {"note", "output_dir", "loggers", "log_every_steps", "device", "num_workers", "checkpoints"}
+    )
 
     note: Note | None = None
     # The model
@@ -291,8 +296,7 @@ class TrainConfig(Section):
 
     def fingerprint(self) -> str:
         """Of all that can change a weight; a resumed run must have the same, or say so."""
-        left_out = {"note", "output_dir", "loggers", "log_every_steps", "device", "num_workers", "checkpoints"}
-        return hashlib.sha256(self.model_dump_json(exclude=left_out).encode()).hexdigest()[:16]
+        return hashlib.sha256(self.model_dump_json(exclude=set(self.HARMLESS)).encode()).hexdigest()[:16]
 
 
 def parse_config(data: Any, overrides: Iterable[str] = ()) -> TrainConfig:

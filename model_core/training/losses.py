@@ -191,8 +191,11 @@ class GateLoss:
             return now
         return self._decay * memory.to(now.device) + (1 - self._decay) * now
 
-    def end_step(self, all_reduce: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Fold the step's packs into the averages. all_reduce: sums a tensor over processes."""
+    def end_step(self, all_reduce: Callable[[Tensor], Tensor] | None = None, *, keep: bool = True) -> None:
+        """Fold the step's packs into the averages, or drop them. all_reduce: sums a tensor over processes."""
+        if not keep:
+            self._pending = torch.zeros_like(self._pending)
+            return
         sums = self._pending if all_reduce is None else all_reduce(self._pending)
         count, e = sums[-1].clamp_min(1), self.num_encoders
         if bool(sums[-1] > 0):
