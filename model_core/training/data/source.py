@@ -1,5 +1,0 @@
-"""temporary"""
-
-
-def as_source(given, config, fmt, split):
-    return given
