@@ -37,6 +37,8 @@ is allowed, and what to do about it. `code` is a stable name that the HTTP layer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class DualVisionError(Exception):
     """Base of the tree. `str(error)` is the whole message; the parts are kept as attributes."""
@@ -114,7 +116,10 @@ class ConfigError(DualVisionError):
 
 
 class DataError(ConfigError):
+    """problems: the rows that are meant, as the report of a data set has them; may be empty."""
+
     code = "invalid_training_file"
+    problems: tuple[Mapping[str, object], ...] = ()
 
 
 class DataFormatError(DataError):
