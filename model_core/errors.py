@@ -20,6 +20,7 @@ is allowed, and what to do about it. `code` is a stable name that the HTTP layer
     |-- ConfigError                   settings that contradict each other or the model
     |   `-- DataError                 training data that can't be used as it is; the rows are named
     |       |-- DataFormatError       a file of another kind than those that are read
+    |       |-- RecordError           one row that is no sample; `reason` says why in one word
     |       |-- UnreadableImagesError samples whose pictures are missing or damaged
     |       `-- BadSampleBudgetError  more bad samples than may be set aside
     |-- ModelNotFoundError            no such model, arm or encoder
@@ -40,6 +41,8 @@ is allowed, and what to do about it. `code` is a stable name that the HTTP layer
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 
 class DualVisionError(Exception):
@@ -118,11 +121,20 @@ class ConfigError(DualVisionError):
 
 
 class DataError(ConfigError):
+    """problems: the rows that are meant, as the report of a data set has them; may be empty."""
+
     code = "invalid_training_file"
+    problems: tuple[Mapping[str, object], ...] = ()
 
 
 class DataFormatError(DataError):
     code = "invalid_file_format"
+
+
+class RecordError(DataError):
+    def __init__(self, reason: str, what: str, *, value: object = None, allowed: str = "", fix: str = "") -> None:
+        super().__init__(what, value=value, allowed=allowed, fix=fix)
+        self.reason = reason
 
 
 class UnreadableImagesError(DataError):

@@ -129,6 +129,7 @@ TABLE: Mapping[type[BaseException], Rule] = {
     core.ConfigError: Rule(500, _SERVER, "invalid_config", _BROKEN),
     core.DataError: Rule(400, _INVALID, "invalid_training_file"),
     core.DataFormatError: Rule(400, _INVALID, "invalid_file_format"),
+    core.RecordError: Rule(400, _INVALID, "invalid_training_file"),
     core.UnreadableImagesError: Rule(400, _INVALID, "image_unreadable"),
     core.BadSampleBudgetError: Rule(400, _INVALID, "bad_sample_budget_exceeded"),
     core.TrainingError: Rule(500, _SERVER, "training_failed"),

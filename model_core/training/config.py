@@ -195,7 +195,7 @@ class TrainConfig(Section):
         names = [d.name or Path(d.data_path).stem for d in self.datasets]
         if len(set(names)) != len(names):
             raise ValueError(f"datasets of different names (set 'name'), not {', '.join(names)}")
-        if self.datasets and not any(d.weight for d in self.datasets):
+        if self.datasets and all(d.weight == 0 for d in self.datasets):
             raise ValueError("at least one dataset with a weight above 0")
         known = set(names) or {Path(self.train_data_path or "").stem}
         for stage in self.curriculum_training.stages:
