@@ -18,7 +18,7 @@ from model_core.language.kv_cache import Attend, CacheShape
 class Decoder:
     """Packed tokens to hidden states to logits. Holds no state of any sequence."""
 
-    def __init__(self, language_model: nn.Module, lm_head: nn.Module) -> None:
+    def __init__(self, language_model: nn.Module, lm_head: nn.Module, *, joins_weights: bool = True) -> None:
         config = language_model.config
         if "sliding_attention" in config.layer_types:
             raise ConfigError(
@@ -28,8 +28,8 @@ class Decoder:
             )
         self.model, self.lm_head, self.config = language_model, lm_head, config
         self.head_dim = config.hidden_size // config.num_attention_heads
-        self._fused = FusedLayers.build(language_model)
-        self._head = JoinedHead.build(lm_head)
+        self._fused = FusedLayers.build(language_model) if joins_weights else None
+        self._head = JoinedHead.build(lm_head) if joins_weights else None
 
     def joined(self) -> FusedLayers | None:
         """The joined layers, another object whenever their weights moved; None: it runs module by module."""

@@ -7,7 +7,7 @@ in); out: an `Evaluation`. It changes no weight and no mean.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from torch import nn
 
 from model_core.errors import ConfigError
 from model_core.training.config import TrainConfig
-from model_core.training.data.packs import BatchSource, PackedBatch
+from model_core.training.data.packs import BatchSource, PackedBatch, SampleRef
 from model_core.training.forward import PackForward
 from model_core.training.hooks import Answer
 from model_core.training.losses import gate_statistics
@@ -83,21 +83,22 @@ class Evaluator:
         arms: list[Arm] = ["fused", "unfused"] if self.config.unfused_floor else ["fused"]
         losses: dict[str, list[float]] = {arm: [] for arm in arms}
         counts: list[int] = []
-        datasets: list[str] = []
+        refs: list[SampleRef] = []
         weights = []
         with _evaluating(self.forward.model), torch.no_grad():
             for pack in self._packs():
                 counts += label_counts(pack)
-                datasets += [sample.dataset for sample in pack.samples]
+                refs += pack.samples
                 for arm in arms:
                     output = self.forward(pack, arm=arm)
                     losses[arm] += output.losses.tolist()
                     if arm == "fused" and output.weights is not None:
                         weights.append(output.weights)
-            hits = self._hits()
+            hits = self._hits(refs)
+        each = list(zip(losses["fused"], counts, refs, strict=True))
         by_dataset = {
-            name: _mean([(loss, n) for loss, n, d in zip(losses["fused"], counts, datasets, strict=True) if d == name])
-            for name in dict.fromkeys(datasets)
+            name: _mean([(loss, count) for loss, count, ref in each if ref.dataset == name])
+            for name in dict.fromkeys(ref.dataset for ref in refs)
         }
         unfused = losses.get("unfused")
         has_floor = bool(hits) and hits[0][1] is not None
@@ -114,14 +115,10 @@ class Evaluator:
             hits=tuple(hits),
         )
 
-    def _hits(self) -> list[tuple[bool, bool | None]]:
+    def _hits(self, refs: Sequence[SampleRef]) -> list[tuple[bool, bool | None]]:
         if not self.can_answer:
             return []
-        whole: list[list[ChatMessage]] = []
-        for messages in self._source.conversations():
-            if len(whole) == self.config.num_answers:
-                break
-            whole.append(list(messages))
+        whole = [self._source.conversation(ref) for ref in refs[: self.config.num_answers]]
         asked = [messages[:-1] for messages in whole]
         wanted = [_text_of(messages[-1]) for messages in whole]
         fused = self._answer(asked, "fused", self.config.max_tokens)

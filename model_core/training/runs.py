@@ -70,6 +70,22 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / RECIPE, config.model_dump(mode="json"))
 
+    def take_over(self, point: ResumePoint, config: TrainConfig) -> None:
+        """Go on with a run, here or, where this is another folder, with its events so far copied and its best linked.
+
+        Raises:
+            ConfigError: this folder holds a third run.
+        """
+        if self.path.resolve() == point.run.path.resolve():
+            return
+        self.begin(config)
+        with storage(self.path):
+            if (point.run.path / EVENTS_NAME).is_file():
+                shutil.copyfile(point.run.path / EVENTS_NAME, self.path / EVENTS_NAME)
+            best = point.run.best()
+            if best is not None:
+                self.point(BEST, best)
+
     def steps(self) -> list[StepFolder]:
         """Folders that say they are complete, the newest first. Their bytes are not read."""
         found = []
@@ -88,10 +104,10 @@ class RunFolder:
         return self.path / f"step-{step}"
 
     def point(self, link: str, target: Path) -> None:
-        """Make the link point at a folder beside it, in one move."""
+        """Make the link point at a step's folder, in one move."""
         temporary = self.path / f".{link}.tmp"
         temporary.unlink(missing_ok=True)
-        temporary.symlink_to(target.name)
+        temporary.symlink_to(os.path.relpath(target.resolve(), self.path.resolve()))
         os.replace(temporary, self.path / link)
 
     def best(self) -> Path | None:
@@ -106,7 +122,7 @@ class RunFolder:
             kept |= {one.path for one in steps if one.reason in ("stage", "final")}
         best = self.best()
         if keep.keep_best and best is not None:
-            kept.add(self.path / best.name)
+            kept |= {one.path for one in steps if one.path.resolve() == best}
         gone = [one.path for one in steps if one.path not in kept]
         for folder in gone:
             # The manifest first: a folder that is half gone must not look complete.

@@ -170,9 +170,9 @@ class DualVisionTrainer:
             CheckpointError: nothing complete is there. CheckpointMismatchError: another model, recipe or data.
         """
         point = find_resume_point(path)
-        self.run_folder = point.run
         if self._writes:
-            self.run_folder.tidy()
+            point.run.tidy()
+            self.run_folder.take_over(point, self.config)
         state, tensors = load_step(point.path, self.model, self.config, self.train_source.fingerprint())
         if (state.gate_loss is None) != (self.gate_loss is None):
             raise CheckpointMismatchError("the saved run had another gate loss", value=state.gate_loss, param="losses")

@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from model_core.training.config import Stage
+from model_core.types import ChatMessage
 from model_core.vision_tokens import Grid
 
 
@@ -71,6 +72,9 @@ class BatchSource(Protocol):
 
     def fingerprint(self) -> str:
         """Of files, weights and lengths: a resume on other data is refused by it."""
+
+    def conversation(self, ref: SampleRef) -> list[ChatMessage]:
+        """A sample's messages, for generating an answer to it."""
 
     def quarantine_report(self) -> list[dict[str, Any]]:
         """Bad samples that were set aside so far: dataset, row, place, code and reason of each."""

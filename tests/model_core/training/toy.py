@@ -12,7 +12,7 @@ import torch
 from model_core.language.rope import mrope_positions
 from model_core.training.config import Stage, TrainConfig, parse_config
 from model_core.training.data.packs import PackedBatch, SampleRef
-from model_core.types import ChatMessage, ImagePart, TextPart
+from model_core.types import ChatMessage, TextPart
 from tests.model_core import tiny
 
 GRIDS = ((1, 4, 4), (1, 4, 6), (1, 6, 4))
@@ -89,10 +89,9 @@ class ToySource:
             self.num_made += 1
             yield [pack_of(pack, with_images=self.with_images) for pack in packs[at : at + size]]
 
-    def conversations(self) -> Iterator[list[ChatMessage]]:
-        for index in range(self.num_samples):
-            question = ChatMessage("user", (ImagePart(None), TextPart(f"what? {index}")))
-            yield [question, ChatMessage("assistant", (TextPart("abcd"[index % 4]),))]
+    def conversation(self, ref: SampleRef) -> list[ChatMessage]:
+        question = ChatMessage("user", (TextPart(f"what? {ref.index}"),))
+        return [question, ChatMessage("assistant", (TextPart("abcd"[ref.index % 4]),))]
 
     def fingerprint(self) -> str:
         return f"toy-{self.num_samples}-{self.with_images}"
