@@ -17,11 +17,13 @@ if TYPE_CHECKING:
         VQADataset,
     )
     from model_core.training.data.multi import MultiDataset, create_dataset
+    from model_core.training.trainer import DualVisionTrainer
 
 __all__ = [
     "CaptioningDataset",
     "DualVisionDataset",
     "DualVisionEncoder",
+    "DualVisionTrainer",
     "MedicalVQADataset",
     "MultiDataset",
     "VQADataset",
@@ -34,6 +36,10 @@ def __getattr__(name: str) -> Any:
         from model_core.encoder import DualVisionEncoder
 
         return DualVisionEncoder
+    if name == "DualVisionTrainer":
+        from model_core.training.trainer import DualVisionTrainer
+
+        return DualVisionTrainer
     if name in ("MultiDataset", "create_dataset"):
         from model_core.training.data import multi
 

@@ -74,7 +74,8 @@ class Evaluator:
         """Will an evaluation generate answers?"""
         return self._answer is not None and self.config.num_answers > 0
 
-    def _packs(self) -> Iterator[PackedBatch]:
+    def packs(self) -> Iterator[PackedBatch]:
+        """The held-out samples, in the same order every time."""
         for packs in self._source.steps(self._stage, 0):
             yield from packs
 
@@ -86,7 +87,7 @@ class Evaluator:
         refs: list[SampleRef] = []
         weights = []
         with _evaluating(self.forward.model), torch.no_grad():
-            for pack in self._packs():
+            for pack in self.packs():
                 counts += label_counts(pack)
                 refs += pack.samples
                 for arm in arms:

@@ -114,8 +114,8 @@ class RunFolder:
         link = self.path / BEST
         return link.resolve() if link.is_symlink() and link.exists() else None
 
-    def prune(self, keep: CheckpointConfig) -> list[Path]:
-        """Remove what the recipe does not keep: all but the last few, the best and the ends of stages."""
+    def surplus(self, keep: CheckpointConfig) -> list[Path]:
+        """Steps that are not to be kept: all but the last few, the best and the ends of stages."""
         steps = self.steps()
         kept = {one.path for one in steps[: keep.keep_last]}
         if keep.keep_stage_ends:
@@ -123,7 +123,11 @@ class RunFolder:
         best = self.best()
         if keep.keep_best and best is not None:
             kept |= {one.path for one in steps if one.path.resolve() == best}
-        gone = [one.path for one in steps if one.path not in kept]
+        return [one.path for one in steps if one.path not in kept]
+
+    def prune(self, keep: CheckpointConfig) -> list[Path]:
+        """Remove the surplus; what was removed."""
+        gone = self.surplus(keep)
         for folder in gone:
             # The manifest first: a folder that is half gone must not look complete.
             (folder / MANIFEST_NAME).unlink(missing_ok=True)

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from model_core.language.rope import mrope_positions
+from model_core.language.rope import MropeLayout, mrope_positions
 from model_core.training.config import Stage, TrainConfig, parse_config
 from model_core.training.data.packs import PackedBatch, SampleRef
 from model_core.types import ChatMessage, TextPart
 from tests.model_core import tiny
 
+LAYOUT = MropeLayout(merge_size=2, tokens_per_second=2, tokens_per_cell=1)
 GRIDS = ((1, 4, 4), (1, 4, 6), (1, 6, 4))
 
 
@@ -56,8 +57,7 @@ def _sample(index: int, *, with_images: bool) -> dict[str, Any]:
     start, end = tiny.token_id("<|vision_start|>"), tiny.token_id("<|vision_end|>")
     ids = [start, *[tiny.token_id("<|image_pad|>")] * cells, end, *text, *answer]
     types = [0, *[1] * cells, 0, *[0] * (len(text) + len(answer))]
-    layout = tiny.dual_model().model.mrope_layout
-    positions, _ = mrope_positions(types, [grid] if cells else [], [], [], layout)
+    positions, _ = mrope_positions(types, [grid] if cells else [], [], [], LAYOUT)
     labels = [-100] * (len(ids) - len(answer)) + answer
     return {
         "ids": torch.tensor(ids), "labels": torch.tensor(labels), "positions": positions, "pixels": pixels, "grid": grid
