@@ -83,6 +83,8 @@ class PackForward:
                 self.model.model.language_model, embeds, pack.position_ids.to(self.device), pack.sample_lengths,
                 recompute=self._recompute_llm, use_flash_attention=self._flash,
             )  # fmt: skip
+            if self._autocasts:
+                hidden = hidden.to(torch.bfloat16)  # the head is the largest product of all
             losses = sample_losses(hidden, self.model.lm_head.weight, pack.labels, pack.sample_lengths)
         return PackOutput(losses, weights)
 

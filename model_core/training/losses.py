@@ -57,8 +57,9 @@ def sample_losses(hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, sample
     each = _token_losses(hidden[rows], lm_head_weight.to(hidden.dtype), targets[rows])
     lengths = torch.tensor(list(sample_lengths), device=hidden.device)
     owner = torch.arange(len(lengths), device=hidden.device).repeat_interleave(lengths)[rows]
-    # A one-hot product instead of a scatter: the same sum every time, on CUDA too.
-    return F.one_hot(owner, len(lengths)).to(each.dtype).T @ each
+    # A one-hot product instead of a scatter: the same sum every time, on CUDA too; in float32, whatever autocast says.
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.one_hot(owner, len(lengths)).to(each.dtype).T @ each
 
 
 def language_loss(hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, sample_lengths: Sequence[int]) -> Tensor:
