@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from model_core.errors import CheckpointError, CheckpointIncompleteError, ConfigError, StorageFullError
 from model_core.manifest import MANIFEST_NAME, recover, verify_folder
 from model_core.training.config import CheckpointConfig, TrainConfig
@@ -31,6 +33,7 @@ from model_core.training.events import EVENTS_NAME
 
 TRAINER_NAME, OPTIMIZER_NAME, ADAPTERS_NAME = "trainer.json", "optimizer.safetensors", "adapters.safetensors"
 LATEST, BEST, FINAL, RECIPE, SUMMARY = "checkpoint_latest", "best", "final", "recipe.json", "summary.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -218,19 +221,27 @@ def storage(path: Path) -> Iterator[None]:
     """A full or closed disk as an error that says so."""
     try:
         yield
+    except SafetensorError as error:
+        if not any(f"(os error {number})" in str(error) for number in _FULL):  # it keeps no errno
+            raise
+        raise _full(path) from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageFullError(
-                "the disk is full; the checkpoint before this one is intact", value=str(path),
-                allowed="room for one more checkpoint", fix="Make room and resume, or lower checkpoints.keep_last",
-                param="output_dir",
-            ) from error  # fmt: skip
+        if error.errno in _FULL:
+            raise _full(path) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
             raise ConfigError(
                 f"the output folder can't be written ({error.strerror})", value=str(path),
                 allowed="a folder that this user may write", fix="Name another output_dir", param="output_dir",
             ) from error  # fmt: skip
         raise
+
+
+def _full(path: Path) -> StorageFullError:
+    return StorageFullError(
+        "the disk is full; the checkpoint before this one is intact", value=str(path),
+        allowed="room for one more checkpoint", fix="Make room and resume, or lower checkpoints.keep_last",
+        param="output_dir",
+    )  # fmt: skip
 
 
 def read_trainer(folder: Path) -> dict[str, Any]:

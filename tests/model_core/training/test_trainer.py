@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,18 @@ from model_core.errors import (
     CheckpointMismatchError,
     ConfigError,
     NonFiniteLossError,
+    StorageFullError,
 )
+from model_core.manifest import verify_folder
 from model_core.model import DualVisionModel
 from model_core.training.config import TrainConfig
 from model_core.training.events import Event, read_events
+from model_core.training.forward import PackForward
 from model_core.training.hooks import RunHooks
 from model_core.training.runs import RunFolder
 from model_core.training.trainer import DualVisionTrainer
 from tests.model_core import tiny
-from tests.model_core.training.toy import ToySource, recipe
+from tests.model_core.training.toy import ToySource, pack_of, recipe
 
 CURRICULUM = {
     "enabled": True,
@@ -272,3 +276,63 @@ def test_text_alone_trains_and_says_what_stood_still(tmp_path: Path) -> None:
     DualVisionTrainer(tiny.trained_model(), source, None, config, processor=tiny.processor()).train()
     warned = [e.message for e in read_events(tmp_path) if e.kind == "warning:unmoved"]
     assert len(warned) == 1 and "qwen_vision" in warned[0] and "llm" not in warned[0]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    """On a real, small file system: the error says so, nothing half-written stays, and the run goes on with room."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], check=True)
+    try:
+        config = recipe(output_dir=str(disk / "run"), num_epochs=3)
+        with pytest.raises(StorageFullError, match="disk is full"):
+            trainer(config).train()
+        steps = RunFolder(disk / "run").steps()
+        assert steps and all(verify_folder(one.path, deep=True) for one in steps)
+        assert not [path for path in (disk / "run").iterdir() if path.name.startswith(".step")]
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        second = trainer(config)
+        second.resume(disk / "run")
+        assert second.train().reason == "done"
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_resume_to_the_bit_and_are_folded_into_the_result(tmp_path: Path, dtype: torch.dtype) -> None:
+    """A step's folder loads as the model without adapters; `final` answers as the adapted model does."""
+    results = []
+    for name, stop_after in (("whole", None), ("stopped", 5)):
+        config = recipe(output_dir=str(tmp_path / name), num_epochs=2, lora={"llm": {"rank": 4}})
+        current: list[DualVisionTrainer] = []
+
+        def stop(event: Event, runs: list[DualVisionTrainer] = current, at: int | None = stop_after) -> None:
+            if event.kind == "step" and event.global_step == at:
+                runs[0].request_stop()
+
+        current.append(trainer(config, tiny.trained_model().to(dtype), hooks=RunHooks(listeners=(stop,))))
+        run = current[0]
+        if run.train().reason == "requested":
+            run = trainer(config, tiny.trained_model(seed=4).to(dtype))
+            run.resume(tmp_path / name)
+            run.train()
+        results.append(weights(tmp_path / name / "final"))
+    assert same(*results)
+    assert not any("lora" in name for name in results[0])
+    step = load_checkpoint(tmp_path / "whole" / "step-8").model
+    final = load_checkpoint(tmp_path / "whole" / "final").model
+    q_proj = "model.language_model.layers.0.self_attn.q_proj.weight"
+    start = tiny.trained_model().to(dtype).state_dict()[q_proj]
+    assert torch.equal(step.state_dict()[q_proj], start) and not torch.equal(final.state_dict()[q_proj], start)
+    expected = run.forward(pack_of([0, 1])).losses.detach()
+    run.model.eval()
+    merged = PackForward(final, tiny.processor().patch_spec, precision="float32" if dtype == torch.float32 else "auto")
+    torch.testing.assert_close(merged(pack_of([0, 1])).losses.detach(), expected, rtol=3e-2, atol=1e-4)
+
+
+def test_what_never_trained_has_neither_gradient_nor_state(tmp_path: Path) -> None:
+    run = trainer(recipe(training_mode="fusion_only", output_dir=str(tmp_path)))
+    run.train()
+    trained = {key.rpartition("/")[0] for key in run.optimizer.state_tensors()}
+    assert trained and all(".fusion." in name for name in trained)
+    assert all(p.grad is None for name, p in run.model.named_parameters() if ".fusion." not in name)
