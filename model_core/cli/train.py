@@ -12,7 +12,8 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,6 @@ from model_core.cli.train_display import Display
 from model_core.cli.training_pipe import Control, EventPipe
 from model_core.errors import CheckpointError, ConfigError, DualVisionError, InputError, ModelNotFoundError
 from model_core.training.config import TRAINING_MODES, TrainConfig, load_config
-from model_core.training.events import Event
 
 if TYPE_CHECKING:
     from model_core.checkpoint import Loaded
@@ -101,13 +101,10 @@ def _run(args: argparse.Namespace, pipe: EventPipe) -> int:
         print(trainer.table.render())
         print(f"{trainer.curriculum.total_steps} steps in {len(trainer.curriculum.stages)} stages; nothing was trained")
         return DONE
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop_once(trainer))
-    control = Control(args.control_fd, trainer)
-    control.start()
-    if args.resume is not None:
-        trainer.resume(args.resume)
-    with display:
+    Control(args.control_fd, trainer).start()
+    with _stops_on_signals(trainer), display:
+        if args.resume is not None:
+            trainer.resume(args.resume)
         outcome = trainer.train()
     if not outcome.is_finished:
         print(f"saved on request after {outcome.position.global_step} steps; go on with "
@@ -163,13 +160,22 @@ def _loggers(config: TrainConfig) -> list[Any]:
     return [TensorBoard(Path(config.output_dir) / "tensorboard")] if "tensorboard" in config.loggers else []
 
 
-def _stop_once(trainer: DualVisionTrainer) -> Any:
+@contextmanager
+def _stops_on_signals(trainer: DualVisionTrainer) -> Iterator[None]:
+    """SIGTERM and SIGINT save and stop; a second one does what it would have done without this."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
     def handle(number: int, _frame: Any) -> None:
-        # A second signal ends the process at once, as it would have without this.
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, before[signal.Signals(number)])
         trainer.request_stop()
 
-    return handle
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _finish(config: TrainConfig, trainer: DualVisionTrainer, outcome: Outcome, *, wants_verdict: bool) -> None:
@@ -201,8 +207,6 @@ def _summary(outcome: Outcome) -> str:
     lines.append(f"model: {outcome.final}")
     return "\n".join(lines)
 
-
-__all__ = ["Event", "build_parser", "load_for_training", "main"]
 
 if __name__ == "__main__":
     raise SystemExit(main())

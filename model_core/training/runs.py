@@ -71,6 +71,7 @@ class RunFolder:
             )  # fmt: skip
         with storage(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            self.tidy()
             write_json(self.path / RECIPE, config.model_dump(mode="json"))
 
     def take_over(self, point: ResumePoint, config: TrainConfig) -> None:

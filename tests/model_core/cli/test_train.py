@@ -58,7 +58,8 @@ def test_a_recipe_becomes_a_model(corpus: Path, tmp_path: Path, capsys: pytest.C
     for text in ("PARAMETER FREEZE STATUS", "Gating Network", "step 4/4: loss", "val_accuracy", "verdict: ", "cost: "):
         assert text in said
     assert load_checkpoint(out / "final").model.fusion.is_trained
-    assert Image.open(out / "curves.png").size[0] > 400
+    with Image.open(out / "curves.png") as drawn:
+        assert drawn.size[0] > 400
     assert list((out / "tensorboard").glob("events.out*"))
     verdict = json.loads((out / "verdict.json").read_text())
     assert verdict["num_samples"] == 4 and verdict["num_answers"] == 2
@@ -87,7 +88,7 @@ def test_flags_go_over_the_recipe(corpus: Path, tmp_path: Path, capsys: pytest.C
         (["--set", "model=nowhere"], "nowhere"),
         (["--resume", "outputs/checkpoint_latest.pth"], "pickle"),
         (["--training-mode", "llm_only", "--freeze-llm"], "nothing is left to train"),
-        (["--set", "early_stopping={\"metric\": \"val_accuracy\"}", "--set", "evaluation.num_answers=0"], "num_answers"),
+        (["--set", "early_stopping.metric=val_accuracy", "--set", "evaluation.num_answers=0"], "num_answers"),
     ],
 )  # fmt: skip
 def test_what_is_refused_is_one_line_and_78(
@@ -135,9 +136,8 @@ def read_until(descriptor: int, kind: str) -> list[dict[str, Any]]:
 def test_a_supervisor_stops_resumes_and_hears_every_event(corpus: Path, tmp_path: Path) -> None:
     """SIGTERM saves and ends with 75; the next attempt writes to its own folder and goes on."""
     child, events, control = start(corpus, tmp_path / "attempt-1", "--set", "num_epochs=500")
-    os.write(
-        control, b'{"command": "deadline", "seconds": 100}\n{"command": "freeze", "freeze": {"freeze_llm": true}}\n'
-    )
+    for order in ({"command": "deadline", "seconds": 100}, {"command": "freeze", "freeze": {"freeze_llm": True}}):
+        os.write(control, json.dumps(order).encode() + b"\n")
     first = read_until(events, "switched")
     assert {"validated", "freeze", "stage", "switched"} <= {event["kind"] for event in first}
     child.send_signal(signal.SIGTERM)
@@ -168,9 +168,10 @@ def test_a_supervisor_that_dies_takes_its_trainer_along(corpus: Path, tmp_path: 
 
 
 def test_an_error_is_the_last_event(corpus: Path, tmp_path: Path) -> None:
-    child, events, control = start(corpus, tmp_path / "run", "--set", "train_data_path=nowhere.json")
-    told = read_until(events, "never")
-    assert child.wait(60) == train.REFUSED
+    read, write = os.pipe()
+    flags = ("--set", "train_data_path=nowhere.json", "--events-fd", str(write))
+    assert run(corpus, tmp_path / "run", *flags) == train.REFUSED
+    os.close(write)
+    told = read_until(read, "never")
+    os.close(read)
     assert told[-1]["kind"] == "error" and told[-1]["data"]["retry"] is False
-    os.close(control)
-    os.close(events)
