@@ -189,7 +189,8 @@ class DualVisionTrainer:
         if point.torn:
             torn = "; ".join(point.torn)
             self._tell("warning:torn_checkpoint", f"{torn}. Going on from the one before", {"torn": list(point.torn)})
-        self._tell_checkpoint(point.path)  # a kill may have come between the folder and its event
+        if self._writes:
+            self._announce(point.path)  # a kill may have come between the folder and its links and event
         self._tell("resumed", f"from {point.path.name}", {"path": str(point.path), **asdict(self.position)})
 
     @property
@@ -348,7 +349,12 @@ class DualVisionTrainer:
         with storage(self.run_folder.path):
             self._log.tell(Event(self.position.stage, self.position.global_step, kind, message, data))
 
-    def _tell_checkpoint(self, folder: Path) -> None:
+    def _announce(self, folder: Path) -> None:
+        """Link the newest step, and the best where it is this one, and tell of it."""
+        with storage(folder):
+            self.run_folder.point(LATEST, folder)
+            if self.scores.best_step == self.position.global_step:
+                self.run_folder.point(BEST, folder)
         found = next((one for one in self.run_folder.steps() if one.path.name == folder.name), None)
         if found is not None:
             data = {"path": str(folder), "step": found.step, "reason": found.reason, "metrics": dict(found.metrics)}
@@ -368,10 +374,7 @@ class DualVisionTrainer:
                 folder, self.model, self.processor, self.config, state, reason=reason,
                 optimizer_tensors=self.optimizer.state_tensors(), data_fingerprint=self.train_source.fingerprint(),
             )  # fmt: skip
-            self.run_folder.point(LATEST, folder)
-            if self.scores.best_step == self.position.global_step:
-                self.run_folder.point(BEST, folder)
-        self._tell_checkpoint(folder)
+        self._announce(folder)
         self.run_folder.prune(self.config.checkpoints)
 
     def _end(self, reason: str) -> Outcome:
