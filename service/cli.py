@@ -20,6 +20,7 @@ from service.settings import Settings, load_settings
 MOUNTED: Mapping[str, tuple[str, str]] = {
     "infer": ("model_core.cli.infer", "answer one question about one picture"),
     "config": ("model_core.cli.configs", "check a training recipe: config validate FILE"),
+    "data": ("model_core.cli.data", "check training data: data validate FILE"),
     "configs": ("model_core.cli.configs", "write the shipped training recipes: configs create"),
     "demo": ("model_core.cli.demo", "build or evaluate the demo model"),
     "bench": ("model_core.cli.bench", "time the engine or the encoders"),
