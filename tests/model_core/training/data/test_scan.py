@@ -60,7 +60,8 @@ FOUND = {
     2: ("error", "image_parse_error"), 3: ("error", "image_too_large"), 4: ("note", "converted"),
     5: ("note", "converted"), 6: ("error", "image_not_found"), 7: ("error", "empty_answer"),
     8: ("error", "invalid_role"), 9: ("warning", "duplicate"), 10: ("error", "image_parse_error"),
-    11: ("error", "empty_image_file"), 12: ("error", "too_long"), 13: ("error", "outside_root"), 14: ("error", "invalid_record"),
+    11: ("error", "empty_image_file"), 12: ("error", "too_long"), 13: ("error", "outside_root"),
+    14: ("error", "invalid_record"),
 }  # fmt: skip
 
 
