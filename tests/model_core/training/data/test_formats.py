@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from model_core import CaptioningDataset, DualVisionDataset, MedicalVQADataset, VQADataset
 from model_core.errors import DataError, DataFormatError, RecordError
@@ -182,6 +184,81 @@ def test_format_conversations_can_be_overridden_as_in_the_readme(tmp_path: Path)
     messages = data.conversation(0)
     assert told(messages) == [("user", ["Q: What is it?", "[1.jpg]"]), ("assistant", ["A car."])]
     assert messages[0].parts[1].image.read(10**6) == jpeg()
+
+
+def test_a_fault_in_a_format_of_ones_own_tells_its_row(tmp_path: Path) -> None:
+    class Broken(DualVisionDataset):
+        def format_conversations(self, conversations, image_path):
+            return conversations[7]
+
+    with pytest.raises(IndexError) as caught:
+        read(tmp_path, row("1.jpg"), Broken)
+    assert caught.value.__notes__ == ["in Broken.format_conversations, data.json row 1"]
+
+
+WORDS = [
+    "conversations",
+    "messages",
+    "texts",
+    "image",
+    "images",
+    "image_path",
+    "question",
+    "answer",
+    "caption",
+    "role",
+    "from",
+    "content",
+    "value",
+    "type",
+    "text",
+    "image_url",
+    "url",
+    "bytes",
+    "path",
+    "weight",
+    "user",
+    "assistant",
+    "tools",
+]
+VALUES = [
+    "",
+    "x",
+    "<image>",
+    "user",
+    "gpt",
+    "assistant",
+    "system",
+    "text",
+    "image",
+    "image_url",
+    "data:",
+    "a://b",
+    "\0",
+]
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(VALUES)
+JSON = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=5),
+    max_leaves=25,
+)
+ROLES = st.sampled_from(["user", "assistant", "human", "gpt", "system"])
+TURNS = st.lists(
+    st.fixed_dictionaries({"role": ROLES, "content": st.sampled_from(VALUES) | JSON}), min_size=1, max_size=4
+)
+RECORDS = JSON | st.fixed_dictionaries({"messages": TURNS}, optional={"image": JSON, "tools": LEAVES})
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(record=RECORDS)
+def test_no_record_is_worse_than_a_bad_row(record: Any, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "data.json", [record])
+    try:
+        sample = DualVisionDataset(path).sample(0)
+    except RecordError as error:
+        assert error.reason
+    else:
+        assert any(sample.trained)
 
 
 def test_lines_and_arrays_are_told_apart_by_content_and_counted_as_an_editor_does(tmp_path: Path) -> None:
