@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from model_core.training.config import Stage
+from model_core.types import ChatMessage
 from model_core.vision_tokens import Grid
 
 
@@ -74,3 +75,6 @@ class BatchSource(Protocol):
 
     def quarantine_report(self) -> list[dict[str, Any]]:
         """Bad samples that were set aside so far: dataset, row, place, code and reason of each."""
+
+    def conversation(self, ref: SampleRef) -> list[ChatMessage]:
+        """The messages of a sample, its answers included, for generating one to it; pictures are still lazy."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from model_core.errors import ConfigError, DataError, UnreadableImagesError
 from model_core.training.config import BadSampleConfig, DatasetConfig, StageConfig, TrainConfig
 from model_core.training.context import ProcessContext
 from model_core.training.data.packs import BatchSource, PackedBatch
+from model_core.training.data.prefetch import in_order
 from model_core.training.data.source import as_source, build_source
 from model_core.training.data.stores import FolderStore
 from tests.model_core.training.data.corpus import jpeg, row, tiny_format, write_corpus, write_rows
@@ -117,6 +120,21 @@ def test_workers_change_nothing_not_even_the_random_numbers_of_others(corpus: Pa
     assert same(made, list(build_source(inline, FORMAT).steps(stage_of(inline), 2)))
     assert torch.equal(torch.get_rng_state(), state)
     assert inline.fingerprint() == ahead.fingerprint()
+
+
+def _who_squares(number: int) -> tuple[int, int]:
+    return os.getpid(), number * number
+
+
+def test_a_stop_sent_to_the_whole_group_leaves_workers_at_their_work() -> None:
+    """Ctrl-C and many supervisors signal every process of a run; the trainer's own handler decides what happens."""
+    results = in_order(_who_squares, range(40), 2)
+    found = [next(results), next(results)]
+    for worker in {pid for pid, _ in found}:
+        assert worker != os.getpid()
+        os.kill(worker, signal.SIGTERM)
+        os.kill(worker, signal.SIGINT)
+    assert [square for _, square in (*found, *results)] == [number * number for number in range(40)]
 
 
 def test_an_iterator_left_early_leaves_nothing_behind(corpus: Path) -> None:
