@@ -241,6 +241,11 @@ def _read_processor(name: str | Path, config: DualVisionConfig, param: str, **hu
     return _guarded(lambda: DualVisionProcessor.from_pretrained(name, config=config, **hub), name, param)
 
 
+def load_processor(name: str | Path, **hub: Any) -> DualVisionProcessor:
+    """Tokenizer and preprocessing alone, of a dual checkpoint or of Qwen's. Raises as `load_checkpoint` does."""
+    return _guarded(lambda: DualVisionProcessor.from_pretrained(name, **hub), name, "model")
+
+
 def _from_pretrained(cls: Any, name: str | Path, **kwargs: Any) -> Any:
     # No pickle is opened; and a tensor of another shape is ours to report, below, not transformers'.
     kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}

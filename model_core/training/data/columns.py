@@ -13,7 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from model_core.errors import ConfigError, DataFormatError
+from model_core.errors import ConfigError, DataFormatError, RecordError
 from model_core.training.data.rows import Rows
 
 #: Of all Parquet files of a data set together, unpacked.
@@ -38,7 +38,12 @@ class ColumnRows(Rows):
     def record(self, index: int) -> Any:
         place = bisect_right(self._ends, index)
         first = self._ends[place - 1] if place else 0
-        return self._batches[place].slice(index - first, 1).to_pylist()[0]
+        try:
+            return self._batches[place].slice(index - first, 1).to_pylist()[0]
+        except (ValueError, OSError) as error:  # what pyarrow's own errors are
+            raise RecordError(
+                "damaged_table", f"the row can't be read ({error})", fix="Write the table again"
+            ) from error
 
 
 def rows_of_table(path: Path) -> ColumnRows:

@@ -105,7 +105,11 @@ class DualVisionDataset:
         rows, store, local = self._find(index)
         turns = read_record(rows.record(local))
         shown = [store.shown(one) if _is_name(one) else one for one in turns.images]
-        messages = self.format_conversations(turns.turns, (shown[0] if len(shown) == 1 else shown) if shown else None)
+        try:
+            messages = self.format_conversations(turns.turns, shown if len(shown) > 1 else shown[0] if shown else None)
+        except Exception as error:
+            error.add_note(f"in {type(self).__name__}.format_conversations, {rows.name} row {rows.number(local)}")
+            raise
         sample = _to_sample(messages, store)
         _check(sample, needs_image=self.needs_image)
         return sample

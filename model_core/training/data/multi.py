@@ -103,7 +103,7 @@ def create_dataset(config: Mapping[str, Any]) -> DualVisionDataset | MultiDatase
             config.get("weights"),
             temperature=config.get("temperature"),
         )
-    if kind not in DATASET_TYPES:
+    if not isinstance(kind, str) or kind not in DATASET_TYPES:
         raise ConfigError(
             "unknown type of data set", value=kind, allowed=", ".join((*DATASET_TYPES, _MULTI)), param="type",
             fix=_nearest(str(kind), (*DATASET_TYPES, _MULTI)),

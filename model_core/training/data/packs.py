@@ -78,3 +78,6 @@ class BatchSource(Protocol):
 
     def quarantine_report(self) -> list[dict[str, Any]]:
         """Bad samples that were set aside so far: dataset, row, place, code and reason of each."""
+
+    def conversation(self, ref: SampleRef) -> list[ChatMessage]:
+        """The messages of a sample, its answers included, for generating one to it; pictures are still lazy."""

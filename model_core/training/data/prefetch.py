@@ -5,6 +5,7 @@ In: a function and its items; out: results, one by one. It knows nothing of data
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
@@ -34,8 +35,14 @@ def in_order(work: Callable[[T], R], items: Sequence[T], num_workers: int) -> It
     # Its own generator: a loader that draws its seed from torch's global one would change what a resumed run draws.
     yield from DataLoader(
         _Work(work, items), batch_size=None, num_workers=min(num_workers, len(items)), collate_fn=_same,
-        generator=torch.Generator(),
+        generator=torch.Generator(), worker_init_fn=_leave_signals_to_the_trainer,
     )  # fmt: skip
+
+
+def _leave_signals_to_the_trainer(_: int) -> None:
+    """A stop is often sent to the whole process group: the trainer saves on it, and needs its workers until then."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _same(result: R) -> R:
