@@ -120,16 +120,17 @@ def quiet_unless_terminal() -> None:
 
 def save_checkpoint(
     model: DualVisionModel, processor: DualVisionProcessor, folder: str | Path, extra: Mapping[str, Any] | None = None,
-    write_more: Callable[[Path], None] | None = None,
+    write_more: Callable[[Path], None] | None = None, *, state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Write the folder whole or not at all.
 
     Args:
         extra: goes into the manifest; write_more: adds files before the manifest is made.
+        state_dict: weights to write instead of the model's own (its adapters folded in, or left out).
     """
 
     def write(target: Path) -> None:
-        model.save_pretrained(target, max_shard_size=MAX_SHARD_SIZE)
+        model.save_pretrained(target, max_shard_size=MAX_SHARD_SIZE, state_dict=state_dict)
         processor.save_pretrained(target)
         (target / "modeling_dual_vision.py").write_text(_SHIM)
         config = json.loads((target / "config.json").read_text())
@@ -238,6 +239,11 @@ def _read_config(name: str | Path, param: str, **hub: Any) -> Any:
 
 def _read_processor(name: str | Path, config: DualVisionConfig, param: str, **hub: Any) -> DualVisionProcessor:
     return _guarded(lambda: DualVisionProcessor.from_pretrained(name, config=config, **hub), name, param)
+
+
+def load_processor(name: str | Path, **hub: Any) -> DualVisionProcessor:
+    """Tokenizer and preprocessing alone, of a dual checkpoint or of Qwen's. Raises as `load_checkpoint` does."""
+    return _guarded(lambda: DualVisionProcessor.from_pretrained(name, **hub), name, "model")
 
 
 def _from_pretrained(cls: Any, name: str | Path, **kwargs: Any) -> Any:

@@ -132,12 +132,7 @@ class DualVisionEncoder:
         self.model, self.processor = loaded.model.eval(), loaded.processor
         processor, config = loaded.processor, loaded.model.config
         _check_pixels(processor.patch_spec, PixelSpec.from_config(config))
-        self.format = InputFormat(
-            tokenizer=processor.tokenizer,
-            special=processor.special,
-            patches=processor.patch_spec,
-            mrope=loaded.model.model.mrope_layout,
-        )
+        self.format = InputFormat.of(processor, loaded.model.model.mrope_layout)
         info = ModelInfo(
             model_id=model_id,
             fingerprint=f"fp_{loaded.fingerprint or 'unsaved'}",

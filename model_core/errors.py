@@ -18,11 +18,21 @@ is allowed, and what to do about it. `code` is a stable name that the HTTP layer
     |       |-- InvalidBase64Error    a data URL whose payload does not decode
     |       `-- InvalidImageUrlError  a URL scheme or address that is not fetched
     |-- ConfigError                   settings that contradict each other or the model
+    |   `-- DataError                 training data that can't be used as it is; the rows are named
+    |       |-- DataFormatError       a file of another kind than those that are read
+    |       |-- RecordError           one row that is no sample; `reason` says why in one word
+    |       |-- UnreadableImagesError samples whose pictures are missing or damaged
+    |       `-- BadSampleBudgetError  more bad samples than may be set aside
     |-- ModelNotFoundError            no such model, arm or encoder
     |-- CheckpointError
     |   |-- CheckpointIncompleteError a file is missing, truncated or does not match the manifest
     |   |-- CheckpointMismatchError   another architecture or other shapes
     |   `-- HubUnreachableError       a hub id that is neither cached nor reachable
+    |-- TrainingError                 a run that can't go on
+    |   |-- NonFiniteLossError        the loss or a gradient is not a number
+    |   |-- FreezeViolationError      what is frozen changed, or what trains has no place in the optimizer
+    |   |-- TrainingMemoryError       a pack does not fit the memory
+    |   `-- StorageFullError          a checkpoint or a log could not be written
     `-- EngineError
         |-- OverloadedError           the queue is full; try again later
         |-- RequestFailedError        this one request broke inside the engine
@@ -31,6 +41,8 @@ is allowed, and what to do about it. `code` is a stable name that the HTTP layer
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 
 class DualVisionError(Exception):
@@ -108,6 +120,31 @@ class ConfigError(DualVisionError):
     code = "invalid_config"
 
 
+class DataError(ConfigError):
+    """problems: the rows that are meant, as the report of a data set has them; may be empty."""
+
+    code = "invalid_training_file"
+    problems: tuple[Mapping[str, object], ...] = ()
+
+
+class DataFormatError(DataError):
+    code = "invalid_file_format"
+
+
+class RecordError(DataError):
+    def __init__(self, reason: str, what: str, *, value: object = None, allowed: str = "", fix: str = "") -> None:
+        super().__init__(what, value=value, allowed=allowed, fix=fix)
+        self.reason = reason
+
+
+class UnreadableImagesError(DataError):
+    code = "image_unreadable"
+
+
+class BadSampleBudgetError(DataError):
+    code = "bad_sample_budget_exceeded"
+
+
 class ModelNotFoundError(DualVisionError):
     code = "model_not_found"
 
@@ -126,6 +163,26 @@ class CheckpointMismatchError(CheckpointError):
 
 class HubUnreachableError(CheckpointError):
     code = "hub_unreachable"
+
+
+class TrainingError(DualVisionError):
+    code = "training_failed"
+
+
+class NonFiniteLossError(TrainingError):
+    code = "nan_loss"
+
+
+class FreezeViolationError(TrainingError):
+    code = "freeze_violation"
+
+
+class TrainingMemoryError(TrainingError):
+    code = "out_of_memory"
+
+
+class StorageFullError(TrainingError):
+    code = "storage_full"
 
 
 class EngineError(DualVisionError):

@@ -20,7 +20,10 @@ from service.settings import Settings, load_settings, settings_table
 #: command, of one word or two -> (module with `main(argv) -> int | None`, what it does)
 MOUNTED: Mapping[str, tuple[str, str]] = {
     "infer": ("model_core.cli.infer", "answer one question about one picture"),
+    "train": ("model_core.cli.train", "train by a recipe, or go on with a run"),
+    "checkpoints": ("model_core.cli.checkpoints", "list, inspect and prune the steps of a run"),
     "config": ("model_core.cli.configs", "check a training recipe: config validate FILE"),
+    "data": ("model_core.cli.data", "check training data: data validate FILE"),
     "configs": ("model_core.cli.configs", "write the shipped training recipes: configs create"),
     "demo": ("model_core.cli.demo", "build or evaluate the demo model"),
     "bench": ("model_core.cli.bench", "time the engine or the encoders"),

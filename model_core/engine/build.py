@@ -36,7 +36,7 @@ def build_engine(
     Raises:
         ConfigError: settings that contradict each other or the device, with both numbers.
     """
-    decoder = Decoder(model.model.language_model, model.lm_head)
+    decoder = Decoder(model.model.language_model, model.lm_head, joins_weights=config.joins_weights)
     shape = decoder.cache_shape
     free = torch.cuda.mem_get_info(shape.device)[0] if shape.device.type == "cuda" else None
     num_blocks = config.num_blocks(shape, free, info.max_context_tokens)

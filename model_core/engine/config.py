@@ -19,6 +19,7 @@ class EngineConfig:
     max_encode_tokens: image tokens that one pass of the encoders takes; an image above it goes alone.
     encode_window_seconds: how long a picture may wait for company while others are being answered.
     kv_cache_bytes: None derives it from the device. encoder_cache_bytes: 0 keeps no features.
+    joins_weights: the decoder's products joined, its parameters becoming views of larger ones; False leaves them alone.
     """
 
     max_num_seqs: int = 16
@@ -28,6 +29,7 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     encoder_cache_bytes: int = 256 * 2**20
     enable_prefix_caching: bool = True
+    joins_weights: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_encode_tokens"):

@@ -18,7 +18,7 @@ from model_core.language.kv_cache import Attend, CacheShape
 class Decoder:
     """Packed tokens to hidden states to logits. Holds no state of any sequence."""
 
-    def __init__(self, language_model: nn.Module, lm_head: nn.Module) -> None:
+    def __init__(self, language_model: nn.Module, lm_head: nn.Module, *, joins_weights: bool = True) -> None:
         config = language_model.config
         if "sliding_attention" in config.layer_types:
             raise ConfigError(
@@ -28,8 +28,8 @@ class Decoder:
             )
         self.model, self.lm_head, self.config = language_model, lm_head, config
         self.head_dim = config.hidden_size // config.num_attention_heads
-        self._fused = FusedLayers.build(language_model)
-        self._head = JoinedHead.build(lm_head)
+        self._fused = FusedLayers.build(language_model) if joins_weights else None
+        self._head = JoinedHead.build(lm_head) if joins_weights else None
 
     def joined(self) -> FusedLayers | None:
         """The joined layers, another object whenever their weights moved; None: it runs module by module."""
@@ -66,14 +66,7 @@ class Decoder:
 
     def _by_module(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         for i, layer in enumerate(self.model.layers):
-            x, attention = layer.input_layernorm(hidden), layer.self_attn
-            query, key, value = (
-                proj(x).unflatten(-1, (-1, self.head_dim))
-                for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )  # (S, H or K, dh)
-            query, key = apply_rotary_pos_emb(query[None], key[None], cos, sin, unsqueeze_dim=2)
-            hidden = hidden + attention.o_proj(attend(i, query[0], key[0], value))
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            hidden = decode_layer(layer, i, hidden, cos, sin, attend=attend)
         return self.model.norm(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -82,3 +75,15 @@ class Decoder:
             self._head = JoinedHead.build(self.lm_head)
         head = self.lm_head if self._head is None else self._head.forward
         return head(hidden).float()
+
+
+def decode_layer(layer: nn.Module, number: int, hidden: Tensor, cos: Tensor, sin: Tensor, *, attend: Attend) -> Tensor:
+    """One decoder layer, module by module, over packed tokens (S, D); cos, sin: (1, S, dh)."""
+    x, attention = layer.input_layernorm(hidden), layer.self_attn
+    query, key, value = (
+        proj(x).unflatten(-1, (-1, attention.head_dim))
+        for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )  # (S, H or K, dh)
+    query, key = apply_rotary_pos_emb(query[None], key[None], cos, sin, unsqueeze_dim=2)
+    hidden = hidden + attention.o_proj(attend(number, query[0], key[0], value))
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from model_core.errors import ContextLengthError
 from model_core.language.rope import MropeLayout, mrope_positions
-from model_core.processing.chat import SpecialIds, encode_chat, expand_placeholders
+from model_core.processing.chat import EncodedChat, SpecialIds, encode_chat, expand_placeholders
 from model_core.processing.images import ImageLimits, Patches, PatchSpec
 from model_core.processing.media import Clock, MediaReport, no_clock, open_media
 from model_core.types import ChatMessage, ImagePart, TextPart, VideoPart
@@ -35,6 +35,11 @@ class InputFormat:
     mrope: MropeLayout
     limits: ImageLimits = field(default_factory=ImageLimits)
     allow_paths: bool = False
+
+    @classmethod
+    def of(cls, processor: Any, mrope: MropeLayout) -> InputFormat:
+        """What a DualVisionProcessor says, for the model whose layout this is."""
+        return cls(processor.tokenizer, processor.special, processor.patch_spec, mrope)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,38 +86,69 @@ def prepare_inputs(
     num_text = len(chat.ids) - len(chat.media) + len(suffix_ids)
 
     def check(grids: Sequence[Grid]) -> None:
-        num_image = sum(_num_tokens(grid, fmt) for grid in grids)
+        num_image = sum(num_vision_tokens(grid, fmt) for grid in grids)
         _check_context(num_text, num_image, max_context)
 
-    places = [
-        f"messages[{m}].content[{i}]"
-        for m, message in enumerate(messages)
-        for i, part in enumerate(message.parts)
-        if not isinstance(part, TextPart)
-    ]
-    named = list(zip(places, chat.media, strict=True))
+    placed = place_media(chat, messages, fmt, check, suffix_ids, clock=clock)
+    return ModelInputs(
+        input_ids=placed.input_ids,
+        token_types=placed.token_types,
+        pixels=np.concatenate([p.pixels for p in placed.patches]) if placed.patches else None,
+        grids=tuple(p.grid for p in placed.patches),
+        positions=placed.positions,
+        delta=placed.delta,
+        warnings=placed.media.warnings,
+        spans=_spans(placed, chat.media),
+        media=placed.media,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedMedia:
+    """A conversation with its media decoded and its placeholders expanded; counts: vision tokens of each medium."""
+
+    input_ids: list[int]
+    token_types: list[int]
+    patches: list[Patches]
+    counts: list[int]
+    positions: Tensor
+    delta: int
+    media: MediaReport
+
+
+def place_media(
+    chat: EncodedChat,
+    messages: Sequence[ChatMessage],
+    fmt: InputFormat,
+    check: Callable[[Sequence[Grid]], None],
+    suffix_ids: Sequence[int] = (),
+    *,
+    clock: Clock = no_clock,
+) -> PlacedMedia:
+    """The part of preparing that prefill and training share. `check` gets the grids before anything is decoded."""
     patches, media = open_media(
-        named, fmt.patches, fmt.limits, allow_paths=fmt.allow_paths, tokens_per_cell=fmt.mrope.tokens_per_cell,
-        check=check, clock=clock,
+        named_media(chat, messages), fmt.patches, fmt.limits, allow_paths=fmt.allow_paths,
+        tokens_per_cell=fmt.mrope.tokens_per_cell, check=check, clock=clock,
     )  # fmt: skip
-    counts = [_num_tokens(p.grid, fmt) for p in patches]
+    counts = [num_vision_tokens(p.grid, fmt) for p in patches]
     ids, types = expand_placeholders(chat.ids, counts, fmt.special)
     ids, types = ids + list(suffix_ids), types + [0] * len(suffix_ids)
     images = [p.grid for p, part in zip(patches, chat.media, strict=True) if isinstance(part, ImagePart)]
     videos = [(p.grid, part) for p, part in zip(patches, chat.media, strict=True) if isinstance(part, VideoPart)]
     seconds = [fmt.patches.temporal_patch_size / part.fps for _, part in videos]
     positions, delta = mrope_positions(types, images, [grid for grid, _ in videos], seconds, fmt.mrope)
-    return ModelInputs(
-        input_ids=ids,
-        token_types=types,
-        pixels=np.concatenate([p.pixels for p in patches]) if patches else None,
-        grids=tuple(p.grid for p in patches),
-        positions=positions,
-        delta=delta,
-        warnings=media.warnings,
-        spans=_spans(types, counts, patches, chat.media),
-        media=media,
-    )
+    return PlacedMedia(ids, types, patches, counts, positions, delta, media)
+
+
+def named_media(chat: EncodedChat, messages: Sequence[ChatMessage]) -> list[tuple[str, ImagePart | VideoPart]]:
+    """Each medium with the name of its place in the messages, for errors."""
+    places = [
+        f"messages[{m}].content[{i}]"
+        for m, message in enumerate(messages)
+        for i, part in enumerate(message.parts)
+        if not isinstance(part, TextPart)
+    ]
+    return list(zip(places, chat.media, strict=True))
 
 
 def _check_context(num_text: int, num_image: int, max_context: int | None) -> None:
@@ -126,12 +162,10 @@ def _check_context(num_text: int, num_image: int, max_context: int | None) -> No
         )
 
 
-def _spans(
-    types: Sequence[int], counts: Sequence[int], patches: Sequence[Patches], media: Sequence[ImagePart | VideoPart]
-) -> tuple[tuple[int, int, bytes], ...]:
-    places = [i for i, kind in enumerate(types) if kind]
+def _spans(placed: PlacedMedia, media: Sequence[ImagePart | VideoPart]) -> tuple[tuple[int, int, bytes], ...]:
+    places = [i for i, kind in enumerate(placed.token_types) if kind]
     found, at = [], 0
-    for count, one, part in zip(counts, patches, media, strict=True):
+    for count, one, part in zip(placed.counts, placed.patches, media, strict=True):
         found.append((places[at], places[at + count - 1] + 1, _image_key(one, part)))
         at += count
     return tuple(found)
@@ -145,7 +179,8 @@ def _image_key(patches: Patches, part: ImagePart | VideoPart) -> bytes:
     return digest.digest()
 
 
-def _num_tokens(grid: Grid, fmt: InputFormat) -> int:
+def num_vision_tokens(grid: Grid, fmt: InputFormat) -> int:
+    """Fused tokens of a medium with this patch grid."""
     t, h, w = grid
     return t * h * w // fmt.mrope.merge_size**2 * fmt.mrope.tokens_per_cell
 

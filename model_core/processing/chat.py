@@ -79,7 +79,7 @@ def encode_chat(tokenizer: Any, messages: Sequence[ChatMessage], *, add_generati
     spans: list[tuple[int, int, int]] = []
     for i, piece in enumerate(_MARK.split(rendered)):
         if i % 2 == 0:
-            ids += _backends(tokenizer, len(tokenizer))[0].encode(piece, add_special_tokens=False).ids if piece else []
+            ids += _template_ids(tokenizer, len(tokenizer), piece) if piece else ()
         else:
             text, index = texts[int(piece)]
             start = len(ids)
@@ -97,6 +97,12 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
             "a text is not valid Unicode", value=ascii(text[error.start : error.end]), allowed="no lone surrogates"
         ) from error
     return _backends(tokenizer, len(tokenizer))[1].encode(text, add_special_tokens=False).ids if text else []
+
+
+@functools.lru_cache(maxsize=1024)
+def _template_ids(tokenizer: Any, size: int, piece: str) -> tuple[int, ...]:
+    """The template's own text, which is the same few pieces in every conversation."""
+    return tuple(_backends(tokenizer, size)[0].encode(piece, add_special_tokens=False).ids)
 
 
 @functools.lru_cache(maxsize=8)

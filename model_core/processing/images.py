@@ -115,6 +115,24 @@ def read_header(data: bytes, limits: ImageLimits) -> tuple[str, tuple[int, int]]
     return name, size
 
 
+def check_complete(data: bytes, limits: ImageLimits = ImageLimits()) -> None:
+    """That the header is within limits and the file reaches its own end; no pixel is decoded. Raises ImageError."""
+    name, _ = read_header(data, limits)
+    try:
+        check_whole(name, data)
+    except _DECODER_ERRORS as error:
+        raise _damaged(name, data) from error
+
+
+def stated_mode(data: bytes) -> str:
+    """Pillow's name of the colours that the header states, "" where it can't say. Decodes no pixel."""
+    try:
+        with Image.open(BytesIO(data), formats=READABLE) as image:
+            return image.mode
+    except _DECODER_ERRORS:
+        return ""
+
+
 def _damaged(name: str, data: bytes) -> ImageParseError:
     seen = f"{name}, {len(data)} bytes"
     return ImageParseError("the image is damaged or incomplete", value=seen, fix="Save or send it again")

@@ -53,8 +53,8 @@ class MediaReport:
 
 
 @dataclass(frozen=True, slots=True)
-class _Planned:
-    """One medium before it is decoded: where its frames are, and what they will become."""
+class PlannedMedium:
+    """One medium before it is decoded: its frames as bytes or PIL images, and the patch grid they will become."""
 
     place: str
     frame_places: tuple[str, ...]
@@ -80,7 +80,7 @@ def open_media(
     Raises:
         ImageError, InvalidRequestError: with `param` naming the part; whatever `check` raises.
     """
-    planned = [_plan(place, part, spec, limits, allow_paths=allow_paths) for place, part in media]
+    planned = plan_media(media, spec, limits, allow_paths=allow_paths)
 
     def check_all(grids: Sequence[Grid]) -> None:
         _check_visual_tokens(grids, spec.merge_size, tokens_per_cell, limits.max_visual_tokens)
@@ -95,6 +95,13 @@ def open_media(
     return patches, MediaReport(tuple(notes for _, notes, _ in opened), pixels, dict(watch.seconds))
 
 
+def plan_media(
+    media: Sequence[tuple[str, Medium]], spec: PatchSpec, limits: ImageLimits, *, allow_paths: bool
+) -> list[PlannedMedium]:
+    """The headers alone: every source read, nothing decoded. Raises as `open_media` does."""
+    return [_plan(place, part, spec, limits, allow_paths=allow_paths) for place, part in media]
+
+
 def detail_pixels(detail: Detail, spec: PatchSpec) -> int | None:
     """The pixel budget that a level of detail stands for; None is the spec's own."""
     if detail != "low":
@@ -103,7 +110,7 @@ def detail_pixels(detail: Detail, spec: PatchSpec) -> int | None:
     return max(min(_LOW_DETAIL_PIXELS, spec.max_pixels // 4), spec.min_pixels) + 1
 
 
-def _plan(place: str, part: Medium, spec: PatchSpec, limits: ImageLimits, *, allow_paths: bool) -> _Planned:
+def _plan(place: str, part: Medium, spec: PatchSpec, limits: ImageLimits, *, allow_paths: bool) -> PlannedMedium:
     spec = spec.within(detail_pixels(part.detail, spec))
     if isinstance(part, ImagePart):
         spec, frames = spec.within(part.max_pixels), (part.image,)
@@ -120,12 +127,12 @@ def _plan(place: str, part: Medium, spec: PatchSpec, limits: ImageLimits, *, all
     with _named(place):
         height, width = one_size(sizes, spec)
     steps = -(-len(sizes) // spec.temporal_patch_size)
-    return _Planned(
+    return PlannedMedium(
         place, tuple(places), tuple(sources), spec, (steps, height // spec.patch_size, width // spec.patch_size)
     )
 
 
-def _decode(one: _Planned, limits: ImageLimits, watch: _Watch) -> tuple[Patches, tuple[str, ...], list[int]]:
+def _decode(one: PlannedMedium, limits: ImageLimits, watch: _Watch) -> tuple[Patches, tuple[str, ...], list[int]]:
     """Patches, warnings, and the pixels of each frame."""
     notes: dict[str, None] = {}
     resized, sizes = [], []

@@ -1,7 +1,7 @@
 """Where a picture is kept -> its encoded bytes.
 
-In: bytes, a PIL image, a data URL, or a path where paths are allowed. Out: bytes, undecoded, within a limit; a PIL
-image as it is. It refuses to download, and to open a path or a file URL unless it is told that it may.
+In: bytes, a PIL image, a LazyImage, a data URL, or a path where paths are allowed. Out: bytes, undecoded, within a
+limit; a PIL image as it is. It refuses to download, and to open a path or a file URL unless it is told that it may.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import binascii
 import os
 import re
 import stat
+from abc import ABC, abstractmethod
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -24,12 +25,22 @@ from model_core.errors import (
 )
 
 
+class LazyImage(ABC):
+    """A picture that is read when it is needed. Whoever made it answers for where it looks, so no path rule applies."""
+
+    @abstractmethod
+    def read(self, max_bytes: int) -> bytes:
+        """The encoded bytes. Raises ImageError, also where there are more than `max_bytes`."""
+
+
 def load_source(source: object, max_bytes: int, *, allow_paths: bool) -> bytes | Image.Image:
     """The encoded bytes of a picture, or the PIL image itself. Raises ImageError."""
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source)
+    if isinstance(source, LazyImage):
+        return source.read(max_bytes)
     if isinstance(source, os.PathLike):
         return _read_path(os.fspath(source), max_bytes, allow_paths=allow_paths)
     if not isinstance(source, str):

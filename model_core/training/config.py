@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -117,6 +117,11 @@ class TrainConfig(Section):
     gradient_checkpointing: components whose activations are computed twice; a frozen encoder never is.
     """
 
+    #: Settings that change no weight, so that a resumed run may have others.
+    HARMLESS: ClassVar[frozenset[str]] = frozenset(
+        {"note", "output_dir", "loggers", "log_every_steps", "device", "num_workers", "checkpoints"}
+    )
+
     note: Note | None = None
     # The model
     model: str | None = None
@@ -190,7 +195,7 @@ class TrainConfig(Section):
         names = [d.name or Path(d.data_path).stem for d in self.datasets]
         if len(set(names)) != len(names):
             raise ValueError(f"datasets of different names (set 'name'), not {', '.join(names)}")
-        if self.datasets and not any(d.weight for d in self.datasets):
+        if self.datasets and all(d.weight == 0 for d in self.datasets):
             raise ValueError("at least one dataset with a weight above 0")
         known = set(names) or {Path(self.train_data_path or "").stem}
         for stage in self.curriculum_training.stages:
@@ -291,8 +296,7 @@ class TrainConfig(Section):
 
     def fingerprint(self) -> str:
         """Of all that can change a weight; a resumed run must have the same, or say so."""
-        left_out = {"note", "output_dir", "loggers", "log_every_steps", "device", "num_workers", "checkpoints"}
-        return hashlib.sha256(self.model_dump_json(exclude=left_out).encode()).hexdigest()[:16]
+        return hashlib.sha256(self.model_dump_json(exclude=set(self.HARMLESS)).encode()).hexdigest()[:16]
 
 
 def parse_config(data: Any, overrides: Iterable[str] = ()) -> TrainConfig:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from model_core.errors import ConfigError
 from model_core.training.config import Stage, TrainConfig
@@ -28,6 +29,29 @@ def learning_rate_scale(config: TrainConfig, step: int, total_steps: int) -> flo
     done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     left = (1 + math.cos(math.pi * done)) / 2 if config.lr_schedule == "cosine" else 1 - done
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * left
+
+
+@dataclass(slots=True)
+class Position:
+    """Steps done: in this epoch, in this stage, in all. Epochs count from 0 within a stage."""
+
+    stage: int = 0
+    epoch: int = 0
+    epoch_step: int = 0
+    stage_step: int = 0
+    global_step: int = 0
+
+    def step_done(self) -> None:
+        self.epoch_step += 1
+        self.stage_step += 1
+        self.global_step += 1
+
+    def epoch_done(self) -> None:
+        self.epoch, self.epoch_step = self.epoch + 1, 0
+
+    def stage_done(self) -> None:
+        self.stage += 1
+        self.epoch = self.epoch_step = self.stage_step = 0
 
 
 class Curriculum:

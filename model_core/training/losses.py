@@ -57,8 +57,9 @@ def sample_losses(hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, sample
     each = _token_losses(hidden[rows], lm_head_weight.to(hidden.dtype), targets[rows])
     lengths = torch.tensor(list(sample_lengths), device=hidden.device)
     owner = torch.arange(len(lengths), device=hidden.device).repeat_interleave(lengths)[rows]
-    # A one-hot product instead of a scatter: the same sum every time, on CUDA too.
-    return F.one_hot(owner, len(lengths)).to(each.dtype).T @ each
+    # A one-hot product instead of a scatter: the same sum every time, on CUDA too; in float32, whatever autocast says.
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.one_hot(owner, len(lengths)).to(each.dtype).T @ each
 
 
 def language_loss(hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, sample_lengths: Sequence[int]) -> Tensor:
@@ -191,8 +192,11 @@ class GateLoss:
             return now
         return self._decay * memory.to(now.device) + (1 - self._decay) * now
 
-    def end_step(self, all_reduce: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Fold the step's packs into the averages. all_reduce: sums a tensor over processes."""
+    def end_step(self, all_reduce: Callable[[Tensor], Tensor] | None = None, *, keep: bool = True) -> None:
+        """Fold the step's packs into the averages, or drop them. all_reduce: sums a tensor over processes."""
+        if not keep:
+            self._pending = torch.zeros_like(self._pending)
+            return
         sums = self._pending if all_reduce is None else all_reduce(self._pending)
         count, e = sums[-1].clamp_min(1), self.num_encoders
         if bool(sums[-1] > 0):

@@ -47,6 +47,10 @@ class NamedOptimizer:
         """Parameters that train now, by name, in the model's order."""
         return {name: self._parameters[name] for name in self.table.trained_names}
 
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter by name; the float32 master of what trains in 16 bits."""
+        return {name: self._masters.get(name, parameter) for name, parameter in self._parameters.items()}
+
     @property
     def learning_rates(self) -> dict[str, float]:
         """The rate now, by component; the highest where a component has several groups."""

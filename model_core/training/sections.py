@@ -79,7 +79,10 @@ class FreezeConfig(Section):
 
 
 class StageConfig(Section):
-    """One stage of a curriculum: a mode and/or freeze settings of its own, for some epochs."""
+    """One stage of a curriculum: a mode and/or freeze settings of its own, for some epochs.
+
+    dataset_weights: the whole mixture of this stage, by data sets' names; those not named are left out of it.
+    """
 
     mode: TrainingMode | None = None
     freeze_config: FreezeConfig | None = None
@@ -149,12 +152,16 @@ class LoraConfig(Section):
 
 
 class DatasetConfig(Section):
-    """One source of samples. name: for dataset_weights and per-dataset losses; None is the file's stem."""
+    """One source of samples.
+
+    name: for dataset_weights and per-dataset losses; None is the file's stem.
+    weight: its share of the samples. With None in every source, an epoch is each sample once; beside others, None is 1.
+    """
 
     data_path: str = Field(min_length=1)
     type: DatasetType = "conversation"
     image_root: str | None = None
-    weight: float = Field(default=1.0, ge=0)
+    weight: float | None = Field(default=None, ge=0)
     name: str | None = Field(default=None, min_length=1, max_length=200)
 
 

@@ -6,6 +6,7 @@ import base64
 import io
 import os
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from model_core.errors import (
     UnsupportedImageError,
 )
 from model_core.processing.images import ImageLimits, open_image
+from model_core.processing.sources import LazyImage
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 31, 3), dtype=np.uint8))
 
@@ -110,3 +112,21 @@ def test_what_is_no_source() -> None:
 def test_the_magic_decides_not_the_declared_type() -> None:
     url = "data:image/jpeg;base64," + base64.b64encode(PNG).decode()
     assert pixels(open_image(url, allow_paths=False).image) == pixels(PICTURE)
+
+
+def test_a_lazy_image_is_read_when_it_is_opened_and_within_the_limit() -> None:
+    """What names a place of its own making needs no permission to open paths."""
+
+    class Kept(LazyImage):
+        limits: ClassVar[list[int]] = []
+
+        def read(self, max_bytes: int) -> bytes:
+            self.limits.append(max_bytes)
+            return PNG
+
+    kept = Kept()
+    assert kept.limits == []
+    assert pixels(open_image(kept, ImageLimits(max_bytes=len(PNG)), allow_paths=False).image) == pixels(PICTURE)
+    assert kept.limits == [len(PNG)]
+    with pytest.raises(ImageTooLargeError):
+        open_image(kept, ImageLimits(max_bytes=10), allow_paths=False)

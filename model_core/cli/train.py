@@ -1,0 +1,212 @@
+"""`dve train`: a recipe, trained. Prints what trains and how it goes, and leaves a model folder.
+
+In: a recipe's file and flags; out: a run folder, and an exit code: 0 done, 75 a checkpoint was saved on request and
+`--resume` goes on, 78 the recipe or the data is at fault, 79 the deadline passed, 1 anything else. A supervisor reads
+events and sets deadlines through two open files (`training_pipe.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model_core.cli.train_display import Display
+from model_core.cli.training_pipe import Control, EventPipe
+from model_core.errors import CheckpointError, ConfigError, DualVisionError, InputError, ModelNotFoundError
+from model_core.training.config import TRAINING_MODES, TrainConfig, load_config
+
+if TYPE_CHECKING:
+    from model_core.checkpoint import Loaded
+    from model_core.training.hooks import RunHooks
+    from model_core.training.reports import Outcome
+    from model_core.training.trainer import DualVisionTrainer
+
+DONE, FAILED, CHECKPOINTED, REFUSED = 0, 1, 75, 78
+#: The command line's names of the original's flags -> theirs in freeze_config.
+FLAGS = {
+    "freeze_qwen_vision": "freeze_qwen_vision",
+    "freeze_dinov2": "freeze_dinov2",
+    "freeze_llm": "freeze_llm",
+    "freeze_fusion": "freeze_fusion_layers",
+    "freeze_projections": "freeze_projections",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags as users of the original know them, with underscores or dashes."""
+    parser = argparse.ArgumentParser(prog="dve train", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--config", required=True, type=Path, help="the recipe, as `dve configs create` writes it")
+    parser.add_argument("--training_mode", "--training-mode", choices=TRAINING_MODES, help="what trains")
+    for flag in FLAGS:
+        names = dict.fromkeys((f"--{flag}", f"--{flag.replace('_', '-')}"))
+        parser.add_argument(*names, action="store_true", help="on top of the mode or of the recipe")
+    parser.add_argument("--resume", type=Path, metavar="PATH", help="a run folder (its newest step), or one step of it")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C",
+                        help="lay a setting over the recipe, as often as wanted")  # fmt: skip
+    parser.add_argument("--verdict", action="store_true",
+                        help="end with fused against unfused on held-out data, with intervals and costs")  # fmt: skip
+    parser.add_argument("--dry_run", "--dry-run", action="store_true",
+                        help="check recipe, model and data, print the table, and train nothing")  # fmt: skip
+    parser.add_argument("--events-fd", type=int, metavar="N", help="for a supervisor: events go to this open file")
+    parser.add_argument("--control-fd", type=int, metavar="N", help="for a supervisor: commands come from this one")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train. What is wrong is one line on stderr, and an `error` event where someone listens."""
+    args = build_parser().parse_args(argv)
+    pipe = EventPipe(args.events_fd)
+    try:
+        return _run(args, pipe)
+    except DualVisionError as error:
+        is_final = _is_final(error)
+        pipe.fail(error.code, str(error), retry=not is_final)
+        print(f"dve train: error: {error}", file=sys.stderr)
+        return REFUSED if is_final else FAILED
+    except Exception as error:  # the border of the process: a supervisor must hear of it
+        pipe.fail("internal_error", f"{type(error).__name__}: {error}", retry=True)
+        raise
+
+
+def _is_final(error: DualVisionError) -> bool:
+    """Will the same recipe on the same data fail again? A lost disk or a broken number may not."""
+    if error.code in ("nan_loss", "out_of_memory", "freeze_violation"):
+        return True
+    return isinstance(error, (ConfigError, InputError, ModelNotFoundError, CheckpointError))
+
+
+def _run(args: argparse.Namespace, pipe: EventPipe) -> int:
+    config = load_config(args.config, args.overrides)
+    config = config.with_freeze(args.training_mode, {name: True for flag, name in FLAGS.items() if getattr(args, flag)})
+    # torch is imported from here on: a wrong recipe is told at once.
+    from model_core.checkpoint import quiet_unless_terminal
+    from model_core.training.data.source import build_source
+
+    quiet_unless_terminal()
+    loaded = load_for_training(config)
+    fmt = _input_format(loaded)
+    source = build_source(config, fmt, split="train")
+    val = build_source(config, fmt, split="val") if config.val_data_path else None
+    display = Display(sys.stdout)
+    trainer = _trainer(config, loaded, source, val, (display, pipe), writes=not args.dry_run)
+    if args.dry_run:
+        print(trainer.table.render())
+        print(f"{trainer.curriculum.total_steps} steps in {len(trainer.curriculum.stages)} stages; nothing was trained")
+        return DONE
+    Control(args.control_fd, trainer).start()
+    with _stops_on_signals(trainer), display:
+        if args.resume is not None:
+            trainer.resume(args.resume)
+        outcome = trainer.train()
+    if not outcome.is_finished:
+        print(f"saved on request after {outcome.position.global_step} steps; go on with "
+              f"--resume {trainer.run_folder.path}")  # fmt: skip
+        return CHECKPOINTED
+    _finish(config, trainer, outcome, wants_verdict=args.verdict)
+    return DONE
+
+
+def load_for_training(config: TrainConfig) -> Loaded:
+    """The model that a recipe begins with; float32 where it computes in float32.
+
+    Raises:
+        ConfigError, CheckpointError.
+    """
+    import torch
+
+    from model_core.checkpoint import LoadOptions, combine_checkpoints, load_checkpoint
+    from model_core.demo_model import demo_folder
+
+    source = config.model_source()
+    options = LoadOptions(config.device, None, config.use_flash_attention)
+    on_cuda = options.resolve_device().type == "cuda"
+    if config.precision == "float32" or (config.precision == "auto" and not on_cuda):
+        options = replace(options, dtype=torch.float32)
+    if source.pair is not None:
+        return combine_checkpoints(*source.pair, options, **source.settings)
+    return load_checkpoint(source.model or demo_folder(), options)
+
+
+def _input_format(loaded: Loaded) -> Any:
+    from model_core.processing.batch import InputFormat
+
+    return InputFormat.of(loaded.processor, loaded.model.model.mrope_layout)
+
+
+def _trainer(
+    config: TrainConfig, loaded: Loaded, source: Any, val: Any, listeners: tuple[Any, ...], *, writes: bool
+) -> DualVisionTrainer:
+    from model_core.cli.answers import answerer
+    from model_core.training.hooks import RunHooks
+    from model_core.training.trainer import DualVisionTrainer
+
+    hooks: RunHooks = RunHooks(
+        listeners=(*listeners, *_loggers(config)), clock=time.perf_counter, answer=answerer(loaded) if val else None
+    )
+    return DualVisionTrainer(loaded.model, source, val, config, processor=loaded.processor, hooks=hooks, write=writes)
+
+
+def _loggers(config: TrainConfig) -> list[Any]:
+    from model_core.cli.tensorboard import TensorBoard
+
+    return [TensorBoard(Path(config.output_dir) / "tensorboard")] if "tensorboard" in config.loggers else []
+
+
+@contextmanager
+def _stops_on_signals(trainer: DualVisionTrainer) -> Iterator[None]:
+    """SIGTERM and SIGINT save and stop; a second one does what it would have done without this."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def handle(number: int, _frame: Any) -> None:
+        signal.signal(number, before[signal.Signals(number)])
+        trainer.request_stop()
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _finish(config: TrainConfig, trainer: DualVisionTrainer, outcome: Outcome, *, wants_verdict: bool) -> None:
+    folder = trainer.run_folder.path
+    if "curves" in config.loggers:
+        from model_core.cli.curves import draw_curves
+
+        print(f"curves: {draw_curves(folder)}")
+    print(_summary(outcome))
+    if wants_verdict:
+        from model_core.cli.verdict import verdict
+
+        found = verdict(trainer)
+        (folder / "verdict.json").write_text(json.dumps(found.to_json(), indent=2) + "\n")
+        print(found.render())
+
+
+def _summary(outcome: Outcome) -> str:
+    summary = outcome.summary
+    lines = [f"trained: {s['training_mode'] or 'custom'}, {s['steps']} steps" for s in summary["stages"]]
+    start, end = summary["scores"]["start"], summary["scores"]["latest"]
+    for name, value in end.items():
+        before = f" (start {start[name]:.4f})" if name in start else ""
+        lines.append(f"{name}: {value:.4f}{before}")
+    if outcome.best is not None:
+        lines.append(f"best checkpoint: {outcome.best.name}, {summary['scores']['best_value']:.4f}")
+    if summary["quarantined"]:
+        lines.append(f"samples set aside: {len(summary['quarantined'])}")
+    lines.append(f"model: {outcome.final}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

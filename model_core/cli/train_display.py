@@ -1,0 +1,91 @@
+"""How a run looks: the parameter table, a progress bar on a terminal, plain lines in a pipe.
+
+In: events; out: text. It keeps no more than a bar needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from model_core.training.events import Event
+
+#: Told as they come. Steps have the bar; where there is none, about a hundred of them are told.
+_SHOWN = ("stage", "freeze", "switched", "evaluation", "checkpoint", "resumed", "early_stopping")
+_LINES_OF_A_RUN = 100
+
+
+class Display:
+    """A listener of events; as a context manager it keeps the bar while the run goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._console = Console(file=stream, highlight=False, markup=False)
+        if not self._console.is_terminal:
+            self._console.width = 240
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                TextColumn("{task.fields[figures]}"), console=self._console,
+            )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        if event.kind == "step":
+            self._step(event)
+        elif event.kind == "validated":
+            self._say(f"{event.message}; {len(event.data['bad_rows'])} samples set aside")
+        elif event.kind == "evaluation":
+            self._say(f"step {event.global_step}: {_evaluation(event.data)}")
+        elif event.kind in ("freeze", "switched"):
+            self._say(event.message)
+        elif event.kind in _SHOWN or event.kind.startswith("warning:"):
+            word = "warning" if event.kind.startswith("warning:") else event.kind
+            self._say(f"step {event.global_step}: {word}: {event.message}")
+
+    def _step(self, event: Event) -> None:
+        total, figures = event.data["num_steps_total"], step_figures(event.data)
+        if self._bar is None:
+            if event.global_step % max(1, total // _LINES_OF_A_RUN) == 0 or event.global_step == total:
+                self._say(f"step {event.global_step}/{total}: {figures}")
+            return
+        if self._task is None:
+            self._task = self._bar.add_task("training", total=total, figures="")
+        self._bar.update(
+            self._task, completed=event.global_step, description=f"stage {event.stage} epoch {event.data['epoch']}",
+            figures=figures,
+        )  # fmt: skip
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, soft_wrap=True)
+
+
+def step_figures(data: Mapping[str, Any]) -> str:
+    """Loss, speed, the share of time that data was waited for, gate means, MFU where it is known."""
+    parts = [f"loss {data['loss']:.4f}"]
+    if data["tokens_per_second"]:
+        whole = data["seconds"] + data["data_wait_seconds"]
+        parts += [f"{data['tokens_per_second']:.0f} tok/s", f"data wait {data['data_wait_seconds'] / whole:.0%}"]
+    if data.get("mfu") is not None:
+        parts.append(f"MFU {data['mfu']:.1%}")
+    if data.get("gate"):
+        means = "/".join(f"{mean:.2f}" for mean in data["gate"]["mean"])
+        parts.append(f"gate {means}{' COLLAPSED' if data['gate']['gate_collapsed'] else ''}")
+    return ", ".join(parts)
+
+
+def _evaluation(data: Mapping[str, Any]) -> str:
+    names = ("val_loss", "unfused_loss", "val_accuracy", "unfused_accuracy")
+    return ", ".join(f"{name} {data[name]:.4f}" for name in names if data.get(name) is not None)

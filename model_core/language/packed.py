@@ -1,0 +1,114 @@
+"""The decoder's forward over whole packed samples, with gradients: what training runs.
+
+It is the layer that serving runs module by module (`decoder.py`), so that LoRA and hooks count in both, with an
+attention that keeps samples apart: on CUDA one variable-length kernel, elsewhere one causal call for each distinct
+length. No mask of S x S is ever made. It holds no cache and takes no logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model_core.language.decoder import decode_layer
+
+#: (S, H, dh), (S, K, dh), (S, K, dh) -> (S, H * dh)
+PackedAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def packed_hidden(
+    language_model: nn.Module,
+    embeds: Tensor,
+    positions: Tensor,
+    lengths: Sequence[int],
+    *,
+    recompute: bool = False,
+    use_flash_attention: bool = False,
+) -> Tensor:
+    """Hidden states of samples that can't see each other.
+
+    Args:
+        embeds: (S, D); positions: (3, S) rotary positions; lengths: tokens of each sample, S in all.
+        recompute: activations inside a layer are computed again in the backward pass instead of kept.
+    Returns:
+        (S, D) after the final norm.
+    """
+    cos, sin = language_model.rotary_emb(embeds[None], positions[:, None])
+    attention = packed_attention(lengths, embeds.device, use_flash_attention=use_flash_attention)
+
+    def attend(_layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attention(query, key, value)
+
+    hidden = embeds
+    for number, layer in enumerate(language_model.layers):
+        run = partial(decode_layer, layer, number, attend=attend)
+        if recompute and torch.is_grad_enabled():
+            hidden = checkpoint(run, hidden, cos, sin, use_reentrant=False)
+        else:
+            hidden = run(hidden, cos, sin)
+    return language_model.norm(hidden)
+
+
+def packed_attention(lengths: Sequence[int], device: torch.device, *, use_flash_attention: bool) -> PackedAttention:
+    """The attention for samples of these lengths: flash-attn's or torch's varlen on CUDA in 16 bits, SDPA elsewhere."""
+    by_length = partial(_by_length, lengths=list(lengths))
+    if device.type != "cuda":
+        return by_length
+    kernel = _flash_kernel() if use_flash_attention else _torch_kernel()
+    if kernel is None:
+        return by_length
+    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+    longest = max(lengths)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if query.dtype not in (torch.bfloat16, torch.float16):
+            return by_length(query, key, value)
+        return kernel(query, key, value, bounds, longest).flatten(1)
+
+    return attend
+
+
+def _by_length(query: Tensor, key: Tensor, value: Tensor, *, lengths: list[int]) -> Tensor:
+    """One causal call for each distinct length. split, stack and cat: no scatter-add in the gradient."""
+    parts = [x.split(lengths) for x in (query, key, value)]
+    members: dict[int, list[int]] = {}
+    for number, length in enumerate(lengths):
+        members.setdefault(length, []).append(number)
+    done: list[Any] = [None] * len(lengths)
+    for numbers in members.values():
+        q, k, v = (torch.stack([part[i] for i in numbers]).transpose(1, 2) for part in parts)  # (n, H or K, T, dh)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        for number, one in zip(numbers, out.transpose(1, 2).flatten(2).unbind(), strict=True):
+            done[number] = one
+    return torch.cat(done)
+
+
+def _flash_kernel() -> Any:
+    from flash_attn import flash_attn_varlen_func  # noqa: PLC0415  an extra, and only on CUDA
+
+    def run(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int) -> Tensor:
+        return flash_attn_varlen_func(query, key, value, bounds, bounds, longest, longest, causal=True)
+
+    return run
+
+
+def _torch_kernel() -> Any:
+    """torch's own varlen attention; None in versions without it. Causal is a window that reaches no token ahead."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  not in every torch that we support
+    except ImportError:
+        return None
+
+    def run(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int) -> Tensor:
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:  # its grouped form came later than the kernel itself
+            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        return varlen_attn(query, key, value, bounds, bounds, longest, longest, window_size=(-1, 0))
+
+    return run

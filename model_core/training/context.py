@@ -1,0 +1,28 @@
+"""Which process of a run this one is: what the functions that train and that deal out packs take as an argument.
+
+It knows no launcher and reads no environment: whoever starts a run says who it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model_core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessContext:
+    """rank: 0 to world_size - 1. device: where this process computes, as torch names it."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise ConfigError(
+                "this process is none of its run's",
+                value=f"rank {self.rank} of {self.world_size}",
+                allowed="a rank from 0 to world_size - 1",
+                fix="Start every process with its own rank and the same world_size",
+            )

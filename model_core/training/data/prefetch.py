@@ -1,0 +1,49 @@
+"""Work on a list of items in its order, here or ahead of time in torch's worker processes.
+
+In: a function and its items; out: results, one by one. It knows nothing of data sets.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class _Work(Dataset, Generic[T, R]):
+    def __init__(self, work: Callable[[T], R], items: Sequence[T]) -> None:
+        self._work, self._items = work, items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> R:
+        return self._work(self._items[index])
+
+
+def in_order(work: Callable[[T], R], items: Sequence[T], num_workers: int) -> Iterator[R]:
+    """work(item) of each. With workers, at most two results each are waiting at any time."""
+    if num_workers == 0 or len(items) < 2:
+        yield from map(work, items)
+        return
+    # Its own generator: a loader that draws its seed from torch's global one would change what a resumed run draws.
+    yield from DataLoader(
+        _Work(work, items), batch_size=None, num_workers=min(num_workers, len(items)), collate_fn=_same,
+        generator=torch.Generator(), worker_init_fn=_leave_signals_to_the_trainer,
+    )  # fmt: skip
+
+
+def _leave_signals_to_the_trainer(_: int) -> None:
+    """A stop is often sent to the whole process group: the trainer saves on it, and needs its workers until then."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _same(result: R) -> R:
+    return result

@@ -1,0 +1,179 @@
+"""How good the model is on held-out data: loss fused and unfused, answers generated, the gate over it.
+
+In: packs, and a callable that answers conversations (`engine` and `training` never meet: whoever joins them hands it
+in); out: an `Evaluation`. It changes no weight and no mean.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from model_core.errors import ConfigError
+from model_core.training.config import TrainConfig
+from model_core.training.data.packs import BatchSource, PackedBatch, SampleRef
+from model_core.training.forward import PackForward
+from model_core.training.hooks import Answer
+from model_core.training.losses import gate_statistics
+from model_core.training.step import label_counts
+from model_core.types import Arm, ChatMessage, TextPart
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """val_loss, unfused_loss: per label token, fused and past the fusion (None where it was not asked).
+
+    val_accuracy: share of generated answers that say what the reference says, None without answers; unfused_accuracy
+    likewise. dataset_losses: by name. sample_losses: (fused, unfused or None, label tokens) of each sample, in order.
+    """
+
+    val_loss: float
+    unfused_loss: float | None
+    val_accuracy: float | None
+    unfused_accuracy: float | None
+    gate: dict[str, Any] | None
+    num_samples: int
+    num_answers: int
+    dataset_losses: dict[str, float]
+    sample_losses: tuple[tuple[float, float | None, int], ...] = field(repr=False, default=())
+    hits: tuple[tuple[bool, bool | None], ...] = field(repr=False, default=())
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers that a checkpoint and an event carry."""
+        found = {
+            "val_loss": self.val_loss, "unfused_loss": self.unfused_loss, "val_accuracy": self.val_accuracy,
+            "unfused_accuracy": self.unfused_accuracy,
+        }  # fmt: skip
+        return {name: value for name, value in found.items() if value is not None}
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **self.metrics(), "gate": self.gate, "num_samples": self.num_samples, "num_answers": self.num_answers,
+            "dataset_losses": self.dataset_losses,
+        }  # fmt: skip
+
+
+class Evaluator:
+    """Evaluates one model on one source of held-out samples. answer: for generated answers; None: losses alone."""
+
+    def __init__(
+        self, forward: PackForward, config: TrainConfig, source: BatchSource, *, answer: Answer | None = None
+    ) -> None:
+        self.forward, self.config, self._source, self._answer = forward, config.evaluation, source, answer
+        self._stage = config.stages()[0]  # always the same one: its number is part of the order
+        source.prepare_stage(self._stage)
+
+    @property
+    def can_answer(self) -> bool:
+        """Will an evaluation generate answers?"""
+        return self._answer is not None and self.config.num_answers > 0
+
+    def packs(self) -> Iterator[PackedBatch]:
+        """The held-out samples, in the same order every time."""
+        for packs in self._source.steps(self._stage, 0):
+            yield from packs
+
+    def run(self) -> Evaluation:
+        """Every held-out sample's loss, and `num_answers` answers."""
+        arms: list[Arm] = ["fused", "unfused"] if self.config.unfused_floor else ["fused"]
+        losses: dict[str, list[float]] = {arm: [] for arm in arms}
+        counts: list[int] = []
+        refs: list[SampleRef] = []
+        weights = []
+        with _evaluating(self.forward.model), torch.no_grad():
+            for pack in self.packs():
+                counts += label_counts(pack)
+                refs += pack.samples
+                for arm in arms:
+                    output = self.forward(pack, arm=arm)
+                    losses[arm] += output.losses.tolist()
+                    if arm == "fused" and output.weights is not None:
+                        weights.append(output.weights)
+            hits = self._hits(refs)
+        each = list(zip(losses["fused"], counts, refs, strict=True))
+        by_dataset = {
+            name: _mean([(loss, count) for loss, count, ref in each if ref.dataset == name])
+            for name in dict.fromkeys(ref.dataset for ref in refs)
+        }
+        unfused = losses.get("unfused")
+        has_floor = bool(hits) and hits[0][1] is not None
+        return Evaluation(
+            val_loss=_mean(zip(losses["fused"], counts, strict=True)),
+            unfused_loss=None if unfused is None else _mean(zip(unfused, counts, strict=True)),
+            val_accuracy=sum(fused for fused, _ in hits) / len(hits) if hits else None,
+            unfused_accuracy=sum(bool(floor) for _, floor in hits) / len(hits) if has_floor else None,
+            gate=gate_statistics(torch.cat(weights)) if weights else None,
+            num_samples=len(counts),
+            num_answers=len(hits),
+            dataset_losses=by_dataset,
+            sample_losses=tuple(zip(losses["fused"], unfused or [None] * len(counts), counts, strict=True)),
+            hits=tuple(hits),
+        )
+
+    def _hits(self, refs: Sequence[SampleRef]) -> list[tuple[bool, bool | None]]:
+        if not self.can_answer:
+            return []
+        whole = [self._source.conversation(ref) for ref in refs[: self.config.num_answers]]
+        asked = [messages[:-1] for messages in whole]
+        wanted = [_text_of(messages[-1]) for messages in whole]
+        fused = self._answer(asked, "fused", self.config.max_tokens)
+        floor = self._answer(asked, "unfused", self.config.max_tokens) if self.config.unfused_floor else None
+        return [
+            (is_same(said, want), None if floor is None else is_same(floor[i], want))
+            for i, (said, want) in enumerate(zip(fused, wanted, strict=True))
+        ]
+
+
+def check_early_stopping(config: TrainConfig, evaluator: Evaluator | None) -> None:
+    """Can the recipe's early stopping see what it watches? Raises ConfigError."""
+    stopping = config.early_stopping
+    if stopping is None:
+        return
+    if evaluator is None:
+        raise ConfigError(
+            "early stopping needs held-out data", value=stopping.metric, allowed="val_data_path",
+            fix="Name val_data_path, or leave early_stopping out", param="early_stopping",
+        )  # fmt: skip
+    if stopping.metric == "val_accuracy" and not evaluator.can_answer:
+        raise ConfigError(
+            "val_accuracy needs generated answers", value=f"num_answers={config.evaluation.num_answers}",
+            allowed="evaluation.num_answers above 0, and a run that can generate",
+            fix="Set evaluation.num_answers, or stop by val_loss", param="early_stopping.metric",
+        )  # fmt: skip
+
+
+def is_same(said: str, wanted: str) -> bool:
+    """Do two answers say the same, but for case, punctuation at the ends, articles and spaces?"""
+    return _normal(said) == _normal(wanted)
+
+
+def _normal(text: str) -> str:
+    words = re.sub(r"[^\w\s%+-]", " ", text.lower()).split()
+    return " ".join(word for word in words if word not in ("a", "an", "the"))
+
+
+def _text_of(message: ChatMessage) -> str:
+    return "".join(part.text for part in message.parts if isinstance(part, TextPart))
+
+
+def _mean(losses: Iterable[tuple[float, int]]) -> float:
+    pairs = list(losses)
+    return sum(loss for loss, _ in pairs) / max(1, sum(count for _, count in pairs))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """eval() for every module, and each back to the mode it had."""
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in was_training.items():
+            module.training = mode

@@ -1,0 +1,129 @@
+"""One pack through the model, with gradients: pixels, fusion, the splice, the decoder, losses by sample.
+
+In: a `PackedBatch` and the images to hide; out: summed losses and gate weights. It takes the same encode path
+(`embed_images`) and the same decoder layer as serving. It divides by nothing and steps nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model_core.errors import ConfigError, InvalidRequestError
+from model_core.fusion.base import FusionOutput
+from model_core.language.packed import packed_hidden
+from model_core.processing.batch import normalise_pixels
+from model_core.processing.images import PatchSpec
+from model_core.training.data.packs import PackedBatch
+from model_core.training.freeze import FreezeTable
+from model_core.training.losses import sample_losses
+from model_core.types import Arm
+
+#: Components whose outputs a frozen rest of the model still needs a gradient for.
+_BEFORE_THE_SPLICE = frozenset({"qwen_vision", "merger", "dinov2", "projections", "gate", "output_projector"})
+
+
+@dataclass(frozen=True, slots=True)
+class PackOutput:
+    """losses: (num_samples,) float32, each summed over its sample's labels; weights: (I, E) or None."""
+
+    losses: Tensor
+    weights: Tensor | None
+
+
+class PackForward:
+    """How a model runs a pack under one freeze table.
+
+    Args:
+        precision: float32, or bfloat16 (autocast where the weights are float32).
+        recompute: components whose activations are computed twice; those that train nothing never are.
+    """
+
+    def __init__(self, model: nn.Module, spec: PatchSpec, *, precision: str, recompute: Sequence[str] = ()) -> None:
+        self.model, self.spec = model, spec
+        self._autocasts = precision == "bfloat16" and next(model.parameters()).dtype == torch.float32
+        self._wanted = frozenset(recompute)
+        self._recompute_llm = False
+        self._has_gradients_before = True
+        self._flash = model.config._attn_implementation == "flash_attention_2"
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.lm_head.weight.device
+
+    def set_freeze(self, table: FreezeTable) -> None:
+        """Which parts need gradients from now on."""
+        trained = table.trainable_components
+        self._has_gradients_before = bool(trained & _BEFORE_THE_SPLICE)
+        # The language model's activations are kept whenever a gradient goes through it, so also while it is frozen.
+        self._recompute_llm = "llm" in self._wanted and bool(trained)
+        backbone = self.model.model
+        towers = {"qwen_vision": (backbone.visual, {"qwen_vision", "merger"}), "dinov2": (backbone.second, {"dinov2"})}
+        for name, (module, own) in towers.items():
+            if name in self._wanted and trained & own:
+                module.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            elif name in self._wanted:
+                module.activation_checkpointing_disable()
+
+    def __call__(self, pack: PackedBatch, *, removed: Tensor | None = None, arm: Arm | None = None) -> PackOutput:
+        """removed: (I, E) bool, encoders to hide image by image; or one arm for all images, as an evaluation asks."""
+        with self._precision():
+            ids = pack.input_ids.to(self.device)
+            embeds = self.model.get_input_embeddings()(ids)
+            weights = None
+            if pack.grids:
+                fused = self._embed_images(pack, removed, arm)
+                embeds, weights = self._splice(ids, embeds, fused.tokens), fused.weights
+            hidden = packed_hidden(
+                self.model.model.language_model, embeds, pack.position_ids.to(self.device), pack.sample_lengths,
+                recompute=self._recompute_llm, use_flash_attention=self._flash,
+            )  # fmt: skip
+            if self._autocasts:
+                hidden = hidden.to(torch.bfloat16)  # the head is the largest product of all
+            losses = sample_losses(hidden, self.model.lm_head.weight, pack.labels, pack.sample_lengths)
+        return PackOutput(losses, weights)
+
+    def _embed_images(self, pack: PackedBatch, removed: Tensor | None, arm: Arm | None) -> FusionOutput:
+        pixels = normalise_pixels(pack.pixels, self.spec, self.device)
+        grid = torch.tensor(pack.grids)
+        arms = None if arm is None else [arm] * len(pack.grids)
+        # Where nothing before the splice trains, no graph is made, and an encoder that is never heard is not run.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._has_gradients_before):
+            return self.model.embed_images(pixels, grid, arms, removed=removed)
+
+    def _splice(self, ids: Tensor, embeds: Tensor, tokens: Tensor) -> Tensor:
+        config = self.model.config
+        places = ((ids == config.image_token_id) | (ids == config.video_token_id)).nonzero()[:, 0]
+        if len(places) != len(tokens):
+            raise InvalidRequestError(
+                "placeholders and fused tokens do not match", value=f"{len(places)} places", allowed=f"{len(tokens)}"
+            )
+        return embeds.index_copy(0, places, tokens.to(embeds.dtype))
+
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        device: Any = self.device.type
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=self._autocasts, cache_enabled=False):
+            yield
+
+
+def resolve_precision(asked: str, model: nn.Module) -> str:
+    """What products are computed in: `auto` is bfloat16 on CUDA and where the weights have 16 bits, else float32.
+
+    Raises:
+        ConfigError: float32 for a model that was loaded in 16 bits.
+    """
+    weight = model.lm_head.weight
+    if asked == "auto":
+        return "bfloat16" if weight.is_cuda or weight.dtype != torch.float32 else "float32"
+    if asked == "float32" and weight.dtype != torch.float32:
+        raise ConfigError(
+            "the model was loaded in 16 bits and can't compute in float32", value=str(weight.dtype),
+            allowed="precision auto or bfloat16", fix="Load it with dtype float32", param="precision",
+        )  # fmt: skip
+    return asked

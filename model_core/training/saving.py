@@ -1,0 +1,127 @@
+"""A step of a run on disk and back: weights, adapters, optimizer, and everything else that the next step depends on.
+
+In: a live run; out: a folder that is whole or not there, in safetensors and JSON; and the same run again. Generators
+have no state here: every step draws from the seed and its own number (`step.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from model_core.checkpoint import save_checkpoint
+from model_core.errors import CheckpointError, CheckpointMismatchError
+from model_core.training.config import TrainConfig
+from model_core.training.runs import (
+    ADAPTERS_NAME,
+    FINAL,
+    OPTIMIZER_NAME,
+    TRAINER_NAME,
+    RunFolder,
+    read_trainer,
+    write_json,
+)
+from model_core.training.weights import adapter_state, load_weights, merged_state, plain_state
+
+
+@dataclass(slots=True)
+class RunState:
+    """What `trainer.json` holds beside the recipe. Everything is JSON.
+
+    position: steps done, by epoch, stage and in all. live_freeze: settings that a switch brought in, until the stage
+    ends. freeze: the table in force, for readers. freeze_check: where the look at a stage's first steps is not over.
+    """
+
+    position: dict[str, int] = field(default_factory=dict)
+    begun_stage: int | None = None
+    live_freeze: dict[str, Any] | None = None
+    freeze: dict[str, Any] = field(default_factory=dict)
+    freeze_check: dict[str, Any] | None = None
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    gate_loss: dict[str, Any] | None = None
+    scores: dict[str, Any] = field(default_factory=dict)
+    trained_tokens: int = 0
+    skipped_in_a_row: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {one.name: getattr(self, one.name) for one in fields(self)}
+
+
+def save_step(
+    folder: Path, model: nn.Module, processor: Any, config: TrainConfig, state: RunState, *,
+    reason: str, optimizer_tensors: Mapping[str, Tensor], data_fingerprint: str,
+) -> None:  # fmt: skip
+    """Write a step's folder. An older folder of the same step is replaced in one move."""
+    content = {
+        "format": "dve-trainer", "version": 1, "recipe_fingerprint": config.fingerprint(),
+        "data_fingerprint": data_fingerprint, "recipe": config.model_dump(mode="json"), **state.to_json(),
+    }  # fmt: skip
+
+    def write_more(target: Path) -> None:
+        write_json(target / TRAINER_NAME, content)
+        save_file(dict(optimizer_tensors), target / OPTIMIZER_NAME)
+        adapters = adapter_state(model)
+        if adapters:
+            save_file(adapters, target / ADAPTERS_NAME)
+
+    extra = {
+        "reason": reason, "stage": state.position["stage"], "step": state.position["global_step"],
+        "metrics": state.scores.get("latest", {}),
+    }  # fmt: skip
+    save_checkpoint(model, processor, folder, extra, write_more, state_dict=plain_state(model))
+
+
+def load_step(
+    folder: Path, model: nn.Module, config: TrainConfig, data_fingerprint: str
+) -> tuple[RunState, dict[str, Tensor]]:
+    """Load a step's weights into the model; its state and its optimizer's tensors.
+
+    Raises:
+        CheckpointMismatchError: another recipe, data or model.
+    """
+    content = read_trainer(folder)
+    _check_recipe(content, config)
+    if content["data_fingerprint"] != data_fingerprint:
+        raise CheckpointMismatchError(
+            "the training data is not what the run began with", value=data_fingerprint,
+            allowed=str(content["data_fingerprint"]), fix="Give the files back as they were, or start a new run from "
+            f"this model: --set model={folder}", param="train_data_path",
+        )  # fmt: skip
+    load_weights(model, folder, folder / ADAPTERS_NAME)
+    try:
+        state = RunState(**{one.name: content[one.name] for one in fields(RunState)})
+    except KeyError as error:
+        raise CheckpointError(f"{TRAINER_NAME} lacks {error}", value=str(folder)) from error
+    return state, load_file(folder / OPTIMIZER_NAME)
+
+
+def _check_recipe(content: Mapping[str, Any], config: TrainConfig) -> None:
+    if content["recipe_fingerprint"] == config.fingerprint():
+        return
+    now, then = config.model_dump(mode="json"), content["recipe"]
+    changed = [key for key in sorted(now) if now[key] != then.get(key) and key not in TrainConfig.HARMLESS]
+    raise CheckpointMismatchError(
+        "the recipe is not the one that the run began with",
+        value="; ".join(f"{key}={now[key]!r}, was {then.get(key)!r}" for key in changed) or "another version's recipe",
+        allowed="the same recipe; " + ", ".join(sorted(TrainConfig.HARMLESS)) + " may differ",
+        fix="Resume with the run's own recipe.json, or start a new run with this checkpoint as 'model'",
+        param=changed[0] if changed else "resume",
+    )
+
+
+def save_final(run: RunFolder, model: nn.Module, processor: Any, best: Path | None) -> Path:
+    """The run's result as an ordinary model folder, adapters folded in.
+
+    best: a step whose weights are taken instead of the model's, which then stand in the model too.
+    """
+    if best is not None:
+        load_weights(model, best, best / ADAPTERS_NAME)
+    target = run.path / FINAL
+    save_checkpoint(model, processor, target, {"from": best.name if best else "last step"},
+                    state_dict=merged_state(model))  # fmt: skip
+    return target

@@ -1,0 +1,206 @@
+"""One optimizer step: its packs forward and backward, the losses weighed against the whole step, then the update.
+
+In: the packs of a step and where in the run it stands; out: a `StepResult`. Every random number of a step is drawn
+from (seed, global step), so that no generator's state has to be kept. It decides nothing about what trains and
+writes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model_core.errors import NonFiniteLossError, TrainingMemoryError
+from model_core.training.config import Stage, TrainConfig
+from model_core.training.data.packs import PackedBatch
+from model_core.training.forward import PackForward, PackOutput
+from model_core.training.losses import IGNORE, GateLoss, encoder_dropout, gate_statistics, next_token_labels
+from model_core.training.optim import NamedOptimizer
+from model_core.training.verify import FreezeCheck
+
+#: How torch words an allocation that failed on a CPU; on CUDA it has a type of its own.
+_CPU_OUT_OF_MEMORY = "can't allocate memory"
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlace:
+    """Where a step stands. scale: the schedule's share of the rates; progress: the share of all steps done."""
+
+    stage: Stage
+    epoch: int
+    global_step: int
+    scale: float
+    progress: float
+
+
+@dataclass(slots=True)
+class StepResult:
+    """loss: per label token; gate_loss: weighted, per image; both nan where they were. dataset_losses: by name."""
+
+    loss: float
+    gate_loss: float
+    grad_norm: float
+    num_tokens: int
+    num_label_tokens: int
+    num_samples: int
+    num_images: int
+    gate: dict[str, Any] | None = None
+    dataset_losses: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.gate_loss) and math.isfinite(self.grad_norm)
+
+    @property
+    def seen(self) -> str:
+        return f"loss {self.loss}, gate loss {self.gate_loss}, gradient norm {self.grad_norm}"
+
+
+class StepRunner:
+    """Runs steps of one model with one optimizer."""
+
+    def __init__(
+        self, forward: PackForward, optimizer: NamedOptimizer, gate_loss: GateLoss | None, config: TrainConfig
+    ) -> None:
+        self.forward, self.optimizer, self.gate_loss, self.config = forward, optimizer, gate_loss, config
+        self._fusion = forward.model.fusion
+
+    def run(self, packs: Sequence[PackedBatch], place: StepPlace, check: FreezeCheck | None) -> StepResult:
+        """A step that is not finite changes nothing: neither weights, nor moments, nor means.
+
+        Raises:
+            TrainingMemoryError: a pack does not fit the device.
+        """
+        means = {name: buffer.clone() for name, buffer in self._fusion.means.named_buffers()}
+        self.optimizer.zero_grad()
+        self.optimizer.set_learning_rate(place.scale)
+        if self.gate_loss is not None:
+            self.gate_loss.begin_step(place.progress)
+        sums = _Sums(packs)
+        devices = [self.forward.device] if self.forward.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(step_seed(self.config.seed, place.global_step))
+            for pack in packs:
+                self._backward(pack, place, sums)
+        result = sums.result()
+        if result.is_finite:
+            if check is not None:
+                check.after_backward(self.optimizer)
+            result.grad_norm = self.optimizer.step()
+        if not result.is_finite:
+            for name, buffer in self._fusion.means.named_buffers():
+                buffer.copy_(means[name])
+        if self.gate_loss is not None:
+            self.gate_loss.end_step(keep=result.is_finite)
+        return result
+
+    def _backward(self, pack: PackedBatch, place: StepPlace, sums: _Sums) -> None:
+        removed = self._hidden_encoders(pack, place)
+        try:
+            output = self.forward(pack, removed=removed)
+            loss = output.losses.sum() / sums.num_label_tokens
+            gate = self._gate_loss(output)
+            if gate is not None:
+                gate = gate * (len(pack.grids) / sums.num_images)
+            total = loss if gate is None else loss + gate
+            if total.requires_grad:
+                total.backward()
+            self.optimizer.accumulate()
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or _CPU_OUT_OF_MEMORY in str(error):
+                raise _out_of_memory(pack, self.config) from error
+            raise
+        sums.add(pack, output, loss, gate)
+
+    def _gate_loss(self, output: PackOutput) -> Tensor | None:
+        if self.gate_loss is None or output.weights is None or not output.weights.requires_grad:
+            return None
+        return self.gate_loss(output.weights)
+
+    def _hidden_encoders(self, pack: PackedBatch, place: StepPlace) -> Tensor | None:
+        chance = place.stage.encoder_dropout
+        if not chance or not pack.grids:
+            return None
+        keys = [f"{sample.key}:{place.stage.index}:{place.epoch}" for sample in pack.samples]
+        names = self._fusion.encoder_names
+        return encoder_dropout(chance, len(names), pack.images_per_sample, keys, self.config.seed)
+
+
+class _Sums:
+    """What a step adds up, over its packs."""
+
+    def __init__(self, packs: Sequence[PackedBatch]) -> None:
+        self.num_label_tokens = max(1, sum(pack.num_label_tokens for pack in packs))
+        self.num_images = max(1, sum(len(pack.grids) for pack in packs))
+        self._packs = packs
+        self._loss: list[Tensor] = []
+        self._gate: list[Tensor] = []
+        self._weights: list[Tensor] = []
+        self._by_dataset: dict[str, tuple[list[Tensor], int]] = {}
+
+    def add(self, pack: PackedBatch, output: PackOutput, loss: Tensor, gate: Tensor | None) -> None:
+        self._loss.append(loss.detach())
+        if gate is not None:
+            self._gate.append(gate.detach())
+        if output.weights is not None:
+            self._weights.append(output.weights.detach().float())
+        losses = output.losses.detach()
+        counts = label_counts(pack)
+        for dataset in dict.fromkeys(sample.dataset for sample in pack.samples):
+            mine = [i for i, sample in enumerate(pack.samples) if sample.dataset == dataset]
+            found, count = self._by_dataset.get(dataset, ([], 0))
+            self._by_dataset[dataset] = ([*found, losses[mine].sum()], count + sum(counts[i] for i in mine))
+
+    def result(self) -> StepResult:
+        # Summed once more by dataset, from the same numbers: the step's own loss is what was differentiated.
+        by_dataset = {
+            name: float(torch.stack(found).sum()) / max(1, count) for name, (found, count) in self._by_dataset.items()
+        }
+        return StepResult(
+            loss=float(torch.stack(self._loss).sum()) if self._loss else 0.0,
+            gate_loss=float(torch.stack(self._gate).sum()) if self._gate else 0.0,
+            grad_norm=0.0,
+            num_tokens=sum(len(pack.input_ids) for pack in self._packs),
+            num_label_tokens=sum(pack.num_label_tokens for pack in self._packs),
+            num_samples=sum(len(pack.samples) for pack in self._packs),
+            num_images=sum(len(pack.grids) for pack in self._packs),
+            gate=gate_statistics(torch.cat(self._weights)) if self._weights else None,
+            dataset_losses=by_dataset,
+        )
+
+
+def label_counts(pack: PackedBatch) -> list[int]:
+    """Label tokens that count, of each sample."""
+    targets = next_token_labels(pack.labels, pack.sample_lengths) != IGNORE
+    return [int(part.sum()) for part in targets.split(list(pack.sample_lengths))]
+
+
+def step_seed(seed: int, global_step: int) -> int:
+    """What dropout draws from in this step: a function of both numbers alone."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{global_step}".encode(), digest_size=7).digest(), "big")
+
+
+def non_finite(result: StepResult, global_step: int) -> NonFiniteLossError:
+    """The error that ends a run at a step whose numbers are none."""
+    return NonFiniteLossError(
+        f"step {global_step} is not finite", value=result.seen, allowed="numbers",
+        fix="Lower the learning rates or max_grad_norm, look at the step's samples, or set failures.nan=skip; the last "
+        "checkpoint is intact", param="failures.nan",
+    )  # fmt: skip
+
+
+def _out_of_memory(pack: PackedBatch, config: TrainConfig) -> TrainingMemoryError:
+    return TrainingMemoryError(
+        "a pack does not fit the device's memory",
+        value=f"{len(pack.input_ids)} tokens, {len(pack.samples)} samples, {len(pack.grids)} images",
+        allowed=f"less than max_tokens={config.max_tokens}, batch_size={config.batch_size}",
+        fix="Lower max_tokens or batch_size (gradient_accumulation_steps makes up for it), add 'llm' to "
+        "gradient_checkpointing, or train less: fusion_only, or lora",
+        param="max_tokens",
+    )

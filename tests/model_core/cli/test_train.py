@@ -1,0 +1,177 @@
+"""`dve train` as its users run it: a recipe's file, flags, a resume, a supervisor's two open files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from model_core.checkpoint import load_checkpoint, save_checkpoint
+from model_core.cli import checkpoints, train
+from model_core.training.events import read_events
+from tests.model_core import tiny
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (250, 250, 250)}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, eight coloured pictures with questions, and a recipe in the original's words."""
+    folder = tmp_path_factory.mktemp("corpus")
+    model = tiny.dual_model()
+    model.generation_config.eos_token_id = tiny.token_id("<|im_end|>")
+    save_checkpoint(model, tiny.processor(), folder / "model")
+    (folder / "images").mkdir()
+    rows = []
+    for number in range(8):
+        name, colour = list(COLOURS.items())[number % 4]
+        Image.new("RGB", (64, 64 + 28 * (number % 2)), colour).save(folder / "images" / f"{number}.png")
+        turns = [{"role": "user", "content": "colour?"}, {"role": "assistant", "content": name}]
+        rows.append({"image_path": f"images/{number}.png", "conversations": turns})
+    (folder / "train.json").write_text(json.dumps(rows))
+    (folder / "val.json").write_text(json.dumps(rows[:4]))
+    recipe = {
+        "model": str(folder / "model"), "learning_rate": 1e-3, "num_epochs": 2, "batch_size": 4,
+        "diversity_loss_weight": 0.5, "train_data_path": str(folder / "train.json"),
+        "val_data_path": str(folder / "val.json"), "image_root": str(folder), "seed": 1,
+        "evaluation": {"num_answers": 2, "max_tokens": 3}, "loggers": ["jsonl", "tensorboard", "curves"],
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(recipe))
+    return folder
+
+
+def run(corpus: Path, out: Path, *flags: str) -> int:
+    return train.main(["--config", str(corpus / "config.json"), "--set", f"output_dir={out}", *flags])
+
+
+def test_a_recipe_becomes_a_model(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert run(corpus, out, "--training-mode", "fusion_only", "--verdict") == 0
+    said = capsys.readouterr().out
+    for text in ("PARAMETER FREEZE STATUS", "Gating Network", "step 4/4: loss", "val_accuracy", "verdict: ", "cost: "):
+        assert text in said
+    assert load_checkpoint(out / "final").model.fusion.is_trained
+    with Image.open(out / "curves.png") as drawn:
+        assert drawn.size[0] > 400
+    assert list((out / "tensorboard").glob("events.out*"))
+    verdict = json.loads((out / "verdict.json").read_text())
+    assert verdict["num_samples"] == 4 and verdict["num_answers"] == 2
+    assert verdict["loss"]["low"] <= verdict["loss"]["value"] <= verdict["loss"]["high"]
+    start = next(e for e in read_events(out) if e.kind == "evaluation")
+    assert start.global_step == 0 and start.data["val_loss"] == pytest.approx(start.data["unfused_loss"], rel=1e-6)
+    checkpoints.main(["list", str(out)])
+    assert "step-4" in capsys.readouterr().out
+    assert checkpoints.main(["inspect", str(out)]) == 0 and "FROZEN" in capsys.readouterr().out
+    assert checkpoints.main(["prune", str(out), "--keep-last", "1", "--drop-best", "--dry-run"]) == 0
+    assert (out / "step-2").is_dir() and "would remove" in capsys.readouterr().out
+
+
+def test_flags_go_over_the_recipe(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(corpus, tmp_path / "run", "--freeze_llm", "--freeze-fusion", "--dry-run") == 0
+    rows = {line.split(" :")[0].strip(): line for line in capsys.readouterr().out.splitlines() if " total, " in line}
+    assert "FROZEN" in rows["Language Model"] and "FROZEN" in rows["Gating Network"] and "FROZEN" in rows["DINOv2"]
+    assert "TRAINABLE" in rows["Projections"] and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--set", "learning_rat=1"], "learning_rate"),
+        (["--set", "train_data_path=nowhere.json"], "nowhere.json"),
+        (["--set", "model=nowhere"], "nowhere"),
+        (["--resume", "outputs/checkpoint_latest.pth"], "pickle"),
+        (["--training-mode", "llm_only", "--freeze-llm"], "nothing is left to train"),
+        (["--set", "early_stopping.metric=val_accuracy", "--set", "evaluation.num_answers=0"], "num_answers"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_is_one_line_and_78(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], says: str
+) -> None:
+    assert run(corpus, tmp_path / "run", *flags) == train.REFUSED
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+    assert not (tmp_path / "run" / "events.jsonl").exists()
+
+
+def test_a_folder_of_another_run_is_left_alone(corpus: Path, tmp_path: Path, capsys: Any) -> None:
+    assert run(corpus, tmp_path / "run", "--set", "max_steps=1") == 0
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert run(corpus, tmp_path / "run") == train.REFUSED
+    assert "holds another run" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
+def start(corpus: Path, out: Path, *flags: str) -> tuple[subprocess.Popen[bytes], int, int]:
+    """A trainer in a process of its own; the events' reading end and the commands' writing end."""
+    events_read, events_write = os.pipe()
+    control_read, control_write = os.pipe()
+    command = [
+        sys.executable, "-m", "model_core.cli.train", "--config", str(corpus / "config.json"),
+        "--set", f"output_dir={out}", "--set", "evaluation.num_answers=0", "--set", 'loggers=["jsonl"]',
+        "--events-fd", str(events_write), "--control-fd", str(control_read), *flags,
+    ]  # fmt: skip
+    child = subprocess.Popen(command, pass_fds=(events_write, control_read), stdout=subprocess.DEVNULL)
+    os.close(events_write)
+    os.close(control_read)
+    return child, events_read, control_write
+
+
+def read_until(descriptor: int, kind: str) -> list[dict[str, Any]]:
+    found = []
+    with os.fdopen(os.dup(descriptor), "rb", buffering=0) as file:
+        for line in iter(file.readline, b""):
+            found.append(json.loads(line))
+            if found[-1]["kind"] == kind:
+                break
+    return found
+
+
+def test_a_supervisor_stops_resumes_and_hears_every_event(corpus: Path, tmp_path: Path) -> None:
+    """SIGTERM saves and ends with 75; the next attempt writes to its own folder and goes on."""
+    child, events, control = start(corpus, tmp_path / "attempt-1", "--set", "num_epochs=500")
+    for order in ({"command": "deadline", "seconds": 100}, {"command": "freeze", "freeze": {"freeze_llm": True}}):
+        os.write(control, json.dumps(order).encode() + b"\n")
+    first = read_until(events, "switched")
+    assert {"validated", "freeze", "stage", "switched"} <= {event["kind"] for event in first}
+    child.send_signal(signal.SIGTERM)
+    rest = read_until(events, "never")
+    assert child.wait(60) == train.CHECKPOINTED
+    saved = rest[-1]
+    assert saved["kind"] == "checkpoint" and saved["data"]["reason"] == "requested"
+    os.close(control)
+    os.close(events)
+    flags = ("--set", "num_epochs=500", "--resume", str(tmp_path / "attempt-1"))
+    child, events, control = start(corpus, tmp_path / "attempt-2", *flags)
+    second = read_until(events, "step")
+    assert "resumed" in {event["kind"] for event in second}
+    assert second[-1]["global_step"] == saved["global_step"] + 1
+    os.write(control, b'{"command": "deadline", "seconds": 0.05}\n')
+    assert child.wait(60) == 79
+    assert not list((tmp_path / "attempt-2").glob("step-*"))
+    os.close(control)
+    os.close(events)
+
+
+def test_a_supervisor_that_dies_takes_its_trainer_along(corpus: Path, tmp_path: Path) -> None:
+    child, events, control = start(corpus, tmp_path / "run", "--set", "num_epochs=500")
+    read_until(events, "step")
+    os.close(control)
+    assert child.wait(60) == 79
+    os.close(events)
+
+
+def test_an_error_is_the_last_event(corpus: Path, tmp_path: Path) -> None:
+    read, write = os.pipe()
+    flags = ("--set", "train_data_path=nowhere.json", "--events-fd", str(write))
+    assert run(corpus, tmp_path / "run", *flags) == train.REFUSED
+    os.close(write)
+    told = read_until(read, "never")
+    os.close(read)
+    assert told[-1]["kind"] == "error" and told[-1]["data"]["retry"] is False
