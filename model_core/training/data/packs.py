@@ -73,9 +73,6 @@ class BatchSource(Protocol):
     def fingerprint(self) -> str:
         """Of files, weights and lengths: a resume on other data is refused by it."""
 
-    def conversation(self, ref: SampleRef) -> list[ChatMessage]:
-        """A sample's messages, for generating an answer to it."""
-
     def quarantine_report(self) -> list[dict[str, Any]]:
         """Bad samples that were set aside so far: dataset, row, place, code and reason of each."""
 
