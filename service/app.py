@@ -57,9 +57,17 @@ _BODIES: Mapping[str, type[BaseModel]] = {
 
 
 def create_app(
-    settings: Settings, client: EngineClient, metrics: Metrics, *, now: Callable[[], float] = time.time
+    settings: Settings,
+    client: EngineClient,
+    metrics: Metrics,
+    *,
+    now: Callable[[], float] = time.time,
+    body_seconds: float = 10.0,
 ) -> FastAPI:
-    """`now` is the wall clock of `created` fields. The client must not have been started. Raises ConfigError."""
+    """`now` is the wall clock of `created` fields; `body_seconds`, what a small request body may take.
+
+    The client must not have been started. Raises ConfigError.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
@@ -77,7 +85,13 @@ def create_app(
     waiting = WaitingBytes(settings.max_waiting_bytes)
     app.state.parts = AppParts(settings, client, metrics, FusionHistory(), waiting, _media(settings, now), now)
     # The last one added is the outermost.
-    app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes, waiting=waiting, metrics=metrics)
+    app.add_middleware(
+        BodyLimit,
+        max_body_bytes=settings.max_body_bytes,
+        waiting=waiting,
+        metrics=metrics,
+        body_seconds=body_seconds,
+    )
     app.add_middleware(RequestScope, metrics=metrics)
     for module in (chat, fusion, models, health):
         app.include_router(module.router)

@@ -9,6 +9,8 @@ a rule with a fixed message hides `str(error)`, and whatever has no rule is a pl
     |   |-- InvalidBodyError            not JSON, or a field of the wrong type or range
     |   |-- UnsupportedParameterError   a parameter that would have to be ignored
     |   |-- RequestTooLargeError        the body is over the byte limit
+    |   |-- InvalidHttpError, HeadersTooLargeError
+    |   |-- SlowClientError             headers or body did not come in time
     |   |-- UnknownUrlError, MethodNotAllowedError
     |   |-- UploadNotFoundError         no uploaded file of this id is kept
     |   |-- RecordNotFoundError         no served request of this id is remembered
@@ -44,6 +46,18 @@ class UnsupportedParameterError(core.InputError):
 
 class RequestTooLargeError(core.InputError):
     code = "request_too_large"
+
+
+class InvalidHttpError(core.InputError):
+    code = "invalid_http_request"
+
+
+class HeadersTooLargeError(core.InputError):
+    code = "headers_too_large"
+
+
+class SlowClientError(core.InputError):
+    code = "request_timeout"
 
 
 class UnknownUrlError(core.InputError):
@@ -147,6 +161,9 @@ TABLE: Mapping[type[BaseException], Rule] = {
     InvalidBodyError: Rule(400, _INVALID, "invalid_value"),
     UnsupportedParameterError: Rule(400, _INVALID, "unsupported_parameter"),
     RequestTooLargeError: Rule(413, _INVALID, "request_too_large"),
+    InvalidHttpError: Rule(400, _INVALID, "invalid_http_request"),
+    HeadersTooLargeError: Rule(431, _INVALID, "headers_too_large"),
+    SlowClientError: Rule(408, _INVALID, "request_timeout", may_retry=True),
     UnknownUrlError: Rule(404, _INVALID, "unknown_url"),
     MethodNotAllowedError: Rule(405, _INVALID, "method_not_allowed"),
     RecordNotFoundError: Rule(404, _INVALID, "request_not_found"),
@@ -162,6 +179,9 @@ TABLE: Mapping[type[BaseException], Rule] = {
 
 _UNKNOWN = Rule(500, _SERVER, "internal_error", _BROKEN)
 _RETRY_AFTER_SECONDS = "1"
+
+#: The rest of such a body is not read, so the connection can't be used again.
+_CLOSING = (408, 413)
 
 
 def rule_for(error: BaseException) -> Rule:
@@ -187,6 +207,8 @@ def error_json(error: BaseException, request_id: str) -> bytes:
 def error_response(error: BaseException, request_id: str, headers: Mapping[str, str] | None = None) -> Response:
     rule = rule_for(error)
     all_headers = dict(headers or {})
+    if rule.status in _CLOSING:
+        all_headers["connection"] = "close"
     if rule.may_retry:
         all_headers["retry-after"] = _RETRY_AFTER_SECONDS
     elif rule.status >= 500:

@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from model_core.errors import ConfigError, DualVisionError
 from model_core.types import Engine
 from service.app import create_app
+from service.edge import EdgeLimits, protocol_class
 from service.engine_client import EngineClient, EngineLimits
 from service.logs import configure_logs, logger
 from service.metrics import Metrics
@@ -98,12 +99,33 @@ def build_app(
     load: Callable[[], Engine],
     on_load_failure: Callable[[BaseException], None] | None = None,
     on_pool_thread: Callable[[], None] | None = None,
+    *,
+    body_seconds: float = 10.0,
 ) -> tuple[FastAPI, EngineClient]:
+    """The application and its engine client, which the application's lifespan starts and stops."""
     metrics = Metrics()
     client = EngineClient(
         load, metrics, engine_limits(settings), on_load_failure=on_load_failure, on_pool_thread=on_pool_thread
     )
-    return create_app(settings, client, metrics), client
+    return create_app(settings, client, metrics, body_seconds=body_seconds), client
+
+
+def server_config(app: FastAPI, shutdown_seconds: float, limits: EdgeLimits | None = None) -> uvicorn.Config:
+    """How uvicorn runs the application; what its edge refuses counts in the application's metrics."""
+    metrics: Metrics = app.state.parts.metrics
+
+    def note(status: int) -> None:
+        metrics.http_requests.labels("unmatched", str(status)).inc()
+
+    return uvicorn.Config(
+        app,
+        http=protocol_class(limits or EdgeLimits(), note),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(int(shutdown_seconds), 1),
+    )
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -152,14 +174,7 @@ def serve(settings: Settings, load: Callable[[], Engine] | None = None) -> int:
     on_pool_thread = use_one_torch_thread if load is None else None
     app, client = build_app(settings, load or (lambda: load_engine(settings)), give_up, on_pool_thread)
     listening = open_socket(settings.host, settings.port)
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=max(int(settings.shutdown_timeout_seconds), 1),
-    )
-    servers.append(_Server(config, client))
+    servers.append(_Server(server_config(app, settings.shutdown_timeout_seconds), client))
     host, port = listening.getsockname()[:2]
     logger.info("listening on http://%s:%d, loading the model", f"[{host}]" if ":" in host else host, port)
     if host not in ("127.0.0.1", "::1"):

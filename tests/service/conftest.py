@@ -14,8 +14,9 @@ import openai
 import pytest
 import uvicorn
 
+from service.edge import EdgeLimits
 from service.engine_client import EngineClient
-from service.main import build_app, open_socket
+from service.main import build_app, open_socket, server_config
 from service.remote import RemoteImages
 from service.settings import Settings
 from tests.service.fakes import PNG, FakeEngine
@@ -55,15 +56,20 @@ def run_server(
     engine: FakeEngine,
     load: Callable[[], FakeEngine] | None = None,
     remote: RemoteImages | None = None,
+    edge: EdgeLimits | None = None,
+    body_seconds: float = 10.0,
     **settings,
 ) -> Iterator[LiveServer]:
     """`remote`: instead of the settings' own, one that may reach loopback."""
-    app, client = build_app(Settings(**{"shutdown_timeout_seconds": 0.0, **settings}), load or (lambda: engine))
+    app, client = build_app(
+        Settings(**{"shutdown_timeout_seconds": 0.0, **settings}),
+        load or (lambda: engine),
+        body_seconds=body_seconds,
+    )
     if remote is not None:
         app.state.parts = replace(app.state.parts, media=replace(app.state.parts.media, remote=remote))
     listening = open_socket("127.0.0.1", 0)
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(server_config(app, 1.0, edge))
     started = threading.Event()
 
     async def main() -> None:
