@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,14 +31,18 @@ from model_core.errors import (
     RequestFailedError,
 )
 from model_core.types import Engine, EngineStats, GenerationRequest, ModelInfo, TokenEvent
+from service.deadline import Deadline, late
 from service.engine_thread import Abort, Add, EngineThread, Stop
-from service.errors import DrainingError, NotReadyError, RequestTimeoutError, StalledError
+from service.errors import DrainingError, NotReadyError, StalledError
 from service.logs import logger
 from service.metrics import Metrics, RequestRecorder
 
 State = Literal["new", "loading", "ready", "failed", "dead", "stopped"]
 T = TypeVar("T")
 K = TypeVar("K")
+
+_LAST_WORDS_SECONDS = 0.3
+_JOIN_SECONDS = 1.0
 
 #: Tokens whose text is remembered: with log-probabilities every step asks for the same few again and again.
 _NUM_TOKEN_TEXTS = 65_536
@@ -83,6 +88,8 @@ class EngineClient:
         self._token_text: Callable[[int], tuple[str, list[int]]] | None = None
         self._streams: dict[str, asyncio.Queue[TokenEvent]] = {}
         self._num_admitted = 0
+        self._deadlines: set[Deadline] = set()
+        self._drain_until = 0.0
         self.num_preparing = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -101,22 +108,44 @@ class EngineClient:
         await self._settled.wait()
 
     def begin_drain(self) -> None:
-        """Refuse new work from now on. May be called from a signal handler."""
-        self._is_draining = True
+        """Refuse new work from now on; what runs has the shutdown time. May be called from a signal handler."""
+        if not self._is_draining:
+            self._drain_until = self._clock() + self._limits.shutdown_timeout_seconds
+            self._is_draining = True
+
+    def cut_drain(self) -> None:
+        """What still runs is over. May be called from a signal handler."""
+        self.begin_drain()
+        self._drain_until = min(self._drain_until, self._clock())
+
+    def is_drained(self) -> bool:
+        """Nobody is left. Those who are past the shutdown time are ended, and get a moment for their last words."""
+        over_seconds = self._clock() - self._drain_until
+        if self._is_draining and self._num_admitted and over_seconds >= 0:
+            self._end_admitted()
+        return self._is_draining and (self._num_admitted == 0 or over_seconds > _LAST_WORDS_SECONDS)
 
     async def stop(self) -> None:
         """Let running requests finish for the shutdown time, end the others with an error, join the thread."""
         self.begin_drain()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._limits.shutdown_timeout_seconds):
+            async with asyncio.timeout(max(self._drain_until - self._clock(), 0.0)):
                 await self._idle.wait()
-        self._end_all(DrainingError)
+        is_loading = self._state == "loading"
+        self._end_admitted()
         if self._state != "new":
             self._thread.commands.put(Stop())
             # A thread inside a load or a long step can't be interrupted: it is a daemon, so leave it.
-            await asyncio.to_thread(self._thread.join, 5.0)
+            await asyncio.to_thread(self._thread.join, _LAST_WORDS_SECONDS if is_loading else _JOIN_SECONDS)
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._state = "stopped"
+
+    def join_pool(self, seconds: float) -> bool:
+        """After `stop`: whether all preprocessing has ended."""
+        waiting = threading.Thread(target=self._pool.shutdown, daemon=True)
+        waiting.start()
+        waiting.join(seconds)
+        return not waiting.is_alive()
 
     # What a probe asks
 
@@ -185,21 +214,18 @@ class EngineClient:
         places can never be had.
         """
         self.check_room(num_places)
+        deadline = Deadline(asyncio.get_running_loop().time() + self._limits.request_timeout_seconds)
         self._num_admitted += num_places
+        self._deadlines.add(deadline)
         self._idle.clear()
         try:
-            yield Admission(self, asyncio.get_running_loop().time() + self._limits.request_timeout_seconds)
+            yield Admission(self, deadline)
         finally:
+            deadline.close()
+            self._deadlines.discard(deadline)
             self._num_admitted -= num_places
             if self._num_admitted == 0:
                 self._idle.set()
-
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
-        """Admit one request and run it."""
-        with self.admit() as admission:
-            async with aclosing(admission.generate(request)) as events:
-                async for event in events:
-                    yield event
 
     def _recorder(self, request: GenerationRequest, *, is_copy: bool) -> RequestRecorder:
         is_fused = request.arm == "fused" and request.score_token_ids is None
@@ -259,6 +285,10 @@ class EngineClient:
         self._state = "dead"
         self._end_all(EngineDeadError)
 
+    def _end_admitted(self) -> None:
+        for deadline in self._deadlines:
+            deadline.end(partial(DrainingError, "the server is shutting down"))
+
     def _end_all(self, kind: type[DualVisionError]) -> None:
         for request_id in list(self._streams):
             # One error object each: raising one in many tasks would grow its traceback.
@@ -269,7 +299,7 @@ class EngineClient:
 class Admission:
     """One admitted request, or a family of them that shares a place and a deadline (a comparison)."""
 
-    def __init__(self, client: EngineClient, deadline: float) -> None:
+    def __init__(self, client: EngineClient, deadline: Deadline) -> None:
         self._client, self._deadline = client, deadline
         self._fetch_seconds = 0.0
 
@@ -278,7 +308,7 @@ class Admission:
         client, begin = self._client, self._client._clock()
         client.num_preparing += 1
         try:
-            return await self._before_deadline(work)
+            return await self._deadline.bound(work)
         finally:
             client.num_preparing -= 1
             self._fetch_seconds = client._clock() - begin
@@ -289,7 +319,7 @@ class Admission:
         client = self._client
         client.num_preparing += 1
         try:
-            return await self._before_deadline(asyncio.get_running_loop().run_in_executor(client._pool, work))
+            return await self._deadline.bound(asyncio.get_running_loop().run_in_executor(client._pool, work))
         finally:
             client.num_preparing -= 1
 
@@ -309,16 +339,16 @@ class Admission:
         recorders = {r.request_id: client._recorder(r, is_copy=i > 0) for i, r in enumerate(requests)}
         events: asyncio.Queue[TokenEvent] = asyncio.Queue()
         failure: BaseException | None = None
+        self._deadline.watch(events, requests[0].request_id)
         try:
             prepared = await self._prepare(requests[0])
             client._submit(requests[0].request_id, prepared, events)
             others = [(request.request_id, await self._fork(prepared, request)) for request in requests[1:]]
             while recorders:
-                event = await self._before_deadline(events.get())
-                recorder = recorders[event.request_id]
-                recorder.observe(event)
+                event = await events.get()
                 if event.error is not None:
                     raise self._in_time(event.error)
+                recorders[event.request_id].observe(event)
                 if event.is_terminal:
                     recorders.pop(event.request_id).finish(None)
                 while others:
@@ -328,6 +358,7 @@ class Admission:
             failure = error
             raise
         finally:
+            self._deadline.forget(events)
             for request in requests:
                 client._leave(request.request_id, events)
             for recorder in recorders.values():
@@ -343,14 +374,13 @@ class Admission:
 
     def _until_deadline(self, request: GenerationRequest) -> GenerationRequest:
         # The engine gets the deadline too: what has run out of time while it queued is not computed.
-        left = max(self._deadline - asyncio.get_running_loop().time(), 0.0)
+        left = max(self._deadline.at - asyncio.get_running_loop().time(), 0.0)
         spent, self._fetch_seconds = self._fetch_seconds, 0.0
         return replace(request, timeout_seconds=left, fetch_seconds=spent)
 
     def _in_time(self, error: DualVisionError) -> DualVisionError:
         """The engine may see the deadline pass before we do: then it is the same end by another name."""
-        is_late = asyncio.get_running_loop().time() >= self._deadline
-        return _late() if is_late and isinstance(error, RequestFailedError) else error
+        return late() if self._deadline.is_past and isinstance(error, RequestFailedError) else error
 
     async def answer(self, request: GenerationRequest) -> TokenEvent:
         async with aclosing(self.generate(request)) as events:
@@ -365,14 +395,3 @@ class Admission:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _before_deadline(self, work: Awaitable[T]) -> T:
-        try:
-            async with asyncio.timeout_at(self._deadline):
-                return await work
-        except TimeoutError:
-            raise _late() from None
-
-
-def _late() -> RequestTimeoutError:
-    return RequestTimeoutError("the request's time is over")

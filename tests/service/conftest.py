@@ -69,7 +69,7 @@ def run_server(
     if remote is not None:
         app.state.parts = replace(app.state.parts, media=replace(app.state.parts.media, remote=remote))
     listening = open_socket("127.0.0.1", 0)
-    server = uvicorn.Server(server_config(app, 1.0, edge))
+    server = uvicorn.Server(server_config(app, edge, 1))
     started = threading.Event()
 
     async def main() -> None:
