@@ -1,6 +1,6 @@
 """When one admitted request must be over: at its deadline, or sooner if the server says so.
 
-In: awaitables, and the queues that a request reads its events from. Out: their results, or the error that ended the
+In: awaitables, and the inboxes that a request reads its events from. Out: their results, or the error that ended the
 request, in place of whatever it waits for. One timer a request, not one for each event. It knows no engine.
 """
 
@@ -13,6 +13,7 @@ from typing import TypeVar
 from model_core.errors import DualVisionError
 from model_core.types import TokenEvent
 from service.errors import RequestTimeoutError
+from service.inbox import Inbox
 
 T = TypeVar("T")
 
@@ -26,7 +27,7 @@ class Deadline:
         self.at = at
         self._make_error: Callable[[], DualVisionError] | None = None
         self._works: set[asyncio.Future[object]] = set()
-        self._queues: dict[asyncio.Queue[TokenEvent], str] = {}
+        self._inboxes: dict[Inbox, str] = {}
         self._timer = self._loop.call_at(at, self.end, late)
 
     @property
@@ -40,8 +41,8 @@ class Deadline:
         self._make_error = make_error
         for work in self._works:
             work.cancel()
-        for events, request_id in self._queues.items():
-            events.put_nowait(TokenEvent(request_id, error=make_error()))
+        for inbox, request_id in self._inboxes.items():
+            inbox.put(TokenEvent(request_id, error=make_error()))
 
     def close(self) -> None:
         self._timer.cancel()
@@ -62,14 +63,14 @@ class Deadline:
         finally:
             self._works.discard(task)
 
-    def watch(self, events: asyncio.Queue[TokenEvent], request_id: str) -> None:
-        """The end of the request will be an event of this queue, under that id."""
-        self._queues[events] = request_id
+    def watch(self, inbox: Inbox, request_id: str) -> None:
+        """The end of the request will be an event of this inbox, under that id."""
+        self._inboxes[inbox] = request_id
         if self._make_error is not None:
-            events.put_nowait(TokenEvent(request_id, error=self._make_error()))
+            inbox.put(TokenEvent(request_id, error=self._make_error()))
 
-    def forget(self, events: asyncio.Queue[TokenEvent]) -> None:
-        self._queues.pop(events, None)
+    def forget(self, inbox: Inbox) -> None:
+        self._inboxes.pop(inbox, None)
 
 
 def late() -> RequestTimeoutError:

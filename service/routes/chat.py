@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -18,7 +19,7 @@ from service.protocol.body import header_list, parse_body
 from service.protocol.chat import ChatCompletionRequest
 from service.reports import fusion_entries
 from service.routes.parts import AppParts, Parts
-from service.streaming import SseResponse, to_frame, until_disconnect
+from service.streaming import DONE, SseResponse, to_frame, until_disconnect
 from service.translate import (
     ChatPlan,
     clamped_max_tokens,
@@ -36,8 +37,8 @@ from service.waiting import WaitingBody
 
 router = APIRouter()
 
-#: An event and the index of the choice that it belongs to.
-Indexed = tuple[int, TokenEvent]
+#: Events, each with the index of the choice that it belongs to.
+Batch = list[tuple[int, TokenEvent]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +53,19 @@ class _Chat:
     completion_id: str
     created: int
 
-    async def events(self) -> AsyncGenerator[Indexed, None]:
-        """Of all choices as they come; the error of one ends all."""
+    async def batches(self) -> AsyncGenerator[Batch, None]:
+        """Events of all choices as they come; the error of one ends all."""
         with self.parts.client.admit(self.plan.num_choices) as admission:
             messages = await self.parts.read_messages(admission, self.body.messages, self.waiting_body)
             requests = to_requests(self.plan, messages, self.completion_id)
             index_of = {request.request_id: index for index, request in enumerate(requests)}
-            async with aclosing(admission.generate_choices(requests)) as events:
-                async for event in events:
-                    # The engine has begun: this body waits no longer.
-                    self.waiting_body.release()
-                    yield index_of[event.request_id], event
+            # Once the engine has begun, this body waits no longer.
+            batches = admission.generate_choices(
+                requests, on_begin=self.waiting_body.release, is_patient=not self.plan.is_stream
+            )
+            async with aclosing(batches):
+                async for batch in batches:
+                    yield [(index_of[event.request_id], event) for event in batch]
 
     def remember(self, fusion: tuple[FusionWeights, ...]) -> None:
         self.parts.history.add(
@@ -96,9 +99,10 @@ async def create_chat_completion(request: Request, parts: Parts) -> Response:
 
 async def _complete(chat: _Chat) -> Response:
     by_choice: list[list[TokenEvent]] = [[] for _ in range(chat.plan.num_choices)]
-    async with aclosing(chat.events()) as events:
-        async for index, event in events:
-            by_choice[index].append(event)
+    async with aclosing(chat.batches()) as batches:
+        async for batch in batches:
+            for index, event in batch:
+                by_choice[index].append(event)
     answers = [fold_answer(choice) for choice in by_choice]
     chat.remember(answers[0].fusion or ())
     completion = to_completion(
@@ -118,44 +122,65 @@ async def _complete(chat: _Chat) -> Response:
 
 
 async def _stream(request: Request, chat: _Chat) -> Response:
-    events = chat.events()
+    batches = chat.batches()
 
-    async def first_event() -> Indexed:
-        return await anext(events)
+    async def first_batch() -> Batch:
+        return await anext(batches)
 
     # The first event is awaited before a byte is sent, so that whatever is wrong has its own status.
-    first = await until_disconnect(request, first_event())
-    chat.remember(first[1].fusion or ())
+    first = await until_disconnect(request, first_batch())
+    event = first[0][1]
+    chat.remember(event.fusion or ())
     return SseResponse(
-        _frames(chat, first, events),
-        events.aclose,
+        _pieces(chat, first, batches),
+        batches.aclose,
         request_id=request_id_var.get(),
-        headers=chat.headers(first[1].usage),
+        headers=chat.headers(event.usage),
     )
 
 
-async def _frames(chat: _Chat, first: Indexed, rest: AsyncGenerator[Indexed, None]) -> AsyncGenerator[bytes, None]:
+async def _pieces(chat: _Chat, first: Batch, rest: AsyncGenerator[Batch, None]) -> AsyncGenerator[bytes, None]:
+    """Frames, those of one batch together."""
+    frames = _Frames(chat, fusion_entries(first[0][1].fusion or (), chat.info.encoders))
+    yield b"".join(frame for index, event in first for frame in frames.of_event(index, event)) + frames.end()
+    async for batch in rest:
+        yield b"".join(frame for index, event in batch for frame in frames.of_event(index, event)) + frames.end()
+
+
+class _Frames:
     """For each choice a role, its text as it comes, and its end; for all together the usage, if asked for."""
-    fusion = fusion_entries(first[1].fusion or (), chat.info.encoders)
-    begun: set[int] = set()
-    usages: dict[int, Usage | None] = {}
-    index, event = first
-    while True:
-        if index not in begun:
+
+    def __init__(self, chat: _Chat, fusion: list[dict[str, Any]]) -> None:
+        self._chat, self._fusion = chat, fusion
+        self._begun: set[int] = set()
+        self._usages: dict[int, Usage | None] = {}
+        # What all frames of text have in common is written once.
+        whole = _chunk(chat, 0, {"content": ""})
+        self._head, _, self._tail = whole.partition(b'0,"delta":{"content":""}')
+
+    def of_event(self, index: int, event: TokenEvent) -> Iterator[bytes]:
+        if index not in self._begun:
             # The prompt's routing rides on the first chunk of all.
-            yield _chunk(chat, index, {"role": "assistant", "content": ""}, fusion=None if begun else fusion)
-            begun.add(index)
-        if event.text or event.logprobs:
-            yield _chunk(chat, index, {"content": event.text}, logprobs=event.logprobs)
+            fusion = None if self._begun else self._fusion
+            yield _chunk(self._chat, index, {"role": "assistant", "content": ""}, fusion=fusion)
+            self._begun.add(index)
+        if event.logprobs:
+            yield _chunk(self._chat, index, {"content": event.text}, logprobs=event.logprobs)
+        elif event.text:
+            text = encode_basestring_ascii(event.text).encode("ascii")
+            yield b'%b%d,"delta":{"content":%b}%b' % (self._head, index, text, self._tail)
         if event.is_terminal:
-            yield _chunk(chat, index, {}, finish_reason=to_finish_reason(event.finish_reason))
-            usages[index] = event.usage
-            if len(usages) == chat.plan.num_choices:
-                break
-        index, event = await anext(rest)
-    if chat.plan.include_usage:
-        usage = total_usage([usages[index] for index in sorted(usages)])
-        yield to_frame({**_base(chat), "choices": [], "usage": to_usage(usage).model_dump(), "fusion": fusion})
+            yield _chunk(self._chat, index, {}, finish_reason=to_finish_reason(event.finish_reason))
+            self._usages[index] = event.usage
+
+    def end(self) -> bytes:
+        """Empty until every choice has ended."""
+        if len(self._usages) < self._chat.plan.num_choices:
+            return b""
+        if not self._chat.plan.include_usage:
+            return DONE
+        usage = to_usage(total_usage([self._usages[index] for index in sorted(self._usages)])).model_dump()
+        return to_frame({**_base(self._chat), "choices": [], "usage": usage, "fusion": self._fusion}) + DONE
 
 
 def _base(chat: _Chat) -> dict[str, Any]:

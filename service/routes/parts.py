@@ -9,7 +9,8 @@ from typing import Annotated, cast
 from fastapi import Depends, Request
 
 from model_core.types import ChatMessage
-from service.engine_client import Admission, EngineClient
+from service.admission import Admission
+from service.engine_client import EngineClient
 from service.fusion_history import FusionHistory
 from service.media import MediaSource, is_remote
 from service.messages import image_references, to_messages

@@ -9,8 +9,9 @@ import pytest
 
 from model_core.errors import CheckpointIncompleteError, EngineDeadError, RequestFailedError
 from model_core.types import ChatMessage, GenerationRequest, TextPart
+from service.admission import Admission
 from service.deadline import Deadline
-from service.engine_client import Admission, EngineClient, EngineLimits
+from service.engine_client import EngineClient, EngineLimits
 from service.errors import DrainingError, RequestTimeoutError, StalledError
 from service.metrics import Metrics
 from tests.service.conftest import LiveServer, ask
