@@ -48,8 +48,9 @@ test: $(VENV)/.dev ## the default tests [ARGS="-k name"]
 test-heavy: $(VENV)/.dev ## the long proofs
 	@$(BIN)/python -m pytest -m heavy --timeout 3600 $(ARGS)
 
-test-ops: $(VENV)/.dev ## dashboards, rules and alerts against a real Prometheus (Debian; installs it)
-	@command -v prometheus >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus; }
+test-ops: $(VENV)/.dev ## what is deployed, against a real Prometheus and a real nginx (Debian; installs them)
+	@command -v prometheus >/dev/null && command -v nginx >/dev/null || { \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus nginx; }
 	@$(BIN)/python -m pytest -m "ops or not heavy" tests/deploy $(ARGS)
 
 check: $(VENV)/.dev ## format, lint, types, import contracts

@@ -1,9 +1,12 @@
 """What the HTTP layer itself costs: the whole application, its engine bridge and its pool, over an engine that is free.
 
-    python -m benchmarks.api_overhead [--requests 200] [--streams 64] [--tokens 400]
+    python -m benchmarks.api_overhead [--requests 200] [--streams 64] [--tokens 1000] [--rate 12800]
 
-One process, no socket: what is timed is ours. Bars: 2 ms at the median for a body of 200 KB with one picture, and
-10,000 stream events a second over 64 streams. The picture is not decoded; that is the engine's `prepare`.
+First in one process, without a socket: what is timed is ours. Then through real sockets, the server kept to one core
+and the client a process of its own. Bars: 2 ms at the median for a body of 200 KB with one picture, and 10,000 stream
+events a second over 64 streams on one core. The picture is not decoded; that is the engine's `prepare`. The engine
+gives `rate` tokens a second: one that ran ahead would have its events sent many at a time. CPU times are of all of
+the server's threads: on a busy machine they alone mean something.
 """
 
 from __future__ import annotations
@@ -12,32 +15,42 @@ import argparse
 import asyncio
 import base64
 import json
+import logging
+import os
+import selectors
+import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import uvicorn
 from rich.console import Console
 from rich.table import Table
 
 from model_core.types import EngineStats, GenerationRequest, ModelInfo, TokenEvent, Usage
 from service.engine_client import EngineClient
-from service.main import build_app
+from service.main import build_app, open_socket, server_config
 from service.settings import Settings
 
+#: What was measured, how much, and the bar.
+Row = tuple[str, str, str]
 INFO = ModelInfo(
     "free", "fp", "gated", True, ("qwen", "dinov2"), 1_000_000, device="cpu", dtype="float32", num_parameters=0
 )
 
 
 class FreeEngine:
-    """One token a row a step, `max_tokens` of them, at no cost."""
+    """One token a row a step, `max_tokens` of them, at no cost, and no faster than `rate` a second."""
 
     info = INFO
 
-    def __init__(self) -> None:
+    def __init__(self, rate: float) -> None:
+        self._rate, self._due = rate, 0.0
         self._left: dict[str, int] = {}
         self._total: dict[str, int] = {}
 
@@ -67,6 +80,8 @@ class FreeEngine:
         return EngineStats(num_running=len(self._left))
 
     def step(self) -> list[TokenEvent]:
+        time.sleep(max(self._due - time.perf_counter(), 0.0))
+        self._due = time.perf_counter() + (len(self._left) - 1) / self._rate
         events = []
         for request_id, left in list(self._left.items()):
             total = self._total[request_id]
@@ -82,7 +97,7 @@ class FreeEngine:
 
 
 async def call(app: Any, body: bytes) -> tuple[int, int]:
-    """One request through the application: its status and the number of non-empty body messages."""
+    """One request through the application: its status and the number of its stream events."""
     scope = {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
         "path": "/v1/chat/completions", "raw_path": b"/v1/chat/completions", "query_string": b"", "root_path": "",
@@ -101,7 +116,7 @@ async def call(app: Any, body: bytes) -> tuple[int, int]:
     async def send(message: dict[str, Any]) -> None:
         nonlocal status, count
         status = message.get("status", status)
-        count += bool(message.get("body"))
+        count += message.get("body", b"").count(b"data: ")
 
     await app(scope, receive, send)
     return status, count
@@ -114,16 +129,18 @@ def chat_body(num_bytes: int, **more: object) -> bytes:
     return json.dumps({"model": "free", "messages": [{"role": "user", "content": content}], **more}).encode()
 
 
-async def measure_requests(app: Any, count: int) -> list[float]:
-    """Seconds of each of `count` requests, one after the other."""
-    body, seconds = chat_body(200_000, max_tokens=1), []
-    for _ in range(count + 10):
+async def measure_requests(app: Any, count: int) -> tuple[list[float], float]:
+    """Seconds of each of `count` requests, one after the other, and the CPU seconds of one."""
+    body, seconds, cpu = chat_body(200_000, max_tokens=1), [], 0.0
+    for i in range(count + 10):
+        if i == 10:
+            cpu = time.process_time()
         start = time.perf_counter()
         status, _ = await call(app, body)
         seconds.append(time.perf_counter() - start)
         if status != 200:
             raise SystemExit(f"the request was answered with {status}")
-    return seconds[10:]
+    return seconds[10:], (time.process_time() - cpu) / count
 
 
 async def measure_streams(app: Any, streams: int, tokens: int) -> tuple[float, float]:
@@ -138,37 +155,103 @@ async def measure_streams(app: Any, streams: int, tokens: int) -> tuple[float, f
     return events / wall, events / cpu
 
 
-async def run(args: argparse.Namespace) -> list[tuple[str, str, str]]:
-    with tempfile.TemporaryDirectory() as data_dir:  # without keys
-        settings = Settings(
-            max_num_seqs=args.streams, batch_window_seconds=0.0, log_level="error", data_dir=Path(data_dir)
-        )
-        app, client = build_app(settings, FreeEngine)
-    engine_client: EngineClient = client
-    engine_client.start()
-    await engine_client.wait_loaded()
+async def in_process(args: argparse.Namespace) -> list[Row]:
+    app, client = build(args)
+    client.start()
+    await client.wait_loaded()
     try:
-        seconds = sorted(await measure_requests(app, args.requests))
+        seconds, cpu = await measure_requests(app, args.requests)
         await measure_streams(app, args.streams, 20)
         per_wall, per_cpu = await measure_streams(app, args.streams, args.tokens)
     finally:
-        await engine_client.stop()
+        await client.stop()
+    seconds.sort()
     return [
         ("200 KB request, p50", f"{statistics.median(seconds) * 1000:.2f} ms", "2 ms"),
         ("200 KB request, p99", f"{seconds[int(len(seconds) * 0.99)] * 1000:.2f} ms", ""),
-        (f"stream events, {args.streams} streams, wall", f"{per_wall:,.0f} /s", "10,000 /s"),
-        (f"stream events, {args.streams} streams, CPU", f"{per_cpu:,.0f} /s", "10,000 /s"),
+        ("200 KB request, CPU", f"{cpu * 1000:.2f} ms", "2 ms"),
+        (f"events, {args.streams} streams, wall", f"{per_wall:,.0f} /s", "10,000 /s"),
+        (f"events, {args.streams} streams, CPU", f"{per_cpu:,.0f} /s", "10,000 /s"),
     ]
+
+
+def build(args: argparse.Namespace) -> tuple[Any, EngineClient]:
+    data_dir = Path(tempfile.mkdtemp())  # without keys
+    settings = Settings(max_num_seqs=args.streams, batch_window_seconds=0.0, log_level="error", data_dir=data_dir)
+    return build_app(settings, lambda: FreeEngine(args.rate))
+
+
+async def through_sockets(args: argparse.Namespace) -> list[Row]:
+    """The server on this process's one core; the client process takes what it can get."""
+    app, client = build(args)
+    listening = open_socket("127.0.0.1", 0)
+    server = uvicorn.Server(server_config(app))
+    serving = asyncio.create_task(server.serve(sockets=[listening]))
+    await asyncio.sleep(0)
+    while not server.started:
+        await asyncio.sleep(0.01)
+    await client.wait_loaded()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    port = listening.getsockname()[1]
+    await asyncio.to_thread(load, port, args.streams, 20)
+    cpu = time.process_time()
+    events, seconds = await asyncio.to_thread(load, port, args.streams, args.tokens)
+    cpu = time.process_time() - cpu
+    server.should_exit = True
+    await serving
+    return [
+        (f"events, {args.streams} sockets, one core, wall", f"{events / seconds:,.0f} /s", "10,000 /s"),
+        (f"events, {args.streams} sockets, one core, CPU", f"{events / cpu:,.0f} /s", "10,000 /s"),
+    ]
+
+
+def load(port: int, streams: int, tokens: int) -> tuple[int, float]:
+    """Events and seconds of a client process that reads so many streams at once."""
+    command = [sys.executable, "-m", "benchmarks.api_overhead", "--client", f"{port},{streams},{tokens}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    events, seconds = done.stdout.split()
+    if int(events) < streams * tokens:
+        raise SystemExit(f"a stream broke: {events} events")
+    return int(events), float(seconds)
+
+
+def read_streams(port: int, streams: int, tokens: int) -> tuple[int, float]:
+    body = chat_body(400, max_tokens=tokens, stream=True)
+    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    request = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+    ready, events, begin = selectors.DefaultSelector(), 0, time.perf_counter()
+    for _ in range(streams):
+        connection = socket.create_connection(("127.0.0.1", port))
+        connection.sendall(request)
+        ready.register(connection, selectors.EVENT_READ)
+    while ready.get_map():
+        for key, _ in ready.select():
+            connection = key.fileobj  # type: ignore[assignment]
+            piece = connection.recv(65536)
+            events += piece.count(b"data: ")
+            if not piece:
+                ready.unregister(connection)
+                connection.close()
+    return events, time.perf_counter() - begin
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--streams", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=400)
+    parser.add_argument("--tokens", type=int, default=1000)
+    parser.add_argument("--rate", type=float, default=12_800.0)
+    parser.add_argument("--client", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.client:
+        print(*read_streams(*map(int, args.client.split(","))))
+        return
+    logging.disable(logging.INFO)
     table = Table("what", "measured", "bar")
-    for row in asyncio.run(run(parser.parse_args(argv))):
-        table.add_row(*row)
+    for measure in (in_process, through_sockets):
+        for row in asyncio.run(measure(args)):
+            table.add_row(*row)
     Console().print(table)
 
 

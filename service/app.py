@@ -67,8 +67,10 @@ def create_app(
     *,
     now: Callable[[], float] = time.time,
     clock: Callable[[], float] = time.monotonic,
+    body_seconds: float = 10.0,
 ) -> FastAPI:
-    """`now` is the wall clock of `created` fields, `clock` that of the keys' limits.
+    """`now`: the wall clock of `created` fields. `clock`: that of the limits. `body_seconds`: what a small request
+    body may take.
 
     The client must not have been started. Raises ConfigError.
     """
@@ -89,7 +91,13 @@ def create_app(
     waiting = WaitingBytes(settings.max_waiting_bytes)
     app.state.parts = AppParts(settings, client, metrics, FusionHistory(), waiting, _media(settings, now), now)
     # The last one added is the outermost.
-    app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes, waiting=waiting, metrics=metrics)
+    app.add_middleware(
+        BodyLimit,
+        max_body_bytes=settings.max_body_bytes,
+        waiting=waiting,
+        metrics=metrics,
+        body_seconds=body_seconds,
+    )
     routers = [module.router for module in (chat, fusion, models, health)]
     limits = KeyLimits(settings.key_requests_per_minute, settings.key_max_concurrent, clock)
     app.add_middleware(

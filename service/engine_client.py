@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
-from model_core.analysis.compare import collect_answer
 from model_core.errors import (
     DualVisionError,
     EngineDeadError,
@@ -29,15 +29,21 @@ from model_core.errors import (
     OverloadedError,
     RequestFailedError,
 )
-from model_core.types import Engine, EngineStats, GenerationRequest, ModelInfo, TokenEvent
+from model_core.types import Engine, EngineStats, ModelInfo, TokenEvent
+from service.admission import Admission
+from service.deadline import Deadline
 from service.engine_thread import Abort, Add, EngineThread, Stop
-from service.errors import DrainingError, NotReadyError, RequestTimeoutError, StalledError
+from service.errors import DrainingError, NotReadyError, StalledError
+from service.inbox import Inbox
 from service.logs import logger
-from service.metrics import Metrics, RequestRecorder
+from service.metrics import Metrics
 
 State = Literal["new", "loading", "ready", "failed", "dead", "stopped"]
 T = TypeVar("T")
 K = TypeVar("K")
+
+_LAST_WORDS_SECONDS = 0.3
+_JOIN_SECONDS = 1.0
 
 #: Tokens whose text is remembered: with log-probabilities every step asks for the same few again and again.
 _NUM_TOKEN_TEXTS = 65_536
@@ -68,21 +74,24 @@ class EngineClient:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`on_pool_thread` is called once in each thread of the preprocess pool, before its first work."""
-        self._metrics, self._limits, self._clock = metrics, limits, clock
+        self.metrics, self.clock = metrics, clock
+        self._limits = limits
         self._on_load_failure = on_load_failure
         self._state: State = "new"
         self._is_draining = False
         self._thread = EngineThread(
             self, load, clock, max_batch=limits.max_num_seqs, window_seconds=limits.batch_window_seconds
         )
-        self._pool = ThreadPoolExecutor(
+        self.pool = ThreadPoolExecutor(
             limits.preprocess_workers, thread_name_prefix="dve-prepare", initializer=on_pool_thread
         )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._engine: Engine | None = None
         self._token_text: Callable[[int], tuple[str, list[int]]] | None = None
-        self._streams: dict[str, asyncio.Queue[TokenEvent]] = {}
+        self._streams: dict[str, Inbox] = {}
         self._num_admitted = 0
+        self._deadlines: set[Deadline] = set()
+        self._drain_until = 0.0
         self.num_preparing = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -101,28 +110,50 @@ class EngineClient:
         await self._settled.wait()
 
     def begin_drain(self) -> None:
-        """Refuse new work from now on. May be called from a signal handler."""
-        self._is_draining = True
+        """Refuse new work from now on; what runs has the shutdown time. May be called from a signal handler."""
+        if not self._is_draining:
+            self._drain_until = self.clock() + self._limits.shutdown_timeout_seconds
+            self._is_draining = True
+
+    def cut_drain(self) -> None:
+        """What still runs is over. May be called from a signal handler."""
+        self.begin_drain()
+        self._drain_until = min(self._drain_until, self.clock())
+
+    def is_drained(self) -> bool:
+        """Nobody is left. Those who are past the shutdown time are ended, and get a moment for their last words."""
+        over_seconds = self.clock() - self._drain_until
+        if self._is_draining and self._num_admitted and over_seconds >= 0:
+            self._end_admitted()
+        return self._is_draining and (self._num_admitted == 0 or over_seconds > _LAST_WORDS_SECONDS)
 
     async def stop(self) -> None:
         """Let running requests finish for the shutdown time, end the others with an error, join the thread."""
         self.begin_drain()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._limits.shutdown_timeout_seconds):
+            async with asyncio.timeout(max(self._drain_until - self.clock(), 0.0)):
                 await self._idle.wait()
-        self._end_all(DrainingError)
+        is_loading = self._state == "loading"
+        self._end_admitted()
         if self._state != "new":
             self._thread.commands.put(Stop())
             # A thread inside a load or a long step can't be interrupted: it is a daemon, so leave it.
-            await asyncio.to_thread(self._thread.join, 5.0)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+            await asyncio.to_thread(self._thread.join, _LAST_WORDS_SECONDS if is_loading else _JOIN_SECONDS)
+        self.pool.shutdown(wait=False, cancel_futures=True)
         self._state = "stopped"
+
+    def join_pool(self, seconds: float) -> bool:
+        """After `stop`: whether all preprocessing has ended."""
+        waiting = threading.Thread(target=self.pool.shutdown, daemon=True)
+        waiting.start()
+        waiting.join(seconds)
+        return not waiting.is_alive()
 
     # What a probe asks
 
     @property
     def info(self) -> ModelInfo:
-        return self._ready_engine().info
+        return self.ready_engine().info
 
     @property
     def stats(self) -> EngineStats:
@@ -136,13 +167,13 @@ class EngineClient:
         """Raises NotReadyError, EngineDeadError or DrainingError."""
         if self._is_draining and self._state != "dead":
             raise DrainingError("the server is shutting down")
-        self._ready_engine()
+        self.ready_engine()
 
     def check_live(self) -> None:
         """Raises EngineDeadError, or StalledError when work waits and nothing moves. Loading is alive."""
         if self._state in ("dead", "failed"):
             raise EngineDeadError("the engine has stopped", value=self._state)
-        still_seconds = self._clock() - self._thread.progress_at
+        still_seconds = self.clock() - self._thread.progress_at
         if self._streams and still_seconds > self._limits.stall_timeout_seconds:
             raise StalledError("work waits and the engine does not move", value=f"{still_seconds:.0f} s")
 
@@ -152,7 +183,7 @@ class EngineClient:
             raise NotReadyError("the model is not loaded", value=self._state)
         return self._token_text(token_id)
 
-    def _ready_engine(self) -> Engine:
+    def ready_engine(self) -> Engine:
         if self._state == "dead":
             raise EngineDeadError("the engine has stopped")
         if self._engine is None or self._state != "ready":
@@ -174,7 +205,7 @@ class EngineClient:
             if self._num_admitted + num_places > capacity:
                 raise OverloadedError("the queue is full", value=self._num_admitted, allowed=f"{capacity} requests")
         except EngineError as error:
-            self._metrics.admission_rejections.labels(error.code).inc()
+            self.metrics.admission_rejections.labels(error.code).inc()
             raise
 
     @contextmanager
@@ -185,37 +216,30 @@ class EngineClient:
         places can never be had.
         """
         self.check_room(num_places)
+        deadline = Deadline(asyncio.get_running_loop().time() + self._limits.request_timeout_seconds)
         self._num_admitted += num_places
+        self._deadlines.add(deadline)
         self._idle.clear()
         try:
-            yield Admission(self, asyncio.get_running_loop().time() + self._limits.request_timeout_seconds)
+            yield Admission(self, deadline)
         finally:
+            deadline.close()
+            self._deadlines.discard(deadline)
             self._num_admitted -= num_places
             if self._num_admitted == 0:
                 self._idle.set()
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
-        """Admit one request and run it."""
-        with self.admit() as admission:
-            async with aclosing(admission.generate(request)) as events:
-                async for event in events:
-                    yield event
-
-    def _recorder(self, request: GenerationRequest, *, is_copy: bool) -> RequestRecorder:
-        is_fused = request.arm == "fused" and request.score_token_ids is None
-        return RequestRecorder(self._metrics, self._clock, is_fused=is_fused, is_copy=is_copy)
-
-    def _submit(self, request_id: str, prepared: object, stream: asyncio.Queue[TokenEvent]) -> None:
-        self._ready_engine()
+    def submit(self, request_id: str, prepared: object, stream: Inbox) -> None:
+        self.ready_engine()
         if request_id in self._streams:
             raise RequestFailedError("this request id is already running", value=request_id)
         if not self._streams:
             # An engine that had nothing to do was not standing still.
-            self._thread.progress_at = self._clock()
+            self._thread.progress_at = self.clock()
         self._streams[request_id] = stream
         self._thread.commands.put(Add(request_id, prepared))
 
-    def _leave(self, request_id: str, stream: asyncio.Queue[TokenEvent]) -> None:
+    def leave(self, request_id: str, stream: Inbox) -> None:
         """The caller reads no more. After a terminal event there is nothing left to abort."""
         if self._streams.get(request_id) is stream:
             del self._streams[request_id]
@@ -233,7 +257,7 @@ class EngineClient:
     def on_loaded(self, engine: Engine) -> None:
         self._engine = engine
         self._token_text = lru_cache(_NUM_TOKEN_TEXTS)(engine.token_text)
-        self._metrics.set_model(engine.info)
+        self.metrics.set_model(engine.info)
         if self._state == "loading":
             self._state = "ready"
         logger.info("ready: %s on %s (%s)", engine.info.model_id, engine.info.device, engine.info.dtype)
@@ -246,133 +270,25 @@ class EngineClient:
             self._on_load_failure(error)
 
     def on_events(self, events: Sequence[TokenEvent]) -> None:
-        self._metrics.observe_step(events)
+        self.metrics.observe_step(events)
         for event in events:
             stream = self._streams.get(event.request_id)
             if stream is None:
                 continue
             if event.is_terminal:
                 del self._streams[event.request_id]
-            stream.put_nowait(event)
+            stream.put(event)
 
     def on_death(self) -> None:
         self._state = "dead"
         self._end_all(EngineDeadError)
 
+    def _end_admitted(self) -> None:
+        for deadline in self._deadlines:
+            deadline.end(partial(DrainingError, "the server is shutting down"))
+
     def _end_all(self, kind: type[DualVisionError]) -> None:
         for request_id in list(self._streams):
             # One error object each: raising one in many tasks would grow its traceback.
-            self._streams.pop(request_id).put_nowait(TokenEvent(request_id, error=kind("the engine has stopped")))
+            self._streams.pop(request_id).put(TokenEvent(request_id, error=kind("the engine has stopped")))
             self._thread.commands.put(Abort(request_id))
-
-
-class Admission:
-    """One admitted request, or a family of them that shares a place and a deadline (a comparison)."""
-
-    def __init__(self, client: EngineClient, deadline: float) -> None:
-        self._client, self._deadline = client, deadline
-        self._fetch_seconds = 0.0
-
-    async def fetch(self, work: Awaitable[T]) -> T:
-        """Await what the request needs from elsewhere; the time counts as the preprocessing of its first sequence."""
-        client, begin = self._client, self._client._clock()
-        client.num_preparing += 1
-        try:
-            return await self._before_deadline(work)
-        finally:
-            client.num_preparing -= 1
-            self._fetch_seconds = client._clock() - begin
-            client._metrics.preprocess_stages.labels("download").observe(self._fetch_seconds)
-
-    async def in_pool(self, work: Callable[[], T]) -> T:
-        """Run blocking work in the preprocess pool. A cancelled caller's work is not begun, or not awaited."""
-        client = self._client
-        client.num_preparing += 1
-        try:
-            return await self._before_deadline(asyncio.get_running_loop().run_in_executor(client._pool, work))
-        finally:
-            client.num_preparing -= 1
-
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
-        """Events up to the terminal one, or the error that ended the request. Leaving early aborts it."""
-        async with aclosing(self.generate_choices([request])) as events:
-            async for event in events:
-                yield event
-
-    async def generate_choices(self, requests: Sequence[GenerationRequest]) -> AsyncGenerator[TokenEvent, None]:
-        """Several answers to one prompt: events of all, each by its request's id, until every one has ended.
-
-        The first error of any ends all, and so does leaving early. The first request goes ahead: once its prompt
-        is computed, the others find it in the prefix cache instead of computing it beside it.
-        """
-        client = self._client
-        recorders = {r.request_id: client._recorder(r, is_copy=i > 0) for i, r in enumerate(requests)}
-        events: asyncio.Queue[TokenEvent] = asyncio.Queue()
-        failure: BaseException | None = None
-        try:
-            prepared = await self._prepare(requests[0])
-            client._submit(requests[0].request_id, prepared, events)
-            others = [(request.request_id, await self._fork(prepared, request)) for request in requests[1:]]
-            while recorders:
-                event = await self._before_deadline(events.get())
-                recorder = recorders[event.request_id]
-                recorder.observe(event)
-                if event.error is not None:
-                    raise self._in_time(event.error)
-                if event.is_terminal:
-                    recorders.pop(event.request_id).finish(None)
-                while others:
-                    client._submit(*others.pop(0), events)
-                yield event
-        except Exception as error:
-            failure = error
-            raise
-        finally:
-            for request in requests:
-                client._leave(request.request_id, events)
-            for recorder in recorders.values():
-                recorder.finish(failure)
-
-    async def _prepare(self, request: GenerationRequest) -> Any:
-        engine = self._client._ready_engine()
-        return await self.in_pool(partial(engine.prepare, self._until_deadline(request)))
-
-    async def _fork(self, prepared: Any, request: GenerationRequest) -> Any:
-        engine = self._client._ready_engine()
-        return await self.in_pool(partial(engine.fork, prepared, self._until_deadline(request)))
-
-    def _until_deadline(self, request: GenerationRequest) -> GenerationRequest:
-        # The engine gets the deadline too: what has run out of time while it queued is not computed.
-        left = max(self._deadline - asyncio.get_running_loop().time(), 0.0)
-        spent, self._fetch_seconds = self._fetch_seconds, 0.0
-        return replace(request, timeout_seconds=left, fetch_seconds=spent)
-
-    def _in_time(self, error: DualVisionError) -> DualVisionError:
-        """The engine may see the deadline pass before we do: then it is the same end by another name."""
-        is_late = asyncio.get_running_loop().time() >= self._deadline
-        return _late() if is_late and isinstance(error, RequestFailedError) else error
-
-    async def answer(self, request: GenerationRequest) -> TokenEvent:
-        async with aclosing(self.generate(request)) as events:
-            return collect_answer([event async for event in events])
-
-    async def answer_all(self, requests: Mapping[K, GenerationRequest]) -> dict[K, TokenEvent]:
-        """All at once, so that the engine batches them. The first failure ends the others."""
-        tasks = [asyncio.ensure_future(self.answer(request)) for request in requests.values()]
-        try:
-            return dict(zip(requests, await asyncio.gather(*tasks), strict=True))
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _before_deadline(self, work: Awaitable[T]) -> T:
-        try:
-            async with asyncio.timeout_at(self._deadline):
-                return await work
-        except TimeoutError:
-            raise _late() from None
-
-
-def _late() -> RequestTimeoutError:
-    return RequestTimeoutError("the request's time is over")

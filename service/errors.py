@@ -9,6 +9,8 @@ a rule with a fixed message hides `str(error)`, and whatever has no rule is a pl
     |   |-- InvalidBodyError            not JSON, or a field of the wrong type or range
     |   |-- UnsupportedParameterError   a parameter that would have to be ignored
     |   |-- RequestTooLargeError        the body is over the byte limit
+    |   |-- InvalidHttpError, HeadersTooLargeError
+    |   |-- SlowClientError             headers or body did not come in time
     |   |-- UnknownUrlError, MethodNotAllowedError
     |   |-- InvalidApiKeyError          no key, or none that this server knows
     |   |-- InsufficientPermissionsError  a key of the lesser scope
@@ -49,6 +51,18 @@ class UnsupportedParameterError(core.InputError):
 
 class RequestTooLargeError(core.InputError):
     code = "request_too_large"
+
+
+class InvalidHttpError(core.InputError):
+    code = "invalid_http_request"
+
+
+class HeadersTooLargeError(core.InputError):
+    code = "headers_too_large"
+
+
+class SlowClientError(core.InputError):
+    code = "request_timeout"
 
 
 class UnknownUrlError(core.InputError):
@@ -181,6 +195,9 @@ TABLE: Mapping[type[BaseException], Rule] = {
     InvalidBodyError: Rule(400, _INVALID, "invalid_value"),
     UnsupportedParameterError: Rule(400, _INVALID, "unsupported_parameter"),
     RequestTooLargeError: Rule(413, _INVALID, "request_too_large"),
+    InvalidHttpError: Rule(400, _INVALID, "invalid_http_request"),
+    HeadersTooLargeError: Rule(431, _INVALID, "headers_too_large"),
+    SlowClientError: Rule(408, _INVALID, "request_timeout", may_retry=True),
     UnknownUrlError: Rule(404, _INVALID, "unknown_url"),
     MethodNotAllowedError: Rule(405, _INVALID, "method_not_allowed"),
     InvalidApiKeyError: Rule(401, _INVALID, "invalid_api_key"),
@@ -200,6 +217,9 @@ TABLE: Mapping[type[BaseException], Rule] = {
 }
 
 _UNKNOWN = Rule(500, _SERVER, "internal_error", _BROKEN)
+
+#: The rest of such a body is not read, so the connection can't be used again.
+_CLOSING = (408, 413)
 
 
 def rule_for(error: BaseException) -> Rule:
@@ -225,6 +245,8 @@ def error_json(error: BaseException, request_id: str) -> bytes:
 def error_response(error: BaseException, request_id: str, headers: Mapping[str, str] | None = None) -> Response:
     rule = rule_for(error)
     all_headers = dict(headers or {})
+    if rule.status in _CLOSING:
+        all_headers["connection"] = "close"
     if rule.may_retry:
         seconds = error.retry_after_seconds if isinstance(error, RateLimitError) else 1.0
         all_headers["retry-after"] = str(max(math.ceil(seconds), 1))

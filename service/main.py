@@ -1,12 +1,15 @@
 """The composition root of the server: settings -> engine, metrics, app -> a listening process.
 
 In: `Settings`. Out: an exit code: 0 after a good run, 2 for what the user can put right (a missing or
-broken checkpoint, a port in use), 1 for the rest. It alone, with cli.py, may import the model.
+broken checkpoint, a port in use), 1 for the rest, a second signal among it. It alone, with cli.py, may
+import the model.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import socket
 import threading
 import time
@@ -20,11 +23,16 @@ from fastapi import FastAPI
 from model_core.errors import ConfigError, DualVisionError
 from model_core.types import Engine
 from service.app import create_app
+from service.edge import EdgeLimits, protocol_class
 from service.engine_client import EngineClient, EngineLimits
 from service.keys import load_keys
 from service.logs import configure_logs, logger
 from service.metrics import Metrics
 from service.settings import Settings
+
+#: From the second signal to the end, whatever happens; `_GOING_SECONDS`, for connections to close after the drain.
+_LAST_SECONDS = 1.8
+_GOING_SECONDS = 5
 
 
 def load_engine(settings: Settings) -> Engine:
@@ -100,13 +108,36 @@ def build_app(
     load: Callable[[], Engine],
     on_load_failure: Callable[[BaseException], None] | None = None,
     on_pool_thread: Callable[[], None] | None = None,
+    *,
     clock: Callable[[], float] = time.monotonic,
+    body_seconds: float = 10.0,
 ) -> tuple[FastAPI, EngineClient]:
+    """The application and its engine client, which the application's lifespan starts and stops."""
     keys, metrics = load_keys(settings), Metrics()
     client = EngineClient(
         load, metrics, engine_limits(settings), on_load_failure=on_load_failure, on_pool_thread=on_pool_thread
     )
-    return create_app(settings, client, metrics, keys, clock=clock), client
+    return create_app(settings, client, metrics, keys, clock=clock, body_seconds=body_seconds), client
+
+
+def server_config(
+    app: FastAPI, limits: EdgeLimits | None = None, going_seconds: int = _GOING_SECONDS
+) -> uvicorn.Config:
+    """How uvicorn runs the application; what its edge refuses counts in the application's metrics."""
+    metrics: Metrics = app.state.parts.metrics
+
+    def note(status: int) -> None:
+        metrics.http_requests.labels("unmatched", str(status)).inc()
+
+    return uvicorn.Config(
+        app,
+        http=protocol_class(limits or EdgeLimits(), note),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=going_seconds,
+    )
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -129,17 +160,30 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn, which tells the client of the first signal, so that readiness turns before the port closes."""
+    """Uvicorn, whose port stays open while it drains: a balancer's probe is told 503, not left without an answer."""
 
     def __init__(self, config: uvicorn.Config, client: EngineClient) -> None:
         super().__init__(config)
         self._client = client
+        self.num_signals = 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        """The first signal drains, a second one does not wait. Uvicorn's own would die of the signal at the end."""
-        self._client.begin_drain()
-        self.force_exit = self.should_exit
-        self.should_exit = True
+        """The first signal drains, a second one ends what runs. Uvicorn's own would die of the signal at the end."""
+        self.num_signals += 1
+        if self.num_signals == 1:
+            self._client.begin_drain()
+            return
+        self._client.cut_drain()
+        # Uvicorn's own patience, should a client not take its last words.
+        self.config.timeout_graceful_shutdown = 1
+        # Whatever hangs (a decoder, a library's thread) does not keep the process.
+        last = threading.Timer(_LAST_SECONDS, os._exit, (1,))
+        last.daemon = True
+        last.start()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether it is time to close the port and go."""
+        return await super().on_tick(counter) or self._client.is_drained()
 
 
 def serve(settings: Settings, load: Callable[[], Engine] | None = None) -> int:
@@ -155,17 +199,16 @@ def serve(settings: Settings, load: Callable[[], Engine] | None = None) -> int:
     on_pool_thread = use_one_torch_thread if load is None else None
     app, client = build_app(settings, load or (lambda: load_engine(settings)), give_up, on_pool_thread)
     listening = open_socket(settings.host, settings.port)
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=max(int(settings.shutdown_timeout_seconds), 1),
-    )
-    servers.append(_Server(config, client))
+    servers.append(_Server(server_config(app), client))
     host, port = listening.getsockname()[:2]
     logger.info("listening on http://%s:%d, loading the model", f"[{host}]" if ":" in host else host, port)
     asyncio.run(servers[0].serve(sockets=[listening]))
+    code = 1 if servers[0].num_signals > 1 else 0
     if client.load_error is not None:
-        return 2 if isinstance(client.load_error, DualVisionError) else 1
-    return 0
+        code = 2 if isinstance(client.load_error, DualVisionError) else 1
+    if not client.join_pool(_LAST_SECONDS):
+        # The interpreter would wait for them at its exit.
+        logger.warning("preprocessing hangs; leaving without it")
+        logging.shutdown()
+        os._exit(code)
+    return code

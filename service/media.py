@@ -7,10 +7,11 @@ formats and colours are model_core's. It refuses to open a path: `file:` and bar
 from __future__ import annotations
 
 import asyncio
-import binascii
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+import pybase64
 
 from model_core.errors import EmptyImageError, ImageError, InvalidBase64Error, InvalidImageUrlError
 from service.errors import ImageFileTooLargeError, InvalidBodyError, UploadNotFoundError
@@ -147,10 +148,8 @@ def _decode(url: str, start: int, limits: MediaLimits, param: str) -> bytes:
     # The size is known before anything is decoded: four characters hold three bytes.
     check_image_bytes((len(url) - start) * 3 // 4 - url.endswith("=") - url.endswith("=="), limits, param)
     try:
-        if url.endswith("==="):  # more padding than base64 has, which even strict mode takes
-            raise binascii.Error("padding")
-        data = binascii.a2b_base64(url[start:].encode("ascii"), strict_mode=True)
-    except (binascii.Error, UnicodeEncodeError):
+        data = pybase64.b64decode(url[start:], validate=True)
+    except ValueError:  # what is no base64, and what is no ASCII
         raise InvalidBase64Error(
             "the image's base64 does not decode",
             allowed="the standard alphabet with padding, without line breaks or percent-encoding",

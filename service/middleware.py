@@ -6,6 +6,7 @@ exception passes. They refuse to read bodies (they only count bytes) and to log 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -17,12 +18,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model_core.errors import DualVisionError, OverloadedError
-from service.errors import RequestTooLargeError, error_response
+from service.errors import RequestTooLargeError, SlowClientError, error_response
 from service.logs import log_failure, log_fields, request_id_var
 from service.metrics import Metrics
 from service.waiting import WaitingBody, WaitingBytes
 
 _VALID_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
+#: A body of the largest size may take an hour and a half at this rate, and holds no place meanwhile.
+_LEAST_BYTES_PER_SECOND = 8 * 1024
 _QUIET_ROUTES = ("/health", "/health/live", "/health/ready", "/metrics")
 
 
@@ -79,14 +82,18 @@ class RequestScope:
 
 
 class BodyLimit:
-    """Refuses a body over the limit (413), or one that has no room beside those that wait (503).
+    """Refuses a body over the limit (413), one that has no room beside those that wait (503), or a slow one (408).
 
     By its declared length at once, else as soon as too much has come. A request's bytes count until it ends or
-    until its route releases them through `request.state.waiting_body`.
+    until its route releases them through `request.state.waiting_body`. A body may take `body_seconds`, and a second
+    more for every `_LEAST_BYTES_PER_SECOND` that have come: whoever sends is waited for, whoever drips is not.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, waiting: WaitingBytes, metrics: Metrics) -> None:
+    def __init__(
+        self, app: ASGIApp, max_body_bytes: int, waiting: WaitingBytes, metrics: Metrics, body_seconds: float
+    ) -> None:
         self._app, self._max_body_bytes, self._waiting, self._metrics = app, max_body_bytes, waiting, metrics
+        self._body_seconds = body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -103,11 +110,22 @@ class BodyLimit:
             response = error_response(error, request_id_var.get(), {"connection": "close"})
             await response(scope, receive, send)
             return
-        received, body = 0, WaitingBody(self._waiting)
+        received, body, is_whole = 0, WaitingBody(self._waiting), False
+        begin = asyncio.get_running_loop().time()
 
         async def receive_counted() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, is_whole
+            if is_whole:
+                return await receive()  # waits for the client to leave
+            try:
+                async with asyncio.timeout_at(begin + self._body_seconds + received / _LEAST_BYTES_PER_SECOND):
+                    message = await receive()
+            except TimeoutError:
+                raise SlowClientError(
+                    "the request body did not come in time", value=f"{received} bytes",
+                    allowed=f"{self._body_seconds} s, and 1 s more for each {_LEAST_BYTES_PER_SECOND} bytes",
+                ) from None  # fmt: skip
+            is_whole = not message.get("more_body", False)
             num_bytes = len(message.get("body", b""))
             received += num_bytes
             self._check_size(received, f"more than {self._max_body_bytes} bytes")

@@ -1,7 +1,8 @@
 """Server-sent events, and leaving when the client has left.
 
-In: frames of JSON. Out: bytes on the wire, `data: [DONE]` at a good end. An error after the first byte is
-a frame `data: {"error": ...}` and a close without `[DONE]`. It refuses to hold a frame back.
+In: pieces of one or more frames, the last of which ends with `DONE`. Out: bytes on the wire, one write a piece. An
+error after the first byte is a frame `data: {"error": ...}` and a close without `[DONE]`. It refuses to hold
+a piece back.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from service.errors import ClientDisconnectedError, error_json
 from service.logs import log_failure
 
 T = TypeVar("T")
+
+#: The last frame of every good stream.
+DONE = b"data: [DONE]\n\n"
 
 _STALLED_CLIENT_SECONDS = 30.0
 
@@ -56,7 +60,7 @@ async def _cancel(*tasks: asyncio.Future[Any]) -> None:
 
 
 class SseResponse(Response):
-    """Streams frames until they end, the client leaves, or a send stalls. Always calls `close`.
+    """Streams pieces until they end, the client leaves, or a send stalls. Always calls `close`.
 
     `close` is separate from the generator: closing a generator that was never begun runs none of its code.
     """
@@ -65,45 +69,54 @@ class SseResponse(Response):
 
     def __init__(
         self,
-        frames: AsyncGenerator[bytes, None],
+        pieces: AsyncGenerator[bytes, None],
         close: Callable[[], Awaitable[None]],
         *,
         request_id: str,
         headers: Mapping[str, str],
+        stall_seconds: float = _STALLED_CLIENT_SECONDS,
     ) -> None:
         super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no", **headers})
         # Response() counted an empty body.
         del self.headers["content-length"]
-        self._frames, self._close, self._request_id = frames, close, request_id
+        self._pieces, self._close, self._request_id = pieces, close, request_id
+        self._stall_seconds = stall_seconds
+        self._num_sent, self._is_sending = 0, False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         watch = asyncio.ensure_future(_disconnect(receive))
         pump = asyncio.ensure_future(self._pump(send))
         try:
-            await asyncio.wait({pump, watch}, return_when=asyncio.FIRST_COMPLETED)
+            while not await self._is_over(pump, watch):
+                pass
             if pump.done():
                 pump.result()
         finally:
             await _cancel(pump, watch)
-            await self._frames.aclose()
+            await self._pieces.aclose()
             await self._close()
 
-    async def _pump(self, send: Send) -> None:
-        # A client that stopped reading, or left while we wrote: nobody is there to be told.
-        with contextlib.suppress(TimeoutError, OSError):
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for frame in self._until_error():
-                async with asyncio.timeout(_STALLED_CLIENT_SECONDS):
-                    await send({"type": "http.response.body", "body": frame, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+    async def _is_over(self, *tasks: asyncio.Future[None]) -> bool:
+        """Looks again after the stall time: a timer for each piece would cost more than the piece."""
+        before = self._num_sent if self._is_sending else None
+        done, _ = await asyncio.wait(tasks, timeout=self._stall_seconds, return_when=asyncio.FIRST_COMPLETED)
+        return bool(done) or (self._is_sending and self._num_sent == before)
 
-    async def _until_error(self) -> AsyncGenerator[bytes, None]:
-        try:
-            async for frame in self._frames:
-                yield frame
-        except Exception as error:  # noqa: BLE001  the last-resort handler, once a response has begun
-            if not isinstance(error, DualVisionError):
-                log_failure("a stream broke", error)
-            yield b"data: " + error_json(error, self._request_id) + b"\n\n"
-            return
-        yield b"data: [DONE]\n\n"
+    async def _pump(self, send: Send) -> None:
+        # A client that left while we wrote: nobody is there to be told.
+        with contextlib.suppress(OSError):
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            try:
+                async for piece in self._pieces:
+                    await self._send(send, piece)
+            except Exception as error:  # noqa: BLE001  the last-resort handler, once a response has begun
+                if not isinstance(error, DualVisionError):
+                    log_failure("a stream broke", error)
+                frame = b"data: " + error_json(error, self._request_id) + b"\n\n"
+                await send({"type": "http.response.body", "body": frame, "more_body": False})
+
+    async def _send(self, send: Send, piece: bytes) -> None:
+        self._is_sending = True
+        await send({"type": "http.response.body", "body": piece, "more_body": not piece.endswith(DONE)})
+        self._is_sending = False
+        self._num_sent += 1

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -19,8 +20,8 @@ from service.messages import transcript
 from service.protocol.body import header_list, parse_body
 from service.protocol.chat import ChatCompletionRequest
 from service.reports import fusion_entries
-from service.routes.parts import AppParts, CallerOf, Parts
-from service.streaming import SseResponse, to_frame, until_disconnect
+from service.routes.parts import AppParts, caller_of, parts_of
+from service.streaming import DONE, SseResponse, to_frame, until_disconnect
 from service.translate import (
     ChatPlan,
     clamped_max_tokens,
@@ -38,8 +39,8 @@ from service.waiting import WaitingBody
 
 router = APIRouter()
 
-#: An event and the index of the choice that it belongs to.
-Indexed = tuple[int, TokenEvent]
+#: Events, each with the index of the choice that it belongs to.
+Batch = list[tuple[int, TokenEvent]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +58,23 @@ class _Chat:
     #: What each choice says, where the log is to hold it.
     said: dict[int, str] | None
 
-    async def events(self) -> AsyncGenerator[Indexed, None]:
-        """Of all choices as they come; the error of one ends all."""
+    async def batches(self) -> AsyncGenerator[Batch, None]:
+        """Events of all choices as they come; the error of one ends all."""
         with self.parts.client.admit(self.plan.num_choices) as admission:
             messages = await self.parts.read_messages(admission, self.body.messages, self.waiting_body, self.caller)
             requests = to_requests(self.plan, messages, self.completion_id)
             index_of = {request.request_id: index for index, request in enumerate(requests)}
-            async with aclosing(admission.generate_choices(requests)) as events:
-                async for event in events:
-                    # The engine has begun: this body waits no longer.
-                    self.waiting_body.release()
-                    index = index_of[event.request_id]
+            # Once the engine has begun, this body waits no longer.
+            batches = admission.generate_choices(
+                requests, on_begin=self.waiting_body.release, is_patient=not self.plan.is_stream
+            )
+            async with aclosing(batches):
+                async for batch in batches:
+                    found = [(index_of[event.request_id], event) for event in batch]
                     if self.said is not None:
-                        self.said[index] = self.said.get(index, "") + event.text
-                    yield index, event
+                        for index, event in found:
+                            self.said[index] = self.said.get(index, "") + event.text
+                    yield found
 
     def remember(self, fusion: tuple[FusionWeights, ...]) -> None:
         ids = self.caller.key_id, request_id_var.get(), self.completion_id
@@ -86,8 +90,10 @@ class _Chat:
 
 
 @router.post("/v1/chat/completions", operation_id="create_chat_completion")
-async def create_chat_completion(request: Request, parts: Parts, caller: CallerOf) -> Response:
+async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation with images. `fusion` in the answer tells how each image was routed."""
+    # Neither is injected, which takes FastAPI a twentieth of the whole.
+    parts, caller = parts_of(request), caller_of(request)
     # Before the body is read: a full server refuses cheaply.
     parts.client.check_room()
     body = parse_body(ChatCompletionRequest, await request.body(), request.headers.get("content-type"))
@@ -108,9 +114,10 @@ async def create_chat_completion(request: Request, parts: Parts, caller: CallerO
 
 async def _complete(chat: _Chat) -> Response:
     by_choice: list[list[TokenEvent]] = [[] for _ in range(chat.plan.num_choices)]
-    async with aclosing(chat.events()) as events:
-        async for index, event in events:
-            by_choice[index].append(event)
+    async with aclosing(chat.batches()) as batches:
+        async for batch in batches:
+            for index, event in batch:
+                by_choice[index].append(event)
     answers = [fold_answer(choice) for choice in by_choice]
     chat.remember(answers[0].fusion or ())
     completion = to_completion(
@@ -130,44 +137,65 @@ async def _complete(chat: _Chat) -> Response:
 
 
 async def _stream(request: Request, chat: _Chat) -> Response:
-    events = chat.events()
+    batches = chat.batches()
 
-    async def first_event() -> Indexed:
-        return await anext(events)
+    async def first_batch() -> Batch:
+        return await anext(batches)
 
     # The first event is awaited before a byte is sent, so that whatever is wrong has its own status.
-    first = await until_disconnect(request, first_event())
-    chat.remember(first[1].fusion or ())
+    first = await until_disconnect(request, first_batch())
+    event = first[0][1]
+    chat.remember(event.fusion or ())
     return SseResponse(
-        _frames(chat, first, events),
-        events.aclose,
+        _pieces(chat, first, batches),
+        batches.aclose,
         request_id=request_id_var.get(),
-        headers=chat.headers(first[1].usage),
+        headers=chat.headers(event.usage),
     )
 
 
-async def _frames(chat: _Chat, first: Indexed, rest: AsyncGenerator[Indexed, None]) -> AsyncGenerator[bytes, None]:
+async def _pieces(chat: _Chat, first: Batch, rest: AsyncGenerator[Batch, None]) -> AsyncGenerator[bytes, None]:
+    """Frames, those of one batch together."""
+    frames = _Frames(chat, fusion_entries(first[0][1].fusion or (), chat.info.encoders))
+    yield b"".join(frame for index, event in first for frame in frames.of_event(index, event)) + frames.end()
+    async for batch in rest:
+        yield b"".join(frame for index, event in batch for frame in frames.of_event(index, event)) + frames.end()
+
+
+class _Frames:
     """For each choice a role, its text as it comes, and its end; for all together the usage, if asked for."""
-    fusion = fusion_entries(first[1].fusion or (), chat.info.encoders)
-    begun: set[int] = set()
-    usages: dict[int, Usage | None] = {}
-    index, event = first
-    while True:
-        if index not in begun:
+
+    def __init__(self, chat: _Chat, fusion: list[dict[str, Any]]) -> None:
+        self._chat, self._fusion = chat, fusion
+        self._begun: set[int] = set()
+        self._usages: dict[int, Usage | None] = {}
+        # What all frames of text have in common is written once.
+        whole = _chunk(chat, 0, {"content": ""})
+        self._head, _, self._tail = whole.partition(b'0,"delta":{"content":""}')
+
+    def of_event(self, index: int, event: TokenEvent) -> Iterator[bytes]:
+        if index not in self._begun:
             # The prompt's routing rides on the first chunk of all.
-            yield _chunk(chat, index, {"role": "assistant", "content": ""}, fusion=None if begun else fusion)
-            begun.add(index)
-        if event.text or event.logprobs:
-            yield _chunk(chat, index, {"content": event.text}, logprobs=event.logprobs)
+            fusion = None if self._begun else self._fusion
+            yield _chunk(self._chat, index, {"role": "assistant", "content": ""}, fusion=fusion)
+            self._begun.add(index)
+        if event.logprobs:
+            yield _chunk(self._chat, index, {"content": event.text}, logprobs=event.logprobs)
+        elif event.text:
+            text = encode_basestring_ascii(event.text).encode("ascii")
+            yield b'%b%d,"delta":{"content":%b}%b' % (self._head, index, text, self._tail)
         if event.is_terminal:
-            yield _chunk(chat, index, {}, finish_reason=to_finish_reason(event.finish_reason))
-            usages[index] = event.usage
-            if len(usages) == chat.plan.num_choices:
-                break
-        index, event = await anext(rest)
-    if chat.plan.include_usage:
-        usage = total_usage([usages[index] for index in sorted(usages)])
-        yield to_frame({**_base(chat), "choices": [], "usage": to_usage(usage).model_dump(), "fusion": fusion})
+            yield _chunk(self._chat, index, {}, finish_reason=to_finish_reason(event.finish_reason))
+            self._usages[index] = event.usage
+
+    def end(self) -> bytes:
+        """Empty until every choice has ended."""
+        if len(self._usages) < self._chat.plan.num_choices:
+            return b""
+        if not self._chat.plan.include_usage:
+            return DONE
+        usage = to_usage(total_usage([self._usages[index] for index in sorted(self._usages)])).model_dump()
+        return to_frame({**_base(self._chat), "choices": [], "usage": usage, "fusion": self._fusion}) + DONE
 
 
 def _base(chat: _Chat) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from starlette.datastructures import UploadFile
 from model_core.analysis.compare import answer_requests, score_requests, summarise
 from model_core.errors import ImageError, InvalidRequestError
 from model_core.types import Arm, ChatMessage, FusionWeights, GenerationRequest, SamplingParams, TokenEvent
-from service.engine_client import Admission
+from service.admission import Admission
 from service.errors import InvalidBodyError, RecordNotFoundError
 from service.fusion_history import weight_statistics
 from service.keys import Caller

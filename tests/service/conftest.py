@@ -18,8 +18,9 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
+from service.edge import EdgeLimits
 from service.engine_client import EngineClient
-from service.main import build_app, open_socket
+from service.main import build_app, open_socket, server_config
 from service.remote import RemoteImages
 from service.settings import Settings
 from tests.service.fakes import PNG, FakeEngine
@@ -60,17 +61,20 @@ def run_server(
     load: Callable[[], FakeEngine] | None = None,
     remote: RemoteImages | None = None,
     clock: Callable[[], float] = time.monotonic,
+    edge: EdgeLimits | None = None,
+    body_seconds: float = 10.0,
     **settings,
 ) -> Iterator[LiveServer]:
     """`remote`: instead of the settings' own, one that may reach loopback. `clock`: that of the keys' limits."""
     data_dir = tempfile.mkdtemp()  # not the checkout's own: there may be keys in it
     defaults = {"shutdown_timeout_seconds": 0.0, "data_dir": data_dir}
-    app, client = build_app(Settings(**defaults | settings), load or (lambda: engine), clock=clock)
+    app, client = build_app(
+        Settings(**defaults | settings), load or (lambda: engine), clock=clock, body_seconds=body_seconds
+    )
     if remote is not None:
         app.state.parts = replace(app.state.parts, media=replace(app.state.parts.media, remote=remote))
     listening = open_socket("127.0.0.1", 0)
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(server_config(app, edge, 1))
     started = threading.Event()
 
     async def main() -> None:

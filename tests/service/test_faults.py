@@ -9,7 +9,9 @@ import pytest
 
 from model_core.errors import CheckpointIncompleteError, EngineDeadError, RequestFailedError
 from model_core.types import ChatMessage, GenerationRequest, TextPart
-from service.engine_client import Admission, EngineClient, EngineLimits
+from service.admission import Admission
+from service.deadline import Deadline
+from service.engine_client import EngineClient, EngineLimits
 from service.errors import DrainingError, RequestTimeoutError, StalledError
 from service.metrics import Metrics
 from tests.service.conftest import LiveServer, ask
@@ -163,7 +165,8 @@ def make_request(text: str = "x", request_id: str = "r") -> GenerationRequest:
 
 
 async def read(client: EngineClient, request: GenerationRequest) -> list:
-    return [event async for event in client.generate(request)]
+    with client.admit() as admission:
+        return [event async for event in admission.generate(request)]
 
 
 def test_exactly_one_terminal_event_and_it_is_the_last():
@@ -333,7 +336,7 @@ def test_a_deadline_that_the_engine_sees_first_is_a_timeout(left_seconds: float,
 
     async def main() -> None:
         client = make_client(FakeEngine())
-        admission = Admission(client, asyncio.get_running_loop().time() + left_seconds)
+        admission = Admission(client, Deadline(asyncio.get_running_loop().time() + left_seconds))
         assert type(admission._in_time(RequestFailedError("the request ran out of time"))) is kind
 
     asyncio.run(main())

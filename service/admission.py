@@ -1,0 +1,165 @@
+"""One admitted request's work: fetching, preparing, and its events up to the last one or the error that ended it.
+
+In: a host that has the engine and a place for it, a deadline, GenerationRequests. Out: batches of TokenEvents. It knows
+neither HTTP nor who else is admitted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+from model_core.analysis.compare import collect_answer
+from model_core.errors import DualVisionError, RequestFailedError
+from model_core.types import Engine, GenerationRequest, TokenEvent
+from service.deadline import Deadline, late
+from service.inbox import Inbox
+from service.metrics import Metrics, RequestRecorder
+
+T = TypeVar("T")
+K = TypeVar("K")
+
+
+class AdmissionHost(Protocol):
+    """Who admitted it: the engine client."""
+
+    metrics: Metrics
+    clock: Callable[[], float]
+    pool: ThreadPoolExecutor
+    num_preparing: int
+
+    def ready_engine(self) -> Engine: ...
+
+    def submit(self, request_id: str, prepared: object, inbox: Inbox) -> None: ...
+
+    def leave(self, request_id: str, inbox: Inbox) -> None: ...
+
+
+class Admission:
+    """One admitted request, or a family of them that shares a place and a deadline (a comparison)."""
+
+    def __init__(self, host: AdmissionHost, deadline: Deadline) -> None:
+        self._host, self._deadline = host, deadline
+        self._fetch_seconds = 0.0
+
+    async def fetch(self, work: Awaitable[T]) -> T:
+        """Await what the request needs from elsewhere; the time counts as the preprocessing of its first sequence."""
+        host, begin = self._host, self._host.clock()
+        host.num_preparing += 1
+        try:
+            return await self._deadline.bound(work)
+        finally:
+            host.num_preparing -= 1
+            self._fetch_seconds = host.clock() - begin
+            host.metrics.preprocess_stages.labels("download").observe(self._fetch_seconds)
+
+    async def in_pool(self, work: Callable[[], T]) -> T:
+        """Run blocking work in the preprocess pool. A cancelled caller's work is not begun, or not awaited."""
+        host = self._host
+        host.num_preparing += 1
+        try:
+            return await self._deadline.bound(asyncio.get_running_loop().run_in_executor(host.pool, work))
+        finally:
+            host.num_preparing -= 1
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
+        """Events up to the terminal one, or the error that ended the request. Leaving early aborts it."""
+        async with aclosing(self.generate_choices([request])) as batches:
+            async for batch in batches:
+                for event in batch:
+                    yield event
+
+    async def generate_choices(
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        on_begin: Callable[[], None] = lambda: None,
+        is_patient: bool = False,
+    ) -> AsyncGenerator[list[TokenEvent], None]:
+        """Several answers to one prompt: events of all, each by its request's id, until every one has ended.
+
+        As many at once as have come; `is_patient`: one answer's all at once, when it is whole. `on_begin` is called at
+        the first event. The first error of any ends all, and so does leaving early. The first request goes ahead: once
+        its prompt is computed, the others find it in the prefix cache instead of computing it beside it.
+        """
+        host = self._host
+        recorders = {r.request_id: self._recorder(r, is_copy=i > 0) for i, r in enumerate(requests)}
+        inbox = Inbox(
+            lambda event: recorders[event.request_id].observe(event),
+            on_begin,
+            is_patient=is_patient and len(requests) == 1,
+        )
+        failure: BaseException | None = None
+        self._deadline.watch(inbox, requests[0].request_id)
+        try:
+            prepared = await self._prepare(requests[0])
+            host.submit(requests[0].request_id, prepared, inbox)
+            others = [(request.request_id, await self._fork(prepared, request)) for request in requests[1:]]
+            while recorders:
+                batch, error = _until_error(await inbox.take())
+                for event in batch:
+                    if event.is_terminal:
+                        recorders.pop(event.request_id).finish(None)
+                while others and batch:
+                    host.submit(*others.pop(0), inbox)
+                if batch:
+                    yield batch
+                if error is not None:
+                    raise self._in_time(error)
+        except Exception as error:
+            failure = error
+            raise
+        finally:
+            self._deadline.forget(inbox)
+            for request in requests:
+                host.leave(request.request_id, inbox)
+            for recorder in recorders.values():
+                recorder.finish(failure)
+
+    async def _prepare(self, request: GenerationRequest) -> Any:
+        engine = self._host.ready_engine()
+        return await self.in_pool(partial(engine.prepare, self._until_deadline(request)))
+
+    async def _fork(self, prepared: Any, request: GenerationRequest) -> Any:
+        engine = self._host.ready_engine()
+        return await self.in_pool(partial(engine.fork, prepared, self._until_deadline(request)))
+
+    def _recorder(self, request: GenerationRequest, *, is_copy: bool) -> RequestRecorder:
+        is_fused = request.arm == "fused" and request.score_token_ids is None
+        return RequestRecorder(self._host.metrics, self._host.clock, is_fused=is_fused, is_copy=is_copy)
+
+    def _until_deadline(self, request: GenerationRequest) -> GenerationRequest:
+        # The engine gets the deadline too: what has run out of time while it queued is not computed.
+        left = max(self._deadline.at - asyncio.get_running_loop().time(), 0.0)
+        spent, self._fetch_seconds = self._fetch_seconds, 0.0
+        return replace(request, timeout_seconds=left, fetch_seconds=spent)
+
+    def _in_time(self, error: DualVisionError) -> DualVisionError:
+        """The engine may see the deadline pass before we do: then it is the same end by another name."""
+        return late() if self._deadline.is_past and isinstance(error, RequestFailedError) else error
+
+    async def answer(self, request: GenerationRequest) -> TokenEvent:
+        async with aclosing(self.generate(request)) as events:
+            return collect_answer([event async for event in events])
+
+    async def answer_all(self, requests: Mapping[K, GenerationRequest]) -> dict[K, TokenEvent]:
+        """All at once, so that the engine batches them. The first failure ends the others."""
+        tasks = [asyncio.ensure_future(self.answer(request)) for request in requests.values()]
+        try:
+            return dict(zip(requests, await asyncio.gather(*tasks), strict=True))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _until_error(events: list[TokenEvent]) -> tuple[list[TokenEvent], DualVisionError | None]:
+    for index, event in enumerate(events):
+        if event.error is not None:
+            return events[:index], event.error
+    return events, None
