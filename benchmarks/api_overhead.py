@@ -218,7 +218,7 @@ def load(port: int, streams: int, tokens: int) -> tuple[int, float]:
 
 def read_streams(port: int, streams: int, tokens: int) -> tuple[int, float]:
     body = chat_body(400, max_tokens=tokens, stream=True)
-    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: close\r\n"
     request = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
     ready, events, begin = selectors.DefaultSelector(), 0, time.perf_counter()
     for _ in range(streams):

@@ -26,7 +26,7 @@ from service.errors import HeadersTooLargeError, InvalidHttpError, SlowClientErr
 class EdgeLimits:
     """`head_seconds`: for a whole request head. `stall_seconds`: for a client to take what waits for it."""
 
-    head_bytes: int = 32 * 1024
+    head_bytes: int = 96 * 1024  # 64 KB of request id get a new one, not a refusal
     head_seconds: float = 10.0
     stall_seconds: float = 30.0
 

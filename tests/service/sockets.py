@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 from service.edge import EdgeLimits
 from tests.service.conftest import LiveServer
 
-CHAT = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-PROBE = b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n"
+CHAT = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+PROBE = b"GET /health/live HTTP/1.1\r\nhost: localhost\r\n\r\n"
 SHORT = EdgeLimits(head_bytes=2048, head_seconds=0.3, stall_seconds=0.3)
 
 

@@ -25,7 +25,7 @@ def test_silence_is_cut_without_a_word(strict: LiveServer):
     assert exchange(strict, b"") == b""
 
 
-@pytest.mark.parametrize("head", [b"G", b"GET / HTTP/1.1\r\nhost: x\r\n", PROBE[:-1], b"\r\n\r\nPOST /"])
+@pytest.mark.parametrize("head", [b"G", b"GET / HTTP/1.1\r\nhost: localhost\r\n", PROBE[:-1], b"\r\n\r\nPOST /"])
 def test_half_a_head_is_answered_408(strict: LiveServer, head: bytes):
     check_refused(exchange(strict, head), 408, "request_timeout")
 
@@ -33,7 +33,7 @@ def test_half_a_head_is_answered_408(strict: LiveServer, head: bytes):
 def test_a_head_that_drips_has_no_more_time_than_one_that_stops(strict: LiveServer):
     """uvicorn waits for ever: every byte of a partial head starts nothing and ends nothing."""
     with closing(connect(strict)) as connection:
-        connection.sendall(b"GET /health/live HTTP/1.1\r\nhost: x\r\n")
+        connection.sendall(b"GET /health/live HTTP/1.1\r\nhost: localhost\r\n")
         connection.settimeout(0.02)
         answer = b""
         for i in range(1000):
@@ -58,7 +58,7 @@ def test_a_second_head_is_timed_too(strict: LiveServer):
 @pytest.mark.parametrize("path", [b"/v1/chat/completions", b"/v1/fusion/analyze", b"/v1/encoders/compare"])
 def test_half_a_body_is_answered_408(strict: LiveServer, framing: bytes, path: bytes):
     before = len(strict.engine.seen)
-    head = b"POST " + path + b" HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = b"POST " + path + b" HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     answer = exchange(strict, head + framing)
     status, headers, body = parts(answer)
     assert (status, body["error"]["code"]) == (408, "request_timeout")
@@ -80,7 +80,7 @@ def test_a_body_that_keeps_coming_has_its_time(start):
 
 def test_a_body_that_nobody_wants_does_not_keep_its_connection(strict: LiveServer):
     with closing(connect(strict)) as connection:
-        connection.sendall(b"POST /nowhere HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n")
+        connection.sendall(b"POST /nowhere HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000\r\n\r\n")
         assert connection.recv(65536).startswith(b"HTTP/1.1 404 ")
         connection.settimeout(0.02)
         for _ in range(1000):
@@ -134,10 +134,10 @@ def test_a_client_that_never_reads_is_cut_and_the_others_are_not(start):
 @pytest.mark.parametrize(
     "head",
     [
-        b"GET /" + b"a" * 5000 + b" HTTP/1.1\r\nhost: x\r\n\r\n",
-        b"GET / HTTP/1.1\r\nhost: x\r\na: " + b"b" * 5000 + b"\r\n\r\n",
-        b"GET / HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 1000 + b"\r\n",
-        b"GET / HTTP/1.1\r\nhost: x\r\n" + b"a" * 5000 + b": b\r\n\r\n",
+        b"GET /" + b"a" * 5000 + b" HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: localhost\r\na: " + b"b" * 5000 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: localhost\r\n" + b"a: b\r\n" * 1000 + b"\r\n",
+        b"GET / HTTP/1.1\r\nhost: localhost\r\n" + b"a" * 5000 + b": b\r\n\r\n",
     ],
 )
 def test_a_head_over_the_limit_is_answered_431(strict: LiveServer, head: bytes):
@@ -149,7 +149,7 @@ def test_a_head_without_end_is_cut_while_it_comes(start, piece: bytes):
     live = start()
     answer, num_sent = b"", 0
     with closing(connect(live)) as connection:
-        connection.sendall(b"GET / HTTP/1.1\r\nhost: x\r\nlong: ")
+        connection.sendall(b"GET / HTTP/1.1\r\nhost: localhost\r\nlong: ")
         try:
             while num_sent < 100 * len(piece):
                 connection.sendall(piece)
@@ -238,7 +238,7 @@ FORMS = {
 def test_hostile_forms_leave_memory_flat(start, name: str):
     live = start()
     kind, body = FORMS[name]
-    head = b"POST /v1/fusion/analyze HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: " + kind
+    head = b"POST /v1/fusion/analyze HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: " + kind
     sent = head + b"\r\ncontent-length: %d\r\n\r\n" % len(body) + body
     assert exchange(live, sent)[:12] in (b"HTTP/1.1 400", b"HTTP/1.1 413")
     tracemalloc.start()
