@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii
@@ -50,11 +50,13 @@ class _Chat:
     plan: ChatPlan
     info: ModelInfo
     waiting_body: WaitingBody
+    give_back: Callable[[], None]
     completion_id: str
     created: int
 
     async def batches(self) -> AsyncGenerator[Batch, None]:
         """Events of all choices as they come; the error of one ends all."""
+        self.give_back()
         with self.parts.client.admit(self.plan.num_choices) as admission:
             messages = await self.parts.read_messages(admission, self.body.messages, self.waiting_body)
             requests = to_requests(self.plan, messages, self.completion_id)
@@ -86,16 +88,17 @@ async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation with images. `fusion` in the answer tells how each image was routed."""
     parts = parts_of(request)  # not injected, which takes FastAPI a twentieth of the whole
     # Before the body is read: a full server refuses cheaply.
-    parts.client.check_room()
-    body = parse_body(ChatCompletionRequest, await request.body(), request.headers.get("content-type"))
-    info = parts.client.info
-    plan = plan_chat(body, info)
-    completion_id = f"chatcmpl-{uuid.uuid4().hex}"
-    chat = _Chat(parts, body, plan, info, request.state.waiting_body, completion_id, int(parts.now()))
-    request.state.log_fields = {"completion_id": chat.completion_id, "model": plan.model, "user": plan.user}
-    if plan.is_stream:
-        return await _stream(request, chat)
-    return await until_disconnect(request, _complete(chat))
+    with parts.client.arrive() as give_back:
+        body = parse_body(ChatCompletionRequest, await request.body(), request.headers.get("content-type"))
+        info = parts.client.info
+        plan = plan_chat(body, info)
+        completion_id = f"chatcmpl-{uuid.uuid4().hex}"
+        waiting, created = request.state.waiting_body, int(parts.now())
+        chat = _Chat(parts, body, plan, info, waiting, give_back, completion_id, created)
+        request.state.log_fields = {"completion_id": chat.completion_id, "model": plan.model, "user": plan.user}
+        if plan.is_stream:
+            return await _stream(request, chat)
+        return await until_disconnect(request, _complete(chat))
 
 
 async def _complete(chat: _Chat) -> Response:

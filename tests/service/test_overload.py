@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import socket
 import subprocess
 import sys
 import threading
 from collections import Counter
+from contextlib import closing
 from urllib.parse import urlsplit
 
 import httpx
@@ -101,6 +103,22 @@ while ready.get_map():
             is_whole = answer.endswith(b"data: [DONE]\\n\\n\\r\\n0\\r\\n\\r\\n") and b" fox" in answer
             print(answer[9:12].decode(), is_whole, b"retry-after: 1" in answer, flush=True)
 """
+
+
+def test_half_a_request_keeps_its_place_for_a_moment_only(start):
+    """A place is kept while a body comes, but not from those whose body has come."""
+    live = start(max_num_seqs=1, max_waiting=0)
+    where = urlsplit(live.url)
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{{"
+    with closing(socket.create_connection((where.hostname, where.port), timeout=20)) as connection:
+        connection.sendall(head.encode())
+        while live.metric("dve_waiting_body_bytes") == 0:
+            pass
+        statuses = {live.chat().status_code}
+        while 200 not in statuses:
+            statuses.add(live.chat().status_code)
+        assert live.metric("dve_waiting_body_bytes") == 1, "it is still there"
+    assert statuses <= {200, 503}
 
 
 @pytest.mark.heavy
