@@ -42,6 +42,7 @@ State = Literal["new", "loading", "ready", "failed", "dead", "stopped"]
 T = TypeVar("T")
 K = TypeVar("K")
 
+_ARRIVAL_SECONDS = 0.25
 _LAST_WORDS_SECONDS = 0.3
 _JOIN_SECONDS = 1.0
 
@@ -90,6 +91,7 @@ class EngineClient:
         self._token_text: Callable[[int], tuple[str, list[int]]] | None = None
         self._streams: dict[str, Inbox] = {}
         self._num_admitted = 0
+        self._arrivals: set[object] = set()
         self._deadlines: set[Deadline] = set()
         self._drain_until = 0.0
         self.num_preparing = 0
@@ -202,11 +204,31 @@ class EngineClient:
                     "this server can't hold so many answers at once", value=num_places, allowed=f"at most {capacity}",
                     param="n",
                 )  # fmt: skip
-            if self._num_admitted + num_places > capacity:
-                raise OverloadedError("the queue is full", value=self._num_admitted, allowed=f"{capacity} requests")
+            num_taken = self._num_admitted + len(self._arrivals)
+            if num_taken + num_places > capacity:
+                raise OverloadedError("the queue is full", value=num_taken, allowed=f"{capacity} requests")
         except EngineError as error:
             self.metrics.admission_rejections.labels(error.code).inc()
             raise
+
+    @contextmanager
+    def arrive(self) -> Iterator[Callable[[], None]]:
+        """Keep one place for a request whose body is still to be read; what is given gives the place back, for `admit`.
+
+        Without it a crowd would pass the first check together, and most of it be refused after all its bodies. Whoever
+        has no body after a moment keeps no place: half a request must not take one from a whole one. Raises what
+        `check_room` does.
+        """
+        self.check_room()
+        place = object()
+        self._arrivals.add(place)
+        give_back = partial(self._arrivals.discard, place)
+        timer = asyncio.get_running_loop().call_later(_ARRIVAL_SECONDS, give_back)
+        try:
+            yield give_back
+        finally:
+            timer.cancel()
+            give_back()
 
     @contextmanager
     def admit(self, num_places: int = 1) -> Iterator[Admission]:

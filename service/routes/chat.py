@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii
@@ -52,6 +52,7 @@ class _Chat:
     plan: ChatPlan
     info: ModelInfo
     waiting_body: WaitingBody
+    give_back: Callable[[], None]
     caller: Caller
     completion_id: str
     created: int
@@ -60,6 +61,7 @@ class _Chat:
 
     async def batches(self) -> AsyncGenerator[Batch, None]:
         """Events of all choices as they come; the error of one ends all."""
+        self.give_back()
         with self.parts.client.admit(self.plan.num_choices) as admission:
             messages = await self.parts.read_messages(admission, self.body.messages, self.waiting_body, self.caller)
             requests = to_requests(self.plan, messages, self.completion_id)
@@ -95,21 +97,31 @@ async def create_chat_completion(request: Request) -> Response:
     # Neither is injected, which takes FastAPI a twentieth of the whole.
     parts, caller = parts_of(request), caller_of(request)
     # Before the body is read: a full server refuses cheaply.
-    parts.client.check_room()
-    body = parse_body(ChatCompletionRequest, await request.body(), request.headers.get("content-type"))
-    info = parts.client.info
-    plan = plan_chat(body, info)
-    completion_id = f"chatcmpl-{uuid.uuid4().hex}"
-    request.state.log_fields = {"completion_id": completion_id, "model": plan.model, "user": plan.user}
-    said: dict[int, str] | None = None
-    if parts.settings.log_content:
-        said = {}
-        request.state.log_fields |= {"messages": transcript(body.messages), "answers": said}
-    waiting_body = request.state.waiting_body
-    chat = _Chat(parts, body, plan, info, waiting_body, caller, completion_id, int(parts.now()), said)
-    if plan.is_stream:
-        return await _stream(request, chat)
-    return await until_disconnect(request, _complete(chat))
+    with parts.client.arrive() as give_back:
+        body = parse_body(ChatCompletionRequest, await request.body(), request.headers.get("content-type"))
+        info = parts.client.info
+        plan = plan_chat(body, info)
+        completion_id = f"chatcmpl-{uuid.uuid4().hex}"
+        request.state.log_fields = {"completion_id": completion_id, "model": plan.model, "user": plan.user}
+        said: dict[int, str] | None = None
+        if parts.settings.log_content:
+            said = {}
+            request.state.log_fields |= {"messages": transcript(body.messages), "answers": said}
+        chat = _Chat(
+            parts,
+            body,
+            plan,
+            info,
+            request.state.waiting_body,
+            give_back,
+            caller,
+            completion_id,
+            int(parts.now()),
+            said,
+        )
+        if plan.is_stream:
+            return await _stream(request, chat)
+        return await until_disconnect(request, _complete(chat))
 
 
 async def _complete(chat: _Chat) -> Response:

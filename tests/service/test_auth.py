@@ -203,7 +203,9 @@ def test_none_may_be_public(start) -> None:
 
 def test_a_refusal_comes_before_the_body(keyed: LiveServer) -> None:
     """Who has no key and says that 40 MB will come is answered before any of it has."""
-    head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 40000000\r\n\r\n"
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 40000000\r\n\r\n"
+    )
     with socket.create_connection(("127.0.0.1", int(keyed.url.rpartition(":")[2])), timeout=20) as raw:
         raw.sendall(head.encode())
         assert raw.recv(4096).startswith(b"HTTP/1.1 401")

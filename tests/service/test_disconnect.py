@@ -2,7 +2,9 @@
 
 import json
 import socket
+import statistics
 import threading
+import time
 from contextlib import closing
 from urllib.parse import urlsplit
 
@@ -113,3 +115,34 @@ def test_the_others_are_left_alone(start):
         thread.join(20)
     assert [a.json()["choices"][0]["message"]["content"] for a in answers] == ["a red fox"] * 2
     assert live.metric('dve_request_failure_total{code="client_disconnected"}') == 1
+
+
+def free_seconds(live: LiveServer, is_stream: bool) -> float:
+    """From the close of one of 16 clients until the engine has let go of its row; the 15 stay."""
+    connections = [send(live, "forever", stream=is_stream, ignore_eos=True) for _ in range(16)]
+    live.engine.wait_until(lambda: sum(row.num_done for row in live.engine.rows.values()) == 16, 20)
+    num_aborted = len(live.engine.aborted)
+    begin = time.monotonic()
+    connections[7].close()
+    live.engine.wait_until(lambda: len(live.engine.rows) == 15, 20)
+    seconds = time.monotonic() - begin
+    assert len(live.engine.aborted) == num_aborted + 1
+    for connection in connections:
+        connection.close()
+    live.engine.wait_until(lambda: not live.engine.rows, 20)
+    return seconds
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_one_of_sixteen_frees_its_place_at_once(start, is_stream: bool):
+    live = start(max_num_seqs=16, max_waiting=16)
+    assert statistics.median(free_seconds(live, is_stream) for _ in range(3)) < 0.2
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_one_of_sixteen_frees_its_place_at_once_fifty_times(start, is_stream: bool, record_property):
+    live = start(max_num_seqs=16, max_waiting=16)
+    seconds = sorted(free_seconds(live, is_stream) for _ in range(50))
+    record_property("median and worst, ms", [round(seconds[i] * 1000, 1) for i in (25, -1)])
+    assert seconds[-1] < 0.2

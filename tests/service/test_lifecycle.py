@@ -36,12 +36,16 @@ from tests.service.fakes import FakeEngine
 
 class Slow(FakeEngine):
     def step(self):
-        self._idle.wait(0.01)
+        if "forgetful" not in sys.argv:
+            self._idle.wait(0.01)
         return super().step()
 
     def prepare(self, request):
         if "hang" in str(request.messages):
             threading.Event().wait()
+        if "forgetful" in sys.argv:  # of what tests look at
+            for kept in (self.seen, self.forked, self.added, self.aborted, self.batch_sizes):
+                kept.clear()
         return super().prepare(request)
 
 def load():
@@ -66,6 +70,11 @@ class Process:
             if word in line:
                 return line
         raise AssertionError(self.lines)
+
+    def read_on(self) -> None:
+        """A log that nobody reads would fill its pipe and hold the process up."""
+        for _ in self.popen.stderr:
+            pass
 
     def signal(self) -> None:
         self.popen.send_signal(signal.SIGTERM)

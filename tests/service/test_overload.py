@@ -2,8 +2,13 @@
 
 import asyncio
 import json
+import socket
+import subprocess
+import sys
 import threading
 from collections import Counter
+from contextlib import closing
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -75,10 +80,76 @@ def test_two_hundred_at_once_on_a_queue_of_64(start, is_stream: bool):
     check_overload(start(FakeEngine(), max_num_seqs=NUM_SEQS, max_waiting=NUM_WAITING), 200, is_stream)
 
 
+#: All connections first, then every request in one go, then the answers' statuses as they come.
+CLIENT = """
+import selectors, socket, sys
+port, count, request = int(sys.argv[1]), int(sys.argv[2]), sys.stdin.buffer.read()
+ready = selectors.DefaultSelector()
+answers = {}
+for _ in range(count):
+    connection = socket.create_connection(("127.0.0.1", port))
+    ready.register(connection, selectors.EVENT_READ)
+    answers[connection] = b""
+for connection in answers:
+    connection.sendall(request)
+num_refused = 0
+while ready.get_map():
+    for key, _ in ready.select():
+        piece = key.fileobj.recv(65536)
+        answers[key.fileobj] += piece
+        if not piece:
+            ready.unregister(key.fileobj)
+            answer = answers[key.fileobj]
+            is_whole = answer.endswith(b"data: [DONE]\\n\\n\\r\\n0\\r\\n\\r\\n") and b" fox" in answer
+            print(answer[9:12].decode(), is_whole, b"retry-after: 1" in answer, flush=True)
+"""
+
+
+def test_half_a_request_keeps_its_place_for_a_moment_only(start):
+    """A place is kept while a body comes, but not from those whose body has come."""
+    live = start(max_num_seqs=1, max_waiting=0)
+    where = urlsplit(live.url)
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{{"
+    with closing(socket.create_connection((where.hostname, where.port), timeout=20)) as connection:
+        connection.sendall(head.encode())
+        while live.metric("dve_waiting_body_bytes") == 0:
+            pass
+        statuses = {live.chat().status_code}
+        while 200 not in statuses:
+            statuses.add(live.chat().status_code)
+        assert live.metric("dve_waiting_body_bytes") == 1, "it is still there"
+    assert statuses <= {200, 503}
+
+
 @pytest.mark.heavy
-@pytest.mark.parametrize("is_stream", [False, True])
-def test_a_thousand_at_once_on_a_queue_of_64(start, is_stream: bool):
-    check_overload(start(FakeEngine(), max_num_seqs=NUM_SEQS, max_waiting=NUM_WAITING), 1000, is_stream)
+def test_a_thousand_at_once_from_another_process(start, caplog: pytest.LogCaptureFixture, record_property):
+    """A refusal's time is from the call of the application, with the request's head, to its answer's last byte."""
+    live = start(FakeEngine(), max_num_seqs=NUM_SEQS, max_waiting=NUM_WAITING)
+    room, count = NUM_SEQS + NUM_WAITING, 1000
+    body = json.dumps(ask("what?", images=2, stream=True)).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
+    request = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+    command = [sys.executable, "-c", CLIENT, str(urlsplit(live.url).port), str(count)]
+    live.engine.hold()
+    with (
+        caplog.at_level("INFO", "dve"),
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as client,
+    ):
+        client.stdin.write(request)
+        client.stdin.close()
+        refused = Counter(client.stdout.readline().split()[0] for _ in range(count - room))
+        live.engine.wait_until(lambda: len(live.engine.rows) == room, 60)
+        live.engine.release()
+        served = Counter(client.stdout.read().decode().splitlines())
+    assert refused == {b"503": count - room}
+    assert served == {"200 True False": room}
+    assert live.engine.num_decoded == 2 * room
+    logged = [record.fields for record in caplog.records if record.getMessage() == "request"]
+    seconds = sorted(fields["seconds"] for fields in logged if fields["status"] == 503)
+    assert len(seconds) == count - room
+    p50, p99 = seconds[len(seconds) // 2], seconds[int(len(seconds) * 0.99)]
+    record_property("refusals: p50, p99, worst, ms", [round(s * 1000, 1) for s in (p50, p99, seconds[-1])])
+    assert p99 < 0.020
 
 
 def test_a_request_past_its_deadline_while_it_queues_costs_nothing(start):
