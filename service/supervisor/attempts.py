@@ -1,0 +1,102 @@
+"""A job's folder: an `attempt-K` for each try, and what a later try takes over from the earlier ones.
+
+    <data folder>/jobs/<job id>/attempt-K/   config.json, events.jsonl, trainer.log, step-N/, final/
+
+In: the folder. Out: where to write, where to resume, which events were never read. Nothing of an attempt is written by
+another, but for what its death left half done. It refuses to know torch and what a checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from model_core.errors import CheckpointError
+from model_core.manifest import recover, verify_folder
+
+EVENTS = "events.jsonl"
+READ_EVENTS = "events.read.jsonl"
+_ATTEMPT = re.compile(r"attempt-(\d+)")
+_STEP = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class StepFolder:
+    """A complete checkpoint. Of one step saved by two attempts the later one counts as newer."""
+
+    step: int
+    attempt: int
+    path: Path
+
+
+class JobFolder:
+    """Everything that one job has on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def attempt(self, number: int) -> Path:
+        return self.path / f"attempt-{number}"
+
+    def attempts(self) -> list[tuple[int, Path]]:
+        """Those that were begun, oldest first."""
+        return _numbered(self.path, _ATTEMPT)
+
+    def open_attempt(self, number: int) -> Path:
+        """Its folder, made; what the dead ones before it left half written is removed. Raises OSError."""
+        folder = self.attempt(number)
+        folder.mkdir(parents=True, exist_ok=True)
+        for _, earlier in self.attempts():
+            recover(earlier)
+        return folder
+
+    def steps(self) -> list[StepFolder]:
+        """Complete checkpoints of all attempts, newest first. Sizes are compared, not hashes: the trainer does that."""
+        found = [
+            StepFolder(step, attempt, path)
+            for attempt, folder in self.attempts()
+            for step, path in _numbered(folder, _STEP)
+            if _is_complete(path)
+        ]
+        return sorted(found, reverse=True)
+
+    def newest_step(self) -> StepFolder | None:
+        return next(iter(self.steps()), None)
+
+    def set_aside(self, step: Path) -> None:
+        """A checkpoint that turned out to be damaged; nobody resumes from it again, and it can still be looked at."""
+        with contextlib.suppress(OSError):
+            step.rename(step.with_name(f"damaged-{step.name}"))
+
+    def unread_events(self) -> Iterator[tuple[int, Path]]:
+        """Event files of attempts whose supervisor did not live to read them to the end."""
+        for number, folder in self.attempts():
+            if (folder / EVENTS).is_file():
+                yield number, folder / EVENTS
+
+    def mark_read(self, number: int) -> None:
+        folder = self.attempt(number)
+        with contextlib.suppress(FileNotFoundError):
+            (folder / EVENTS).rename(folder / READ_EVENTS)
+
+    def event_files(self) -> list[Path]:
+        """All that was said in all attempts, oldest attempt first."""
+        names = (READ_EVENTS, EVENTS)
+        return [folder / name for _, folder in self.attempts() for name in names if (folder / name).is_file()]
+
+
+def _numbered(folder: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
+    if not folder.is_dir():
+        return []
+    found = ((pattern.fullmatch(path.name), path) for path in folder.iterdir() if not path.is_symlink())
+    return sorted((int(name[1]), path) for name, path in found if name and path.is_dir())
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        return verify_folder(path, deep=False) is not None
+    except (CheckpointError, OSError):
+        return False
