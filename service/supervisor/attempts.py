@@ -1,6 +1,6 @@
 """A job's folder: an `attempt-K` for each try, and what a later try takes over from the earlier ones.
 
-    <data folder>/jobs/<job id>/attempt-K/   config.json, events.jsonl, trainer.log, step-N/, final/
+    <data folder>/jobs/<job id>/attempt-K/   job.json, told.jsonl, trainer.log, step-N/, final/
 
 In: the folder. Out: where to write, where to resume, which events were never read. Nothing of an attempt is written by
 another, but for what its death left half done. It refuses to know torch and what a checkpoint holds.
@@ -17,8 +17,11 @@ from pathlib import Path
 from model_core.errors import CheckpointError
 from model_core.manifest import recover, verify_folder
 
-EVENTS = "events.jsonl"
-READ_EVENTS = "events.read.jsonl"
+#: Not the names that a trainer gives its own files: it refuses a folder where another run seems to live.
+EVENTS = "told.jsonl"
+READ_EVENTS = "told.read.jsonl"
+RECIPE = "job.json"
+LOG = "trainer.log"
 _ATTEMPT = re.compile(r"attempt-(\d+)")
 _STEP = re.compile(r"step-(\d+)")
 

@@ -2,7 +2,7 @@
 
 What it does is read from the recipe's training file, a JSON object:
     steps, step_seconds, checkpoint_every, tokens: how far and how fast;
-    witness: a path; its flock is held as long as this process lives, and whoever finds it held writes `<witness>.twice`;
+    witness: a path whose flock is held as long as this process lives; whoever finds it held writes `<witness>.twice`;
     crash_at, crash_code, crash_once: leave at that step; complaint: {code, retry} to say before;
     deaf: ignore SIGTERM; stall_at: stand still there; write_seconds: how long a checkpoint is half written.
 

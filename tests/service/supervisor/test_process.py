@@ -207,6 +207,8 @@ def test_half_a_line_is_left_for_later(tmp_path: Path) -> None:
     assert reader.read() == []
 
 
-@pytest.mark.parametrize("line", [b"", b"{", b"[]", b'{"stage": 0}', b'{"stage":"0","global_step":1,"kind":"x"}', b"\xff"])
+@pytest.mark.parametrize(
+    "line", [b"", b"{", b"[]", b'{"stage": 0}', b'{"stage":"0","global_step":1,"kind":"x"}', b"\xff"]
+)
 def test_what_is_no_event(line: bytes) -> None:
     assert parse_event(line) is None
