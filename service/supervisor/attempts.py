@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from model_core.errors import CheckpointError
-from model_core.manifest import recover, verify_folder
+from model_core.manifest import Manifest, recover, verify_folder
 
 #: Not the names that a trainer gives its own files: it refuses a folder where another run seems to live.
 EVENTS = "told.jsonl"
@@ -28,11 +29,12 @@ _STEP = re.compile(r"step-(\d+)")
 
 @dataclass(frozen=True, slots=True, order=True)
 class StepFolder:
-    """A complete checkpoint. Of one step saved by two attempts the later one counts as newer."""
+    """A complete checkpoint. Of one step saved by two attempts the later one is newer. note: its manifest's `extra`."""
 
     step: int
     attempt: int
     path: Path
+    note: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 class JobFolder:
@@ -59,10 +61,10 @@ class JobFolder:
     def steps(self) -> list[StepFolder]:
         """Complete checkpoints of all attempts, newest first. Sizes are compared, not hashes: the trainer does that."""
         found = [
-            StepFolder(step, attempt, path)
+            StepFolder(step, attempt, path, manifest.extra)
             for attempt, folder in self.attempts()
             for step, path in _numbered(folder, _STEP)
-            if _is_complete(path)
+            if (manifest := _manifest(path)) is not None
         ]
         return sorted(found, reverse=True)
 
@@ -98,8 +100,8 @@ def _numbered(folder: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
     return sorted((int(name[1]), path) for name, path in found if name and path.is_dir())
 
 
-def _is_complete(path: Path) -> bool:
+def _manifest(path: Path) -> Manifest | None:
     try:
-        return verify_folder(path, deep=False) is not None
+        return verify_folder(path, deep=False)
     except (CheckpointError, OSError):
-        return False
+        return None

@@ -5,11 +5,13 @@ Pure. The codes are those of the API's `error.code`.
 
 from __future__ import annotations
 
+import errno
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from model_core.errors import DualVisionError
 from service.supervisor.process import BAD_INPUT, CHECKPOINTED, DEADLINE_PASSED, DONE
 
 ERROR_CODES = frozenset(
@@ -20,12 +22,12 @@ ERROR_CODES = frozenset(
     }
 )  # fmt: skip
 
-End = Literal["succeeded", "stopped", "failed", "retry"]
+End = Literal["succeeded", "stopped", "failed", "retry", "postponed"]
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """end: succeeded, stopped (saved and left when asked to), failed (trying again is no use), retry."""
+    """end: succeeded, stopped (saved and left when asked to), failed (trying again is no use), retry, postponed."""
 
     end: End
     code: str = ""
@@ -48,6 +50,20 @@ def judge(exit_code: int, complaint: Mapping[str, Any] | None, message: str = ""
     if told.get("retry") is False:
         return Verdict("failed", code or "internal_error", message or "The trainer failed.")
     return Verdict("retry", code or "worker_lost", message or _how_it_ended(exit_code))
+
+
+def of_os_error(error: OSError) -> Verdict:
+    """What the supervisor itself could not write or start."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Verdict("failed", "storage_full", "The disk is full. Free some room and resume from the last checkpoint.")
+    return Verdict("retry", "internal_error", f"The attempt could not be prepared: {error.strerror or error}.")
+
+
+def of_refusal(error: DualVisionError) -> Verdict:
+    """An error of ours, in its own words: the recipe or a file that can't be used."""
+    if error.code == "storage_full":
+        return Verdict("failed", "storage_full", str(error))
+    return Verdict("failed", error.code if error.code in ERROR_CODES else "invalid_training_file", str(error))
 
 
 def _how_it_ended(exit_code: int) -> str:
