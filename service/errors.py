@@ -10,6 +10,10 @@ a rule with a fixed message hides `str(error)`, and whatever has no rule is a pl
     |   |-- UnsupportedParameterError   a parameter that would have to be ignored
     |   |-- RequestTooLargeError        the body is over the byte limit
     |   |-- UnknownUrlError, MethodNotAllowedError
+    |   |-- InvalidApiKeyError          no key, or none that this server knows
+    |   |-- InsufficientPermissionsError  a key of the lesser scope
+    |   |-- RateLimitError              a key's requests of this minute are used up
+    |   |   `-- ConcurrencyLimitError   as many requests of a key run as may
     |   |-- UploadNotFoundError         no uploaded file of this id is kept
     |   |-- RecordNotFoundError         no served request of this id is remembered
     |   |-- UnknownParameterError       a key that a strict object does not have
@@ -37,6 +41,7 @@ a rule with a fixed message hides `str(error)`, and whatever has no rule is a pl
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -63,6 +68,25 @@ class UnknownUrlError(core.InputError):
 
 class MethodNotAllowedError(core.InputError):
     code = "method_not_allowed"
+
+
+class InvalidApiKeyError(core.InputError):
+    code = "invalid_api_key"
+
+
+class InsufficientPermissionsError(core.InputError):
+    code = "insufficient_permissions"
+
+
+class RateLimitError(core.InputError):
+    """`retry_after_seconds` from now on the same request would be let in."""
+
+    code = "rate_limit_exceeded"
+    retry_after_seconds = 1.0
+
+
+class ConcurrencyLimitError(RateLimitError):
+    code = "concurrency_limit_exceeded"
 
 
 class RecordNotFoundError(core.InputError):
@@ -204,6 +228,11 @@ TABLE: Mapping[type[BaseException], Rule] = {
     RequestTooLargeError: Rule(413, _INVALID, "request_too_large"),
     UnknownUrlError: Rule(404, _INVALID, "unknown_url"),
     MethodNotAllowedError: Rule(405, _INVALID, "method_not_allowed"),
+    InvalidApiKeyError: Rule(401, _INVALID, "invalid_api_key"),
+    InsufficientPermissionsError: Rule(403, _INVALID, "insufficient_permissions"),
+    # OpenAI's type of a 429 is what there was too much of.
+    RateLimitError: Rule(429, "requests", "rate_limit_exceeded", may_retry=True),
+    ConcurrencyLimitError: Rule(429, "requests", "concurrency_limit_exceeded", may_retry=True),
     RecordNotFoundError: Rule(404, _INVALID, "request_not_found"),
     UploadNotFoundError: Rule(404, _INVALID, "file_not_found"),
     UnknownParameterError: Rule(400, _INVALID, "unknown_parameter"),
@@ -229,7 +258,6 @@ TABLE: Mapping[type[BaseException], Rule] = {
 }
 
 _UNKNOWN = Rule(500, _SERVER, "internal_error", _BROKEN)
-_RETRY_AFTER_SECONDS = "1"
 
 
 def rule_for(error: BaseException) -> Rule:
@@ -256,7 +284,8 @@ def error_response(error: BaseException, request_id: str, headers: Mapping[str, 
     rule = rule_for(error)
     all_headers = dict(headers or {})
     if rule.may_retry:
-        all_headers["retry-after"] = _RETRY_AFTER_SECONDS
-    elif rule.status >= 500 or rule.status in (409, 429):
+        seconds = error.retry_after_seconds if isinstance(error, RateLimitError) else 1.0
+        all_headers["retry-after"] = str(max(math.ceil(seconds), 1))
+    elif rule.status >= 500 or rule.status in (401, 403, 409, 429):
         all_headers["x-should-retry"] = "false"
     return Response(error_json(error, request_id), rule.status, all_headers, media_type="application/json")
