@@ -1,6 +1,6 @@
 """`create_app`: the HTTP application, made of the parts that it is given.
 
-In: settings, an engine client, metrics, a clock. Out: a FastAPI app whose lifespan starts and stops the
+In: settings, an engine client, metrics, keys, clocks. Out: a FastAPI app whose lifespan starts and stops the
 client. It refuses to build a part itself or to keep one in a module: two apps in one process are two.
 """
 
@@ -21,6 +21,7 @@ from starlette.responses import Response
 
 from model_core.errors import DualVisionError
 from service.addresses import AllowedHosts
+from service.auth import KeyGate
 from service.engine_client import EngineClient
 from service.errors import (
     ClientDisconnectedError,
@@ -31,6 +32,8 @@ from service.errors import (
     rule_for,
 )
 from service.fusion_history import FusionHistory
+from service.keys import KeyRing
+from service.limits import KeyLimits
 from service.logs import log_failure, request_id_var
 from service.media import MediaLimits, MediaSource
 from service.metrics import Metrics
@@ -57,9 +60,18 @@ _BODIES: Mapping[str, type[BaseModel]] = {
 
 
 def create_app(
-    settings: Settings, client: EngineClient, metrics: Metrics, *, now: Callable[[], float] = time.time
+    settings: Settings,
+    client: EngineClient,
+    metrics: Metrics,
+    keys: KeyRing,
+    *,
+    now: Callable[[], float] = time.time,
+    clock: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
-    """`now` is the wall clock of `created` fields. The client must not have been started. Raises ConfigError."""
+    """`now` is the wall clock of `created` fields, `clock` that of the keys' limits.
+
+    The client must not have been started. Raises ConfigError.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
@@ -78,9 +90,20 @@ def create_app(
     app.state.parts = AppParts(settings, client, metrics, FusionHistory(), waiting, _media(settings, now), now)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes, waiting=waiting, metrics=metrics)
+    routers = [module.router for module in (chat, fusion, models, health)]
+    limits = KeyLimits(settings.key_requests_per_minute, settings.key_max_concurrent, clock)
+    app.add_middleware(
+        KeyGate,
+        keys=keys,
+        limits=limits,
+        metrics=metrics,
+        public_paths=settings.public_paths,
+        host_name=settings.host,
+        routes=[route for router in routers for route in router.routes],
+    )
     app.add_middleware(RequestScope, metrics=metrics)
-    for module in (chat, fusion, models, health):
-        app.include_router(module.router)
+    for router in routers:
+        app.include_router(router)
     app.add_exception_handler(DualVisionError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_invalid_query)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from model_core.errors import DualVisionError
-from service.settings import Settings, load_settings
+from service.settings import WORKER_FIELDS, Settings, load_settings
 
 #: command, of one word or two -> (module with `main(argv) -> int | None`, what it does)
 MOUNTED: Mapping[str, tuple[str, str]] = {
@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command == "serve":
             return _serve(rest)
+        if command == "worker":
+            return _work(rest)
         if command in MOUNTED:
             return int(importlib.import_module(MOUNTED[command][0]).main(rest) or 0)
     except DualVisionError as error:
@@ -52,12 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in ("-h", "--help", "help"):
         sys.stdout.write(_help())
         return 0
-    sys.stderr.write(f"dve: error: unknown command {command[:80]!r}; allowed: serve, {', '.join(MOUNTED)}\n")
+    sys.stderr.write(f"dve: error: unknown command {command[:80]!r}; allowed: serve, worker, {', '.join(MOUNTED)}\n")
     return 2
 
 
 def _help() -> str:
-    rows = {"serve": "serve the model over HTTP", **{name: text for name, (_, text) in MOUNTED.items()}}
+    own = {"serve": "serve the model over HTTP", "worker": "train the jobs that the server was given"}
+    rows = {**own, **{name: text for name, (_, text) in MOUNTED.items()}}
     lines = "\n".join(f"  {name:<12} {text}" for name, text in rows.items())
     return f"usage: dve COMMAND [OPTIONS]\n\ncommands:\n{lines}\n\n`dve COMMAND --help` tells a command's options.\n"
 
@@ -75,6 +78,16 @@ def _serve(argv: Sequence[str]) -> int:
     return serve(settings)
 
 
+def _work(argv: Sequence[str]) -> int:
+    flags = vars(worker_parser().parse_args(argv))
+    once = flags.pop("once")
+    settings = load_settings(flags)
+    # Here and not above: `dve --help` needs no store of jobs.
+    from service.worker import work
+
+    return work(settings, once=once)
+
+
 def serve_parser() -> argparse.ArgumentParser:
     """One flag a setting, in dashes or underscores. A flag that is not given leaves the environment's value."""
     parser = _Parser(
@@ -83,15 +96,37 @@ def serve_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for name, field in Settings.model_fields.items():
-        spellings = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
-        default = "" if field.default is None else f" (default: {field.default})"
-        text = f"{field.description}{default}".replace("%", "%%")
-        parser.add_argument(*spellings, dest=name, metavar="VALUE", help=text)
+    for name in Settings.model_fields:
+        if not name.startswith("worker_"):
+            _add_setting(parser, name)
     parser.add_argument(
         "--print-config", "--print_config", action="store_true", default=False, help="print the settings and stop"
     )
     return parser
+
+
+def worker_parser() -> argparse.ArgumentParser:
+    """The worker's settings as flags; `--devices` is short for `--worker-devices`, and so on."""
+    parser = _Parser(
+        prog="dve worker",
+        description="Train the jobs that the server was given. Every option is also an environment variable, "
+        "DVE_<OPTION>; a short one stands for DVE_WORKER_<OPTION>.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--once", action="store_true", default=False, help="end when no job waits any more")
+    for name in WORKER_FIELDS:
+        _add_setting(parser, name, name.removeprefix("worker_"))
+    return parser
+
+
+def _add_setting(parser: argparse.ArgumentParser, name: str, short: str | None = None) -> None:
+    field = Settings.model_fields[name]
+    words = dict.fromkeys((short or name, name))
+    spellings = dict.fromkeys(f"--{spelling}" for word in words for spelling in (word.replace("_", "-"), word))
+    default = "" if field.default is None else f" (default: {field.default})"
+    text = f"{field.description}{default}".replace("%", "%%")
+    parser.add_argument(*spellings, dest=name, metavar="VALUE", help=text)
 
 
 if __name__ == "__main__":

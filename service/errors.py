@@ -10,8 +10,21 @@ a rule with a fixed message hides `str(error)`, and whatever has no rule is a pl
     |   |-- UnsupportedParameterError   a parameter that would have to be ignored
     |   |-- RequestTooLargeError        the body is over the byte limit
     |   |-- UnknownUrlError, MethodNotAllowedError
+    |   |-- InvalidApiKeyError          no key, or none that this server knows
+    |   |-- InsufficientPermissionsError  a key of the lesser scope
+    |   |-- RateLimitError              a key's requests of this minute are used up
+    |   |   `-- ConcurrencyLimitError   as many requests of a key run as may
     |   |-- UploadNotFoundError         no uploaded file of this id is kept
     |   |-- RecordNotFoundError         no served request of this id is remembered
+    |   |-- UnknownParameterError       a key that a strict object does not have
+    |   |-- JobNotFoundError            no training job of this id
+    |   |-- InvalidTrainingFileError    a file that no job can train on
+    |   |-- QuotaExceededError          this key has as many jobs or bytes as it may have
+    |   |-- ConflictError               the request does not fit what is there now
+    |   |   |-- JobFinishedError        the job has ended
+    |   |   |-- JobStateError           the job is not in a state for this
+    |   |   |-- IdempotencyConflictError the same Idempotency-Key with another body
+    |   |   `-- FileInUseError          a job that has not ended reads this file
     |   `-- ImageError
     |       |-- ImageFileTooLargeError
     |       `-- ImageDownloadError      a remote image that did not come
@@ -19,6 +32,8 @@ a rule with a fixed message hides `str(error)`, and whatever has no rule is a pl
         |-- NotReadyError               the model is still loading, or failed to load
         |-- DrainingError               the server is going down
         |-- StalledError                work waits and nothing moves
+        |-- StoreUnavailableError       the database of jobs does not answer
+        |-- StorageFullError            the disk is full
         |-- RequestTimeoutError         the request's deadline passed
         `-- ClientDisconnectedError     nobody is left to answer
 """
@@ -26,6 +41,7 @@ a rule with a fixed message hides `str(error)`, and whatever has no rule is a pl
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -54,12 +70,67 @@ class MethodNotAllowedError(core.InputError):
     code = "method_not_allowed"
 
 
+class InvalidApiKeyError(core.InputError):
+    code = "invalid_api_key"
+
+
+class InsufficientPermissionsError(core.InputError):
+    code = "insufficient_permissions"
+
+
+class RateLimitError(core.InputError):
+    """`retry_after_seconds` from now on the same request would be let in."""
+
+    code = "rate_limit_exceeded"
+    retry_after_seconds = 1.0
+
+
+class ConcurrencyLimitError(RateLimitError):
+    code = "concurrency_limit_exceeded"
+
+
 class RecordNotFoundError(core.InputError):
     code = "request_not_found"
 
 
 class UploadNotFoundError(core.InputError):
     code = "file_not_found"
+
+
+class UnknownParameterError(core.InputError):
+    code = "unknown_parameter"
+
+
+class JobNotFoundError(core.InputError):
+    code = "fine_tune_not_found"
+
+
+class InvalidTrainingFileError(core.InputError):
+    code = "invalid_training_file"
+
+
+class QuotaExceededError(core.InputError):
+    code = "quota_exceeded"
+
+
+class ConflictError(core.InputError):
+    code = "conflict"
+
+
+class JobFinishedError(ConflictError):
+    code = "job_finished"
+
+
+class JobStateError(ConflictError):
+    code = "job_state_conflict"
+
+
+class IdempotencyConflictError(ConflictError):
+    code = "idempotency_conflict"
+
+
+class FileInUseError(ConflictError):
+    code = "file_in_use"
 
 
 class ImageFileTooLargeError(core.ImageError):
@@ -80,6 +151,14 @@ class DrainingError(core.EngineError):
 
 class StalledError(core.EngineError):
     code = "engine_stalled"
+
+
+class StoreUnavailableError(core.EngineError):
+    code = "store_unavailable"
+
+
+class StorageFullError(core.EngineError):
+    code = "storage_full"
 
 
 class RequestTimeoutError(core.EngineError):
@@ -149,19 +228,36 @@ TABLE: Mapping[type[BaseException], Rule] = {
     RequestTooLargeError: Rule(413, _INVALID, "request_too_large"),
     UnknownUrlError: Rule(404, _INVALID, "unknown_url"),
     MethodNotAllowedError: Rule(405, _INVALID, "method_not_allowed"),
+    InvalidApiKeyError: Rule(401, _INVALID, "invalid_api_key"),
+    InsufficientPermissionsError: Rule(403, _INVALID, "insufficient_permissions"),
+    # OpenAI's type of a 429 is what there was too much of.
+    RateLimitError: Rule(429, "requests", "rate_limit_exceeded", may_retry=True),
+    ConcurrencyLimitError: Rule(429, "requests", "concurrency_limit_exceeded", may_retry=True),
     RecordNotFoundError: Rule(404, _INVALID, "request_not_found"),
     UploadNotFoundError: Rule(404, _INVALID, "file_not_found"),
+    UnknownParameterError: Rule(400, _INVALID, "unknown_parameter"),
+    JobNotFoundError: Rule(404, _INVALID, "fine_tune_not_found"),
+    InvalidTrainingFileError: Rule(400, _INVALID, "invalid_training_file"),
+    QuotaExceededError: Rule(429, "insufficient_quota", "quota_exceeded"),
+    ConflictError: Rule(409, _INVALID, "conflict"),
+    JobFinishedError: Rule(409, _INVALID, "job_finished"),
+    JobStateError: Rule(409, _INVALID, "job_state_conflict"),
+    IdempotencyConflictError: Rule(409, _INVALID, "idempotency_conflict"),
+    FileInUseError: Rule(409, _INVALID, "file_in_use"),
     ImageFileTooLargeError: Rule(400, _INVALID, "image_file_too_large"),
     ImageDownloadError: Rule(400, _INVALID, "failed_to_download_image"),
     NotReadyError: Rule(503, _SERVER, "model_loading", "The model is not loaded yet.", may_retry=True),
     DrainingError: Rule(503, _SERVER, "server_draining", "The server is shutting down.", may_retry=True),
     StalledError: Rule(503, _SERVER, "engine_stalled", "Work waits and the engine does not move."),
+    StoreUnavailableError: Rule(
+        503, _SERVER, "store_unavailable", "The store of jobs does not answer.", may_retry=True
+    ),
+    StorageFullError: Rule(507, _SERVER, "storage_full", "The server has no room left on its disk."),
     RequestTimeoutError: Rule(504, _SERVER, "timeout", "The request did not finish within its time limit."),
     ClientDisconnectedError: Rule(499, _SERVER, "client_disconnected", "The client closed the connection."),
 }
 
 _UNKNOWN = Rule(500, _SERVER, "internal_error", _BROKEN)
-_RETRY_AFTER_SECONDS = "1"
 
 
 def rule_for(error: BaseException) -> Rule:
@@ -188,7 +284,8 @@ def error_response(error: BaseException, request_id: str, headers: Mapping[str, 
     rule = rule_for(error)
     all_headers = dict(headers or {})
     if rule.may_retry:
-        all_headers["retry-after"] = _RETRY_AFTER_SECONDS
-    elif rule.status >= 500:
+        seconds = error.retry_after_seconds if isinstance(error, RateLimitError) else 1.0
+        all_headers["retry-after"] = str(max(math.ceil(seconds), 1))
+    elif rule.status >= 500 or rule.status in (401, 403, 409, 429):
         all_headers["x-should-retry"] = "false"
     return Response(error_json(error, request_id), rule.status, all_headers, media_type="application/json")

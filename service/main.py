@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -20,6 +21,7 @@ from model_core.errors import ConfigError, DualVisionError
 from model_core.types import Engine
 from service.app import create_app
 from service.engine_client import EngineClient, EngineLimits
+from service.keys import load_keys
 from service.logs import configure_logs, logger
 from service.metrics import Metrics
 from service.settings import Settings
@@ -98,12 +100,13 @@ def build_app(
     load: Callable[[], Engine],
     on_load_failure: Callable[[BaseException], None] | None = None,
     on_pool_thread: Callable[[], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> tuple[FastAPI, EngineClient]:
     metrics = Metrics()
     client = EngineClient(
         load, metrics, engine_limits(settings), on_load_failure=on_load_failure, on_pool_thread=on_pool_thread
     )
-    return create_app(settings, client, metrics), client
+    return create_app(settings, client, metrics, load_keys(settings), clock=clock), client
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -162,8 +165,6 @@ def serve(settings: Settings, load: Callable[[], Engine] | None = None) -> int:
     servers.append(_Server(config, client))
     host, port = listening.getsockname()[:2]
     logger.info("listening on http://%s:%d, loading the model", f"[{host}]" if ":" in host else host, port)
-    if host not in ("127.0.0.1", "::1"):
-        logger.warning("this address is not loopback and the server asks for no key: keep it behind one that does")
     asyncio.run(servers[0].serve(sockets=[listening]))
     if client.load_error is not None:
         return 2 if isinstance(client.load_error, DualVisionError) else 1

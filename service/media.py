@@ -10,7 +10,7 @@ import asyncio
 import binascii
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from model_core.errors import EmptyImageError, ImageError, InvalidBase64Error, InvalidImageUrlError
 from service.errors import ImageFileTooLargeError, InvalidBodyError, UploadNotFoundError
@@ -33,11 +33,15 @@ class MediaLimits:
 
 @dataclass(frozen=True, slots=True)
 class MediaSource:
-    """Where a server's images come from."""
+    """Where a server's images come from. `owner`: whose uploads are to be seen; a route knows its caller."""
 
     limits: MediaLimits
     remote: RemoteImages
     uploads: UploadStore
+    owner: str = ""
+
+    def seen_by(self, owner: str) -> MediaSource:
+        return replace(self, owner=owner)
 
     def check(self, references: Sequence[ImageReference]) -> None:
         """Everything that can be refused without a byte: the count, and where URLs point. Files are looked up."""
@@ -115,7 +119,7 @@ class MediaSource:
 
     def _upload(self, reference: ImageReference) -> bytes:
         try:
-            return self.uploads.get(reference.value)[1]
+            return self.uploads.get(reference.value, self.owner)[1]
         except UploadNotFoundError as error:
             error.param = reference.param
             raise

@@ -68,7 +68,10 @@ class RequestScope:
         # The template, never the path: paths are the client's and unbounded.
         route = getattr(scope.get("route"), "path", None) or "unmatched"
         self._metrics.http_requests.labels(route, str(status)).inc()
-        fields = dict(scope.get("state", {}).get("log_fields", {}))
+        state = scope.get("state", {})
+        fields = dict(state.get("log_fields", {}))
+        if (caller := state.get("caller")) is not None:
+            fields["key_id"] = caller.key_id
         level = logging.DEBUG if route in _QUIET_ROUTES else logging.INFO
         log_fields(
             level, "request", method=scope["method"], route=route, status=status, seconds=round(seconds, 4), **fields

@@ -9,9 +9,10 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model_core.errors import ConfigError
@@ -28,6 +29,21 @@ class Settings(BaseSettings):
     qwen_model_name: str | None = Field(None, min_length=1, description="hub id or folder of a Qwen2.5-VL")
     dinov2_model_name: str | None = Field(None, min_length=1, description="hub id or folder of a DINOv2")
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
+    data_dir: Path = Field(Path("data"), description="folder of what the server keeps: keys, files, jobs")
+    api_keys: SecretStr | None = Field(
+        None, description="hashed keys as SCOPE:SHA256, separated by commas, or @FILE with one a line"
+    )
+    public_paths: str = Field(
+        "/metrics,/openapi.json",
+        pattern=r"^(|(/metrics|/openapi\.json)(,(/metrics|/openapi\.json))*)$",
+        description="of /metrics and /openapi.json, those that take no key; the probes and /ui never do",
+    )
+    key_requests_per_minute: int = Field(
+        0, ge=0, le=1_000_000, description="requests a minute of one key; one more is refused (429); 0: no limit"
+    )
+    key_max_concurrent: int = Field(
+        0, ge=0, le=100_000, description="requests of one key that run or wait at once; 0: no limit"
+    )
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's own")
@@ -61,8 +77,29 @@ class Settings(BaseSettings):
     stall_timeout_seconds: float = Field(120.0, gt=0, description="/health/live fails after so long without progress")
     shutdown_timeout_seconds: float = Field(30.0, ge=0, description="time that running requests get at shutdown")
     batch_window_seconds: float = Field(0.005, ge=0, le=1, description="an idle engine waits so long for company")
+    database_url: SecretStr | None = Field(
+        None, description="store of training jobs, postgresql://...; none: SQLite in data_dir"
+    )
+    lease_seconds: float = Field(30.0, ge=0.2, le=3600, description="a worker that is silent for so long loses its job")
+    max_attempts: int = Field(3, ge=1, le=1000, description="attempts of a job without progress before it fails")
+    worker_devices: str = Field("auto", min_length=1, description="auto, cpu, or GPU numbers with commas between: 0,1")
+    worker_concurrency: int = Field(1, ge=1, le=64, description="trainers on each of these devices at once")
+    worker_grace_seconds: float = Field(
+        120.0, ge=0, description="time that a trainer gets to save, when a job or the worker is to stop"
+    )
+    worker_nice: int = Field(
+        10, ge=0, le=19, description="priority that trainers on processors give up, as nice counts"
+    )
+    worker_metrics_port: int = Field(8001, ge=0, le=65535, description="port of the worker's /metrics; 0: none")
     log_format: Literal["json", "plain"] = Field("plain", description="one JSON object a line, or plain text")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line written")
+
+    @field_validator("data_dir", mode="before")
+    @classmethod
+    def _refuse_no_folder(cls, value: object) -> object:
+        if value == "":  # as a path it would be the current folder
+            raise ValueError("must name a folder")
+        return value
 
     @model_validator(mode="after")
     def _check_contradictions(self) -> Self:
@@ -98,6 +135,19 @@ class Settings(BaseSettings):
                 f"request_timeout_seconds={self.request_timeout_seconds}: every request would time out"
             )
         return self
+
+
+#: What `dve worker` listens to; `worker_*` and these two mean nothing to the server alone.
+WORKER_FIELDS = (
+    "data_dir", "database_url", "host", "lease_seconds", "max_attempts", "worker_devices", "worker_concurrency",
+    "worker_grace_seconds", "worker_nice", "worker_metrics_port", "log_format", "log_level",
+)  # fmt: skip
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """This process's environment for one that it starts, without the settings: it is told what it needs."""
+    kept = {name: value for name, value in os.environ.items() if not name.upper().startswith("DVE_")}
+    return kept | changes
 
 
 def load_settings(flags: Mapping[str, object] | None = None) -> Settings:

@@ -1,7 +1,8 @@
 """Pictures that were uploaded to be looked at again: bytes by file id, in memory, bounded in bytes and in time.
 
-In: bytes and a file name. Out: a record with an id that can't be guessed, and the bytes again under that id until they
-are the least recently used ones and room is needed, or their time is over. It refuses to touch a disk.
+In: bytes, a file name, whose they are. Out: a record with an id that can't be guessed, and the bytes again for the same
+owner under that id until they are the least recently used ones and room is needed, or their time is over. To anybody
+else they are not there. It refuses to touch a disk.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ _MAX_NAME_CHARACTERS = 200
 
 @dataclass(frozen=True, slots=True)
 class UploadRecord:
-    """`filename` is the client's word and names nothing here. `expires_unix` holds unless room is needed sooner."""
+    """`filename` is the client's word and names nothing here. `expires_unix` holds unless room is needed sooner.
+
+    `owner` is the id of the key that uploaded it.
+    """
 
     id: str
+    owner: str
     filename: str
     num_bytes: int
     created_unix: int
@@ -42,7 +47,7 @@ class UploadStore:
     def num_bytes(self) -> int:
         return self._num_bytes
 
-    def put(self, data: bytes, filename: str) -> UploadRecord:
+    def put(self, data: bytes, filename: str, owner: str) -> UploadRecord:
         """Keep the bytes; the least recently used others go if there is no room. Raises ImageFileTooLargeError."""
         if len(data) > self._max_bytes:
             raise ImageFileTooLargeError(
@@ -52,7 +57,8 @@ class UploadStore:
             )
         now = self._now()
         name = filename[:_MAX_NAME_CHARACTERS]
-        record = UploadRecord(f"file-{uuid.uuid4().hex}", name, len(data), int(now), int(now + self._ttl_seconds))
+        file_id, expires = f"file-{uuid.uuid4().hex}", int(now + self._ttl_seconds)
+        record = UploadRecord(file_id, owner, name, len(data), int(now), expires)
         with self._lock:
             self._drop_expired(now)
             while self._num_bytes + len(data) > self._max_bytes:
@@ -61,36 +67,37 @@ class UploadStore:
             self._num_bytes += len(data)
         return record
 
-    def get(self, file_id: str) -> tuple[UploadRecord, bytes]:
-        """The record and the bytes. Raises UploadNotFoundError."""
+    def get(self, file_id: str, owner: str) -> tuple[UploadRecord, bytes]:
+        """The record and the bytes. Raises UploadNotFoundError, for another's file as for none."""
         with self._lock:
             self._drop_expired(self._now())
             held = self._held.get(file_id)
-            if held is None:
+            if held is None or held[0].owner != owner:
                 raise UploadNotFoundError(
                     "there is no such file, or not any more",
                     value=file_id,
-                    allowed=f"the id of an upload of the last {self._ttl_seconds:g} s",
+                    allowed=f"the id of your own upload of the last {self._ttl_seconds:g} s",
                     fix="Upload it again",
                     param="file_id",
                 )
             self._held.move_to_end(file_id)
             return held
 
-    def delete(self, file_id: str) -> bool:
-        """Whether there was one."""
+    def delete(self, file_id: str, owner: str) -> bool:
+        """Whether there was one of this owner."""
         with self._lock:
             self._drop_expired(self._now())
-            if file_id not in self._held:
+            held = self._held.get(file_id)
+            if held is None or held[0].owner != owner:
                 return False
             self._drop(file_id)
             return True
 
-    def records(self) -> list[UploadRecord]:
-        """Of all files, the least recently used one first."""
+    def records(self, owner: str) -> list[UploadRecord]:
+        """Of this owner's files, the least recently used one first."""
         with self._lock:
             self._drop_expired(self._now())
-            return [record for record, _ in self._held.values()]
+            return [record for record, _ in self._held.values() if record.owner == owner]
 
     def _drop_expired(self, now: float) -> None:
         for file_id in [

@@ -13,11 +13,12 @@ from starlette.responses import JSONResponse, Response
 
 from model_core.types import FusionWeights, ModelInfo, TokenEvent, TokenLogprob, Usage
 from service.fusion_history import Served
+from service.keys import Caller
 from service.logs import request_id_var
 from service.protocol.body import header_list, parse_body
 from service.protocol.chat import ChatCompletionRequest
 from service.reports import fusion_entries
-from service.routes.parts import AppParts, Parts
+from service.routes.parts import AppParts, CallerOf, Parts
 from service.streaming import SseResponse, to_frame, until_disconnect
 from service.translate import (
     ChatPlan,
@@ -49,13 +50,14 @@ class _Chat:
     plan: ChatPlan
     info: ModelInfo
     waiting_body: WaitingBody
+    caller: Caller
     completion_id: str
     created: int
 
     async def events(self) -> AsyncGenerator[Indexed, None]:
         """Of all choices as they come; the error of one ends all."""
         with self.parts.client.admit(self.plan.num_choices) as admission:
-            messages = await self.parts.read_messages(admission, self.body.messages, self.waiting_body)
+            messages = await self.parts.read_messages(admission, self.body.messages, self.waiting_body, self.caller)
             requests = to_requests(self.plan, messages, self.completion_id)
             index_of = {request.request_id: index for index, request in enumerate(requests)}
             async with aclosing(admission.generate_choices(requests)) as events:
@@ -79,7 +81,7 @@ class _Chat:
 
 
 @router.post("/v1/chat/completions", operation_id="create_chat_completion")
-async def create_chat_completion(request: Request, parts: Parts) -> Response:
+async def create_chat_completion(request: Request, parts: Parts, caller: CallerOf) -> Response:
     """Answer a conversation with images. `fusion` in the answer tells how each image was routed."""
     # Before the body is read: a full server refuses cheaply.
     parts.client.check_room()
@@ -87,7 +89,8 @@ async def create_chat_completion(request: Request, parts: Parts) -> Response:
     info = parts.client.info
     plan = plan_chat(body, info)
     completion_id = f"chatcmpl-{uuid.uuid4().hex}"
-    chat = _Chat(parts, body, plan, info, request.state.waiting_body, completion_id, int(parts.now()))
+    waiting_body = request.state.waiting_body
+    chat = _Chat(parts, body, plan, info, waiting_body, caller, completion_id, int(parts.now()))
     request.state.log_fields = {"completion_id": chat.completion_id, "model": plan.model, "user": plan.user}
     if plan.is_stream:
         return await _stream(request, chat)

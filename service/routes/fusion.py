@@ -18,6 +18,7 @@ from model_core.types import Arm, ChatMessage, FusionWeights, GenerationRequest,
 from service.engine_client import Admission
 from service.errors import InvalidBodyError, RecordNotFoundError
 from service.fusion_history import weight_statistics
+from service.keys import Caller
 from service.logs import request_id_var
 from service.media import check_image_bytes, check_image_data
 from service.messages import require_images, upload_messages
@@ -25,7 +26,7 @@ from service.protocol.body import parse_body
 from service.protocol.content import Message
 from service.protocol.fusion import ANALYZE_MEANING, COMPARE_MEANING, AnalyzeRequest, CompareRequest
 from service.reports import analysis_entry, mean_weights, to_comparison
-from service.routes.parts import AppParts, Parts
+from service.routes.parts import AppParts, CallerOf, Parts
 from service.streaming import until_disconnect
 from service.translate import compare_sampling, resolve_model
 from service.uploads import UploadRecord
@@ -50,6 +51,7 @@ class _Upload:
 async def get_fusion_weights(
     request: Request,
     parts: Parts,
+    caller: CallerOf,
     window: Annotated[int, Query(ge=1, le=100_000, description="how many of the latest images to look at")] = 1000,
     request_id: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
     file_id: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
@@ -66,7 +68,7 @@ async def get_fusion_weights(
             )
         return _one_request(parts, request_id)
     if file_id is not None:
-        record, data = parts.media.uploads.get(file_id)
+        record, data = parts.media.uploads.get(file_id, caller.key_id)
         upload = _Upload(record, upload_messages(data, _DEFAULT_QUESTION), None)
         return await until_disconnect(request, _analyze(parts, info.model_id, "fused", upload))
     by_model: dict[str, list[FusionWeights]] = defaultdict(list)
@@ -106,33 +108,34 @@ def _one_request(parts: AppParts, request_id: str) -> dict[str, Any]:
 
 
 @router.post("/v1/fusion/analyze", operation_id="analyze_fusion")
-async def analyze_fusion(request: Request, parts: Parts) -> dict[str, Any]:
+async def analyze_fusion(request: Request, parts: Parts, caller: CallerOf) -> dict[str, Any]:
     """Weights, contribution and relative update of each image: JSON messages, or an uploaded `file`."""
     parts.client.check_room()
     info = parts.client.info
     if _is_form(request):
-        upload = await _read_form(request, parts)
+        upload = await _read_form(request, parts, caller)
         model, arm = resolve_model(info, upload.model)
         return await until_disconnect(request, _analyze(parts, model, arm, upload))
     body = parse_body(AnalyzeRequest, await request.body(), request.headers.get("content-type"))
     model, arm = resolve_model(info, body.model)
     require_images(body.messages)
-    given = _Body(body.messages, request.state.waiting_body)
+    given = _Body(body.messages, request.state.waiting_body, caller)
     return await until_disconnect(request, _analyze(parts, model, arm, given))
 
 
 @dataclass(frozen=True, slots=True)
 class _Body:
-    """Messages of a JSON body, and the room that it takes."""
+    """Messages of a JSON body, the room that it takes, and whose uploads they may name."""
 
     messages: tuple[Message, ...]
     waiting: WaitingBody
+    caller: Caller
 
 
 async def _messages(parts: AppParts, admission: Admission, given: _Body | _Upload) -> tuple[ChatMessage, ...]:
     if isinstance(given, _Upload):
         return given.messages
-    return await parts.read_messages(admission, given.messages, given.waiting)
+    return await parts.read_messages(admission, given.messages, given.waiting, given.caller)
 
 
 @contextmanager
@@ -172,7 +175,7 @@ def _is_form(request: Request) -> bool:
     return request.headers.get("content-type", "").lower().startswith("multipart/form-data")
 
 
-async def _read_form(request: Request, parts: AppParts) -> _Upload:
+async def _read_form(request: Request, parts: AppParts, caller: Caller) -> _Upload:
     """Raises InvalidBodyError, ImageError."""
     limits = parts.media.limits
     async with request.form(max_files=1, max_fields=3, max_part_size=_MAX_FORM_FIELD_BYTES) as form:
@@ -188,12 +191,12 @@ async def _read_form(request: Request, parts: AppParts) -> _Upload:
             raise InvalidBodyError("a text field holds a file", allowed="only 'file' is a file", param="question")
         check_image_bytes(file.size or 0, limits, "file")
         data = check_image_data(await file.read(), limits, "file")
-        record = parts.media.uploads.put(data, file.filename or "")
+        record = parts.media.uploads.put(data, file.filename or "", caller.key_id)
     return _Upload(record, upload_messages(data, question), model)
 
 
 @router.post("/v1/encoders/compare", operation_id="compare_encoders")
-async def compare_encoders(request: Request, parts: Parts) -> dict[str, Any]:
+async def compare_encoders(request: Request, parts: Parts, caller: CallerOf) -> dict[str, Any]:
     """The same question under every arm, and how much the fused answer relies on each encoder.
 
     JSON messages, or an uploaded `file`.
@@ -201,11 +204,11 @@ async def compare_encoders(request: Request, parts: Parts) -> dict[str, Any]:
     parts.client.check_room()
     given: _Body | _Upload
     if _is_form(request):
-        given = await _read_form(request, parts)
+        given = await _read_form(request, parts, caller)
         name, sampling = given.model, compare_sampling(None, parts.client.info)
     else:
         body = parse_body(CompareRequest, await request.body(), request.headers.get("content-type"))
-        given = _Body(body.messages, request.state.waiting_body)
+        given = _Body(body.messages, request.state.waiting_body, caller)
         name, sampling = body.model, compare_sampling(body, parts.client.info)
     model, arm = resolve_model(parts.client.info, name)
     if arm != "fused":

@@ -11,6 +11,7 @@ from fastapi import Depends, Request
 from model_core.types import ChatMessage
 from service.engine_client import Admission, EngineClient
 from service.fusion_history import FusionHistory
+from service.keys import Caller
 from service.media import MediaSource, is_remote
 from service.messages import image_references, to_messages
 from service.metrics import Metrics
@@ -32,19 +33,20 @@ class AppParts:
     now: Callable[[], float]
 
     async def read_messages(
-        self, admission: Admission, messages: Sequence[Message], body: WaitingBody
+        self, admission: Admission, messages: Sequence[Message], body: WaitingBody, caller: Caller
     ) -> tuple[ChatMessage, ...]:
         """Fetches remote images, then decodes base64 in the preprocess pool. Raises ImageError, ContextLengthError.
 
-        What is fetched counts as part of the waiting `body`.
+        What is fetched counts as part of the waiting `body`; uploads are the caller's.
         """
         references = image_references(messages)
-        self.media.check(references)
+        media = self.media.seen_by(caller.key_id)
+        media.check(references)
         downloads: dict[str, bytes] = {}
         if any(map(is_remote, references)):
-            downloads = await admission.fetch(self.media.download(references, body.add))
+            downloads = await admission.fetch(media.download(references, body.add))
         info = self.client.info
-        return await admission.in_pool(lambda: to_messages(messages, lambda r: self.media.read(r, downloads), info))
+        return await admission.in_pool(lambda: to_messages(messages, lambda r: media.read(r, downloads), info))
 
 
 def parts_of(request: Request) -> AppParts:
@@ -57,3 +59,11 @@ async def _inject(request: Request) -> AppParts:
 
 
 Parts = Annotated[AppParts, Depends(_inject)]
+
+
+async def _inject_caller(request: Request) -> Caller:
+    return cast(Caller, request.state.caller)
+
+
+#: Who asks, as the gate has found; see service/auth.py.
+CallerOf = Annotated[Caller, Depends(_inject_caller)]

@@ -13,17 +13,18 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from model_core.errors import DualVisionError
+from model_core.errors import CheckpointError, CheckpointIncompleteError, DualVisionError
+from model_core.manifest import verify_folder
 from service.jobs.job import Claim, Job, Lease, LeaseLostError
 from service.jobs.store import Store
 from service.logs import job_id_var, log_fields
 from service.metrics import TrainingMetrics
 from service.supervisor.attempts import EVENTS, LOG, JobFolder
-from service.supervisor.devices import DeviceLock
+from service.supervisor.devices import Device, DeviceLock
 from service.supervisor.event_file import EventFile
-from service.supervisor.lease_keeper import LeaseKeeper, StoreThreads
+from service.supervisor.lease_keeper import LeaseKeeper, StoreThreads, work_under
 from service.supervisor.process import Launch, TrainerProcess
 from service.supervisor.progress import Progress
 from service.supervisor.verdict import Verdict, backoff_seconds, judge, of_os_error, of_refusal
@@ -102,6 +103,10 @@ class JobRun:
     def job_id(self) -> str:
         return self._lease.job_id
 
+    @property
+    def device(self) -> Device:
+        return self._lock.device
+
     def drain(self) -> None:
         """Save, stop, and give the job back for another worker."""
         self._is_draining = True
@@ -116,24 +121,16 @@ class JobRun:
     async def run(self) -> None:
         """Ends with the lease lost or the job settled; what the store or the trainer did is told, not raised."""
         job_id_var.set(self.job_id)
-        work = asyncio.create_task(self._work())
-        keep = asyncio.create_task(self.keeper.keep())
         try:
-            await asyncio.wait({work, keep}, return_when=asyncio.FIRST_COMPLETED)
+            await work_under(self.keeper, self._work(), self._end_child)
         finally:
-            # First the child, then the slot: the next owner may begin as soon as the lock is free.
-            if self._process is not None:
-                self._process.kill()
-                await self._process.wait()
-            for task in (work, keep):
-                task.cancel()
-            ends = await asyncio.gather(work, keep, return_exceptions=True)
+            # The child first, then the slot: the next owner may begin as soon as the lock is free.
             self._lock.close()
-        for end in ends:
-            if isinstance(end, LeaseLostError):
-                log_fields(logging.WARNING, "dropped out of the job", reason=str(end))
-            elif isinstance(end, Exception):
-                raise end
+
+    async def _end_child(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            await self._process.wait()
 
     async def _work(self) -> None:
         try:
@@ -161,7 +158,22 @@ class JobRun:
         start = workshop.start(job, attempt_folder, self._resume, self._lock)
         exit_code = await self._train(start, attempt_folder)
         complaint = self._progress.last_error
-        return judge(exit_code, complaint.data if complaint else None, complaint.message if complaint else "")
+        verdict = judge(exit_code, complaint.data if complaint else None, complaint.message if complaint else "")
+        if verdict.code == "checkpoint_corrupt" and await self._set_aside_damaged():
+            return Verdict("retry", verdict.code, verdict.message)
+        return verdict
+
+    async def _set_aside_damaged(self) -> bool:
+        """Whether what was resumed from is this job's own and damaged; then the one before it gets a turn."""
+        step = self._resume
+        if step is None or self._folder.path not in step.parents:
+            return False
+        try:
+            await asyncio.to_thread(verify_folder, step, deep=True)
+        except CheckpointError:
+            self._folder.set_aside(step)
+            return True
+        return False
 
     async def _resume_point(self) -> Path | None:
         """The newest complete checkpoint of this job, else the one that it was to go on from."""
@@ -170,7 +182,13 @@ class JobRun:
         wanted = self.keeper.job.resume_from
         if wanted is None:
             return None
-        return Path((await self._call.insist(self._store.jobs.checkpoint, wanted)).path)
+        found = await self._call.insist(self._store.jobs.checkpoint, wanted)
+        if found is None or not Path(found.path).is_dir():
+            raise CheckpointIncompleteError(
+                "the checkpoint to go on from is not there any more", value=wanted, param="resume_from",
+                allowed="a checkpoint that is listed under its job", fix="Name another one",
+            )  # fmt: skip
+        return Path(found.path)
 
     async def _train(self, start: Start, attempt_folder: Path) -> int:
         events = EventFile(attempt_folder / EVENTS)
@@ -209,25 +227,22 @@ class JobRun:
 
     async def _watch(self, process: TrainerProcess) -> None:
         """Pause and cancel, and live switches of the mode, as the store shows them."""
-        sent = 0
+        sent, from_step = 0, self._resume_step()
         while True:
             job = await self._call.insist(self._store.jobs.get, self.job_id)
             if job.requested_action is not None:
                 self._stop_asked.set()
             if job.num_switches > sent:
-                for switch in await self._call.insist(self._store.jobs.switches, self.job_id):
-                    if switch.number > sent and not self._is_in_checkpoint(switch.applied_step):
-                        process.send({"command": "freeze", "freeze": switch.freeze})
+                for switch in await self._call.insist(self._store.jobs.switches, self.job_id, from_step=from_step):
+                    if switch.number > sent:
                         self._progress.note_sent_switch(switch.number)
-                    sent = max(sent, switch.number)
+                        process.send({"command": "freeze", "freeze": switch.freeze})
+                sent = job.num_switches
             await asyncio.sleep(self._context.limits.watch_seconds)
 
-    def _is_in_checkpoint(self, applied_step: int | None) -> bool:
-        """Whether what training resumed from was saved after this switch."""
-        if applied_step is None or self._resume is None:
-            return False
-        step = self._resume.name.removeprefix("step-")
-        return step.isdigit() and applied_step < int(step)
+    def _resume_step(self) -> int:
+        step = "0" if self._resume is None else self._resume.name.removeprefix("step-")
+        return int(step) if step.isdigit() else 0
 
     async def _stop_when_asked(self, process: TrainerProcess) -> None:
         await self._stop_asked.wait()
@@ -245,13 +260,17 @@ class JobRun:
             self._store.leases.succeed, self._lease, fine_tuned_model=done.fine_tuned_model,
             result_files=done.result_files, trained_tokens=tokens if isinstance(tokens, int) else None,
         )  # fmt: skip
+        self._context.metrics.attempts.labels("succeeded").inc()
         log_fields(logging.INFO, "job succeeded", model=done.fine_tuned_model)
 
     async def _settle(self, verdict: Verdict) -> None:
         """One write, after which the job is no longer this worker's."""
         leases, lease = self._store.leases, self._lease
         if verdict.end == "retry" and self._stop_asked.is_set():
-            verdict = Verdict("stopped")  # killed after the grace, or broken while it saved: the checkpoint before counts
+            verdict = Verdict(
+                "stopped"
+            )  # killed after the grace, or broken while it saved: the checkpoint before counts
+        self._context.metrics.attempts.labels(verdict.end).inc()
         log_fields(logging.INFO, "attempt settled", end=verdict.end, code=verdict.code, reason=verdict.message)
         error = {"code": verdict.code, "message": verdict.message, "param": None}
         if verdict.end == "stopped":
@@ -262,8 +281,6 @@ class JobRun:
         elif verdict.end == "failed":
             await self._call.insist(leases.fail, lease, error)
         elif verdict.end == "retry":
-            if verdict.code == "checkpoint_corrupt" and self._resume is not None:
-                self._folder.set_aside(self._resume)
             limits = self._context.limits
             failures = max(self._context.max_attempts - self.keeper.job.attempts_left, 1)
             delay = backoff_seconds(failures, base=limits.backoff_base_seconds, limit=limits.backoff_limit_seconds)

@@ -7,8 +7,9 @@ a renewal is sent, so that this side always gives up first. It refuses to know p
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
@@ -16,7 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 from service.errors import StorageFullError, StoreUnavailableError
 from service.jobs.job import Claim, Job, Lease, LeaseLostError
 from service.jobs.leases import Leases
-from service.logs import logger
+from service.logs import log_fields, logger
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -93,3 +94,24 @@ class LeaseKeeper:
 
     def _lost(self, why: str) -> LeaseLostError:
         return LeaseLostError(f"the lease is over: {why}", value=f"{self.lease.job_id}, attempt {self.lease.attempt}")
+
+
+async def work_under(keeper: LeaseKeeper, work: Coroutine[Any, Any, None], end_child: Callable[[], Any]) -> None:
+    """Work until it is done or the lease is lost, whichever comes first; then no child is left.
+
+    end_child: an async function that kills what runs and waits for its end. A lost lease is told, not raised; what
+    else the work raises passes.
+    """
+    tasks = [asyncio.create_task(work), asyncio.create_task(keeper.keep())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        await end_child()
+        for task in tasks:
+            task.cancel()
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+    for end in ends:
+        if isinstance(end, LeaseLostError):
+            log_fields(logging.WARNING, "dropped out of the job", reason=str(end))
+        elif isinstance(end, Exception):
+            raise end

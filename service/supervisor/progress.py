@@ -121,4 +121,3 @@ def worker_event(kind: str, message: str, data: Mapping[str, Any], *, attempt: i
 def _to_new(event: TrainerEvent) -> NewEvent:
     level = _LEVELS.get(event.kind.partition(":")[0], "info")
     return NewEvent(event.stage, event.global_step, event.kind[:128], event.message, event.data, level)
-

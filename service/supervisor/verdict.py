@@ -55,7 +55,9 @@ def judge(exit_code: int, complaint: Mapping[str, Any] | None, message: str = ""
 def of_os_error(error: OSError) -> Verdict:
     """What the supervisor itself could not write or start."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return Verdict("failed", "storage_full", "The disk is full. Free some room and resume from the last checkpoint.")
+        return Verdict(
+            "failed", "storage_full", "The disk is full. Free some room and resume from the last checkpoint."
+        )
     return Verdict("retry", "internal_error", f"The attempt could not be prepared: {error.strerror or error}.")
 
 

@@ -103,7 +103,7 @@ def run_bodies(count: int) -> dict[int, int]:
     seen: dict[int, int] = {}
     loop = asyncio.new_event_loop()
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=True)
-    http = httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60)
+    http = httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60)
 
     @settings(
         max_examples=count, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)

@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from model_core.errors import CheckpointError
 from model_core.manifest import verify_folder, write_folder
 
 
@@ -66,7 +67,11 @@ class Standin:
         if self.resumed is None:
             return
         folder = Path(self.resumed)
-        verify_folder(folder, deep=True)
+        try:
+            verify_folder(folder, deep=True)
+        except CheckpointError as error:
+            self.say("error", str(error), code="checkpoint_corrupt", retry=False)
+            sys.exit(78)
         kept = json.loads((folder / "trainer.json").read_text())
         self.state, self.step = kept["state"], kept["global_step"]
         self.say("resumed", path=str(folder), from_step=self.step)
