@@ -52,7 +52,9 @@ def work(
     _show_metrics(settings, metrics)
     with ThreadPoolExecutor(_THREADS_PER_DEVICE * (len(devices) + 1), "store") as pool:
         call = StoreThreads(pool)
-        workshop = Workshop(store, call, data_dir, _place_files(store, data_dir), _publisher(store, call), programs or Programs())
+        workshop = Workshop(
+            store, call, data_dir, _place_files(store, data_dir), _publisher(store, call), programs or Programs()
+        )
         limits = RunLimits(
             grace_seconds=settings.worker_grace_seconds, backoff_base_seconds=backoff_seconds,
             niceness=_niceness(settings, devices),

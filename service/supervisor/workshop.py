@@ -149,4 +149,3 @@ async def _output_of(command: tuple[str, ...]) -> tuple[int, bytes]:
             await process.wait()
     code = process.returncode
     return (BAD_INPUT if code is None else code), told
-

@@ -21,17 +21,61 @@ from service.jobs.store import Store, open_store
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = Path(__file__).with_name("worker_program.py")
-LEASE_SECONDS = 1.0
+LEASE_SECONDS = 10.0
+
+
+class Nursery:
+    """The process that workers are forked from."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(PROGRAM)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+
+    def ask(self, **wanted: Any) -> int:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(wanted) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+class Worker:
+    """One worker's process."""
+
+    def __init__(self, nursery: Nursery, pid: int) -> None:
+        self._nursery, self.pid = nursery, pid
+        self.exit_code: int | None = None
+
+    def signal(self, number: int) -> None:
+        if self.exit_code is None:
+            os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        """Its exit code; minus the signal that killed it."""
+        if self.exit_code is None:
+            self.exit_code = self._nursery.ask(wait=self.pid)
+        return self.exit_code
+
+    def end(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.wait()
 
 
 class Bench:
     """What a test of the worker works with."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, nursery: Nursery) -> None:
         self.data_dir = folder / "data"
-        self.folder = folder
-        self.store: Store = open_store(None, self.data_dir, lease_seconds=LEASE_SECONDS)
-        self.workers: list[subprocess.Popen[str]] = []
+        self.folder, self._nursery = folder, nursery
+        self.store: Store = open_store(None, self.data_dir)
+        self.workers: list[Worker] = []
         self._numbers = itertools.count()
 
     def submit(self, *, is_dry_run: bool = False, priority: int = 0, **plan: Any) -> str:
@@ -42,17 +86,12 @@ class Bench:
         )
         return self.store.jobs.create(new)[0].id
 
-    def worker(self, lease: float = LEASE_SECONDS, **flags: Any) -> subprocess.Popen[str]:
+    def worker(self, *, lease: float = LEASE_SECONDS, once: bool = False, **flags: Any) -> Worker:
         """A worker's process; its log lies beside the data."""
-        log = (self.folder / f"worker-{len(self.workers)}.log").open("w")
-        words = [f"{name}={value}" for name, value in flags.items()]
-        process = subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(self.data_dir), str(lease), *words],
-            stdout=log, stderr=log, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
-        )  # fmt: skip
-        log.close()
-        self.workers.append(process)
-        return process
+        log = str(self.folder / f"worker-{len(self.workers)}.log")
+        pid = self._nursery.ask(data_dir=str(self.data_dir), lease=lease, log=log, flags=flags, once=once)
+        self.workers.append(Worker(self._nursery, pid))
+        return self.workers[-1]
 
     def job(self, job_id: str) -> Job:
         return self.store.jobs.get(job_id)
@@ -101,11 +140,8 @@ class Bench:
         return "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in paths)
 
     def end(self) -> None:
-        for process in self.workers:
-            if process.poll() is None:
-                process.send_signal(signal.SIGCONT)
-                process.kill()
-            process.wait()
+        for worker in self.workers:
+            worker.end()
         self.store.close()
 
 
@@ -117,17 +153,24 @@ def final_state(steps: int) -> str:
     return state
 
 
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    made = Nursery()
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    made = Bench(tmp_path)
+def bench(tmp_path: Path, nursery: Nursery) -> Iterator[Bench]:
+    made = Bench(tmp_path, nursery)
     yield made
     made.end()
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """A bench with one worker of three slots, for all tests of a module: starting one takes a second."""
-    made = Bench(tmp_path_factory.mktemp("served"))
-    made.worker(worker_concurrency=3, max_attempts=2, worker_grace_seconds=2, lease=10.0)
+def served(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Iterator[Bench]:
+    """A bench with one worker of three slots, for all tests of a module."""
+    made = Bench(tmp_path_factory.mktemp("served"), nursery)
+    made.worker(worker_concurrency=3, max_attempts=2, worker_grace_seconds=2)
     yield made
     made.end()

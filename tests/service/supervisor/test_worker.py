@@ -18,8 +18,8 @@ def state_of(bench: Bench, job_id: str) -> str:
 
 def test_a_job_goes_from_its_files_to_a_model(bench: Bench) -> None:
     job_id = bench.submit(steps=7, checkpoint_every=3)
-    worker = bench.worker(once="yes")
-    assert worker.wait(30) == 0, bench.logs()
+    worker = bench.worker(once=True)
+    assert worker.wait() == 0, bench.logs()
     job = bench.job(job_id)
     assert (job.status, job.error, job.attempt, job.trained_tokens) == ("succeeded", None, 1, 70), bench.logs()
     assert bench.steps(job_id) == [1, 2, 3, 4, 5, 6, 7]
@@ -65,11 +65,11 @@ def test_a_drained_worker_gives_its_job_to_the_next_one(bench: Bench) -> None:
     job_id = bench.submit(steps=60, step_seconds=0.02, checkpoint_every=1000)
     first = bench.worker()
     bench.until_step(job_id, 2)
-    first.send_signal(signal.SIGTERM)
-    assert first.wait(20) == 0, bench.logs()
+    first.signal(signal.SIGTERM)
+    assert first.wait() == 0, bench.logs()
     assert bench.job(job_id).status == "queued"
     assert bench.trainer_pids() == []
-    assert bench.worker(once="yes").wait(30) == 0
+    assert bench.worker(once=True).wait() == 0
     job = bench.job(job_id)
     assert (job.status, job.attempt) == ("succeeded", 2), bench.logs()
     assert state_of(bench, job_id) == final_state(60)
@@ -145,6 +145,6 @@ def test_the_more_urgent_job_goes_first_and_devices_run_side_by_side(bench: Benc
         claim = bench.store.leases.claim("test", can_train=False)
         assert claim is not None
         bench.store.leases.validated(claim.lease)
-    bench.worker(once="yes", worker_concurrency=1).wait(30)
+    bench.worker(once=True, worker_concurrency=1).wait()
     started = {job_id: bench.job(job_id).started_at for job_id in (usual, urgent)}
     assert started[urgent] < started[usual]

@@ -1,30 +1,58 @@
-"""`dve worker` with the stand-in trainer in the place of the real one: worker_program.py DATA_DIR LEASE [FLAG=VALUE]..."""
+"""Workers with the stand-in trainer in the place of the real one, forked from a process that has imported everything.
 
+Reads a JSON object a line: {"data_dir", "lease", "log", "flags", "once"} starts a worker and is answered with its pid,
+{"wait": pid} with its exit code. Importing takes seconds on a busy machine, and a kill matrix starts many workers.
+"""
+
+import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from service.settings import load_settings
 from service.supervisor.workshop import Programs
 from service.worker import work
 
 HERE = Path(__file__).parent
+PROGRAMS = Programs(
+    train=(sys.executable, str(HERE / "standin_trainer.py")), check=(sys.executable, str(HERE / "standin_check.py"))
+)
 
 
-def main(argv: list[str]) -> int:
-    flags = dict(flag.split("=", 1) for flag in argv[2:])
-    once = flags.pop("once", "") == "yes"
-    settings = load_settings(
-        {
-            "data_dir": argv[0], "lease_seconds": argv[1], "worker_devices": "cpu", "worker_metrics_port": "0",
-            "worker_nice": "0", "log_format": "json", **flags,
-        }
-    )  # fmt: skip
-    programs = Programs(
-        train=(sys.executable, str(HERE / "standin_trainer.py")),
-        check=(sys.executable, str(HERE / "standin_check.py")),
-    )
-    return work(settings, once=once, programs=programs, poll_seconds=0.05, backoff_seconds=0.1)
+def run(wanted: dict[str, Any]) -> int:
+    flags = {
+        "data_dir": wanted["data_dir"], "lease_seconds": wanted["lease"], "worker_devices": "cpu",
+        "worker_metrics_port": 0, "worker_nice": 0, "log_format": "json", **wanted["flags"],
+    }  # fmt: skip
+    return work(load_settings(flags), once=wanted["once"], programs=PROGRAMS, poll_seconds=0.05, backoff_seconds=0.1)
+
+
+def start(wanted: dict[str, Any]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    log = os.open(wanted["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    null = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((null, 0), (log, 1), (log, 2)):
+        os.dup2(source, target)
+    code = 70
+    try:
+        code = run(wanted)
+    finally:
+        os._exit(code)
+
+
+def main() -> None:
+    while line := sys.stdin.readline():
+        wanted = json.loads(line)
+        if "wait" in wanted:
+            answer = os.waitstatus_to_exitcode(os.waitpid(wanted["wait"], 0)[1])
+        else:
+            answer = start(wanted)
+        sys.stdout.write(f"{answer}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()
