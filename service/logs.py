@@ -61,7 +61,7 @@ def configure_logs(log_format: LogFormat, level: str, stream: TextIO | None = No
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     # Their lines tell nothing that ours do not, and httpx's hold URLs.
-    for name in ("uvicorn.access", "httpx", "httpcore"):
+    for name in ("uvicorn.access", "httpx", "httpcore", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

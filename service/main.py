@@ -21,6 +21,7 @@ from model_core.errors import ConfigError, DualVisionError
 from model_core.types import Engine
 from service.app import create_app
 from service.engine_client import EngineClient, EngineLimits
+from service.jobs.store import store_of
 from service.keys import load_keys
 from service.logs import configure_logs, logger
 from service.metrics import Metrics
@@ -106,7 +107,8 @@ def build_app(
     client = EngineClient(
         load, metrics, engine_limits(settings), on_load_failure=on_load_failure, on_pool_thread=on_pool_thread
     )
-    return create_app(settings, client, metrics, load_keys(settings), clock=clock), client
+    store = store_of(settings)
+    return create_app(settings, client, metrics, load_keys(settings), store, clock=clock), client
 
 
 def open_socket(host: str, port: int) -> socket.socket:

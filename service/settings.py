@@ -30,6 +30,17 @@ class Settings(BaseSettings):
     dinov2_model_name: str | None = Field(None, min_length=1, description="hub id or folder of a DINOv2")
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     data_dir: Path = Field(Path("data"), description="folder of what the server keeps: keys, files, jobs")
+    database_url: SecretStr | None = Field(
+        None, description="PostgreSQL for the jobs, postgresql://...; none: SQLite in data_dir"
+    )
+    job_lease_seconds: float = Field(
+        30.0, ge=0.5, le=3600, description="a worker that is silent for so long has lost its job"
+    )
+    job_max_attempts: int = Field(3, ge=1, le=1000, description="attempts of a job without progress before it fails")
+    max_active_jobs_per_key: int = Field(1000, ge=1, description="jobs of one key that have not ended")
+    max_upload_bytes: int = Field(512 * _MIB, ge=1024, description="largest file for training")
+    max_file_bytes_per_key: int = Field(100 * 1024 * _MIB, ge=1024, description="all files of one key together")
+    event_retention_days: float = Field(90.0, gt=0, description="events of a job are kept so long after its end")
     api_keys: SecretStr | None = Field(
         None, description="hashed keys as SCOPE:SHA256, separated by commas, or @FILE with one a line"
     )

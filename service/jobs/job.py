@@ -90,8 +90,8 @@ class Job:
     attempt: of training, from 1; 0 before the first. attempts_left: without progress. is_validated: files were read.
     requested_action: what a person wants of a job that a worker holds; done by that worker, or by the store once the
     lease has run out. num_switches: live mode switches asked for so far (`Ledger.switches`).
-    stage, global_step, num_steps: how far training has come. start_step: where this attempt began. files: every file
-    id that it reads.
+    stage, global_step, num_steps: how far training has come. attempt_at, start_step: when, and after which step, this
+    attempt began. files: every file id that it reads.
     """
 
     seq: int
@@ -123,6 +123,7 @@ class Job:
     lease_expires_at: float | None
     not_before: float
     started_at: float | None
+    attempt_at: float | None
     progress_at: float | None
     finished_at: float | None
     stage: int | None

@@ -92,6 +92,7 @@ class Leases:
                 lease_owner=owner,
                 lease_expires_at=db_now() + self.lease_seconds,
                 started_at=case((is_training, func.coalesce(jobs.c.started_at, db_now())), else_=jobs.c.started_at),
+                attempt_at=db_now(),
                 progress_at=None,
                 start_step=jobs.c.global_step,
             )

@@ -46,7 +46,8 @@ class Ledger:
         Raises IdempotencyConflictError, QuotaExceededError, InvalidBodyError (a file that has gone meanwhile).
         """
         with self._database.write() as connection:
-            if (earlier := self._earlier(connection, new)) is not None:
+            asked = (new.owner, new.body_hash, new.idempotency_key)
+            if (earlier := self._earlier(connection, *asked, is_retry=new.is_retry)) is not None:
                 return earlier, False
             self._check_quota(connection, new.owner)
             _check_files(connection, new)
@@ -56,6 +57,14 @@ class Ledger:
             job = _get(connection, job_id)
             note(connection, job, "job:created", "The job was created", {"status": "validating_files"})
             return job, True
+
+    def find_earlier(self, owner: str, body_hash: str, key: str | None, is_retry: bool) -> Job | None:
+        """The job that an earlier request of the same made, so that a retry is answered before anything is checked.
+
+        Raises IdempotencyConflictError.
+        """
+        with self._database.write() as connection:
+            return self._earlier(connection, owner, body_hash, key, is_retry=is_retry)
 
     def _row(self, new: NewJob) -> dict[str, Any]:
         names = (
@@ -74,12 +83,14 @@ class Ledger:
             "result_files": [],
         }
 
-    def _earlier(self, connection: Connection, new: NewJob) -> Job | None:
-        if new.idempotency_key is not None:
-            return _by_key(connection, new, new.idempotency_key)
-        if not new.is_retry:
+    def _earlier(
+        self, connection: Connection, owner: str, body_hash: str, key: str | None, *, is_retry: bool
+    ) -> Job | None:
+        if key is not None:
+            return _by_key(connection, owner, body_hash, key)
+        if not is_retry:
             return None
-        asked = (jobs.c.owner == new.owner, jobs.c.body_hash == new.body_hash)
+        asked = (jobs.c.owner == owner, jobs.c.body_hash == body_hash)
         newest = (
             select(*job_columns())
             .where(*asked, jobs.c.created_at > db_now() - _RETRY_SECONDS)
@@ -103,13 +114,20 @@ class Ledger:
             return _get(connection, job_id)
 
     def page(
-        self, *, after: str | None = None, limit: int = 20, metadata: Mapping[str, str] | None = None
+        self,
+        *,
+        after: str | None = None,
+        limit: int = 20,
+        metadata: Mapping[str, str] | None = None,
+        has_no_metadata: bool = False,
     ) -> tuple[list[Job], bool]:
         """Newest first, those older than `after`, and whether there are more. metadata: all of these must be equal."""
         statement = select(*job_columns()).order_by(jobs.c.seq.desc()).limit(limit + 1)
         for key, value in (metadata or {}).items():
             has = (job_metadata.c.job_id == jobs.c.id, job_metadata.c.key == key, job_metadata.c.value == value)
             statement = statement.where(exists().where(*has))
+        if has_no_metadata:
+            statement = statement.where(~exists().where(job_metadata.c.job_id == jobs.c.id))
         with self._database.read() as connection:
             statement = _after(connection, statement, jobs, after)
             found = [to_record(Job, row) for row in connection.execute(statement).mappings()]
@@ -140,6 +158,12 @@ class Ledger:
             # The job first: whoever sees it ended also sees its last event.
             job = _get(connection, job_id)
             return job, [to_record(JobEvent, row) for row in connection.execute(statement.limit(limit)).mappings()]
+
+    def event_seq(self, job_id: str, event_id: str | None) -> int:
+        """Where `events_since` goes on behind this event; 0 without one. Raises JobNotFoundError, InvalidBodyError."""
+        with self._database.read() as connection:
+            _get(connection, job_id)
+            return 0 if event_id is None else _seq_of(connection, events, event_id)
 
     def checkpoint(self, checkpoint_id: str) -> Checkpoint | None:
         """One by its id."""
@@ -271,15 +295,15 @@ def _has_expired(connection: Connection, job: Job) -> bool:
     )
 
 
-def _by_key(connection: Connection, new: NewJob, key: str) -> Job | None:
-    is_same = (idempotency.c.owner == new.owner, idempotency.c.key == key)
+def _by_key(connection: Connection, owner: str, body_hash: str, key: str) -> Job | None:
+    is_same = (idempotency.c.owner == owner, idempotency.c.key == key)
     row = connection.execute(
         select(idempotency).where(*is_same, idempotency.c.created_at > db_now() - _KEY_SECONDS)
     ).first()
     if row is None:
         connection.execute(delete(idempotency).where(*is_same))
         return None
-    if row.body_hash != new.body_hash:
+    if row.body_hash != body_hash:
         raise IdempotencyConflictError(
             "this Idempotency-Key was used for another request", value=key, allowed="the same body again, or a new key"
         )
@@ -306,9 +330,11 @@ def _insert_beside(connection: Connection, job_id: str, new: NewJob) -> None:
 
 
 def _after(connection: Connection, statement: Select[Any], table: Table, after: str | None) -> Select[Any]:
-    if after is None:
-        return statement
+    return statement if after is None else statement.where(table.c.seq < _seq_of(connection, table, after))
+
+
+def _seq_of(connection: Connection, table: Table, after: str) -> int:
     seq = connection.execute(select(table.c.seq).where(table.c.id == after)).scalar_one_or_none()
     if seq is None:
         raise InvalidBodyError("'after' names nothing", value=after, allowed="an id of the page before", param="after")
-    return statement.where(table.c.seq < seq)
+    return int(seq)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, and_, delete, func, insert, or_, select, update
 
 from service.errors import FileInUseError, InvalidBodyError, QuotaExceededError, UploadNotFoundError
 from service.jobs.database import Database
@@ -69,13 +69,25 @@ class FileRows:
         return to_record(FileRecord, row)
 
     def page(
-        self, *, after: str | None = None, limit: int = 10_000, purpose: str | None = None, is_ascending: bool = False
+        self,
+        *,
+        after: str | None = None,
+        limit: int = 10_000,
+        purpose: str | None = None,
+        is_ascending: bool = False,
+        vision_of: str,
+        has_others: bool,
     ) -> tuple[list[FileRecord], bool]:
-        """Newest first unless ascending, those behind `after`, and whether there are more."""
+        """Newest first unless ascending, those behind `after`, and whether there are more.
+
+        vision_of: whose files of purpose `vision`; has_others: with those of all other purposes.
+        """
         order = files.c.seq if is_ascending else files.c.seq.desc()
         statement = select(files).order_by(order).limit(limit + 1)
         if purpose is not None:
             statement = statement.where(files.c.purpose == purpose)
+        own = and_(files.c.purpose == "vision", files.c.owner == vision_of)
+        statement = statement.where(or_(own, files.c.purpose != "vision") if has_others else own)
         with self._database.read() as connection:
             if after is not None:
                 seq = connection.execute(select(files.c.seq).where(files.c.id == after)).scalar_one_or_none()
@@ -211,5 +223,4 @@ class WorkerRows:
     def drop_unseen(self, seconds: float) -> int:
         """Forget workers that have not beaten for so long; how many."""
         with self._database.write() as connection:
-            gone = or_(workers.c.seen_at < db_now() - seconds)
-            return connection.execute(delete(workers).where(gone)).rowcount
+            return connection.execute(delete(workers).where(workers.c.seen_at < db_now() - seconds)).rowcount

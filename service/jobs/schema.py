@@ -85,6 +85,7 @@ jobs = Table(
     Column("lease_expires_at", Double),
     Column("not_before", Double, nullable=False, server_default="0"),
     Column("started_at", Double),
+    Column("attempt_at", Double),
     Column("progress_at", Double),
     Column("finished_at", Double),
     Column("stage", Integer),

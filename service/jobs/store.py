@@ -26,6 +26,7 @@ from service.jobs.database import Database, open_database
 from service.jobs.leases import Leases
 from service.jobs.ledger import Ledger
 from service.jobs.records import FileRows, ModelRows, WorkerRows
+from service.settings import Settings
 
 DEFAULT_LEASE_SECONDS = 30.0
 DEFAULT_MAX_ATTEMPTS = 3
@@ -54,6 +55,19 @@ class Store:
 
     def close(self) -> None:
         self.database.close()
+
+
+def store_of(settings: Settings) -> Store:
+    """The store that a server's or a worker's settings name. Raises ConfigError, StoreUnavailableError."""
+    url = settings.database_url
+    return open_store(
+        url.get_secret_value() if url else None,
+        settings.data_dir,
+        lease_seconds=settings.job_lease_seconds,
+        max_attempts=settings.job_max_attempts,
+        max_active_jobs=settings.max_active_jobs_per_key,
+        max_bytes_per_owner=settings.max_file_bytes_per_key,
+    )
 
 
 def open_store(

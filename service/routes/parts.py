@@ -11,6 +11,7 @@ from fastapi import Depends, Request
 from model_core.types import ChatMessage
 from service.engine_client import Admission, EngineClient
 from service.fusion_history import FusionHistory
+from service.job_desk import JobDesk
 from service.keys import Caller
 from service.media import MediaSource, is_remote
 from service.messages import image_references, to_messages
@@ -30,6 +31,7 @@ class AppParts:
     history: FusionHistory
     waiting_bytes: WaitingBytes
     media: MediaSource
+    desk: JobDesk
     now: Callable[[], float]
 
     async def read_messages(

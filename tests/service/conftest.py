@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import openai
@@ -34,8 +36,8 @@ def ask(text: str = "what?", images: int = 0, **more) -> dict:
 class LiveServer:
     """`http`: a plain client; `openai`: the official one. Both are closed with the server."""
 
-    def __init__(self, engine: FakeEngine, client: EngineClient, url: str) -> None:
-        self.engine, self.client, self.url = engine, client, url
+    def __init__(self, engine: FakeEngine, client: EngineClient, url: str, data_dir: Path) -> None:
+        self.engine, self.client, self.url, self.data_dir = engine, client, url, data_dir
         self.http = httpx.Client(base_url=url, timeout=20)
         self.openai = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20)
 
@@ -58,7 +60,9 @@ def run_server(
     **settings,
 ) -> Iterator[LiveServer]:
     """`remote`: instead of the settings' own, one that may reach loopback."""
-    app, client = build_app(Settings(**{"shutdown_timeout_seconds": 0.0, **settings}), load or (lambda: engine))
+    temporary = tempfile.TemporaryDirectory()
+    chosen = Settings(**{"shutdown_timeout_seconds": 0.0, "data_dir": temporary.name, **settings})
+    app, client = build_app(chosen, load or (lambda: engine))
     if remote is not None:
         app.state.parts = replace(app.state.parts, media=replace(app.state.parts.media, remote=remote))
     listening = open_socket("127.0.0.1", 0)
@@ -79,7 +83,7 @@ def run_server(
     thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
     thread.start()
     assert started.wait(20)
-    live = LiveServer(engine, client, f"http://127.0.0.1:{listening.getsockname()[1]}")
+    live = LiveServer(engine, client, f"http://127.0.0.1:{listening.getsockname()[1]}", chosen.data_dir)
     try:
         yield live
     finally:
@@ -89,6 +93,7 @@ def run_server(
         server.should_exit = True
         thread.join(20)
         listening.close()
+        temporary.cleanup()
         assert not thread.is_alive()
 
 

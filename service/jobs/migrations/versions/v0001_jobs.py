@@ -78,6 +78,7 @@ def _jobs() -> None:
         sa.Column("lease_expires_at", sa.Double(), nullable=True),
         sa.Column("not_before", sa.Double(), server_default="0", nullable=False),
         sa.Column("started_at", sa.Double(), nullable=True),
+        sa.Column("attempt_at", sa.Double(), nullable=True),
         sa.Column("progress_at", sa.Double(), nullable=True),
         sa.Column("finished_at", sa.Double(), nullable=True),
         sa.Column("stage", sa.Integer(), nullable=True),
