@@ -88,11 +88,6 @@ class Settings(BaseSettings):
     stall_timeout_seconds: float = Field(120.0, gt=0, description="/health/live fails after so long without progress")
     shutdown_timeout_seconds: float = Field(30.0, ge=0, description="time that running requests get at shutdown")
     batch_window_seconds: float = Field(0.005, ge=0, le=1, description="an idle engine waits so long for company")
-    database_url: SecretStr | None = Field(
-        None, description="store of training jobs, postgresql://...; none: SQLite in data_dir"
-    )
-    lease_seconds: float = Field(30.0, ge=0.2, le=3600, description="a worker that is silent for so long loses its job")
-    max_attempts: int = Field(3, ge=1, le=1000, description="attempts of a job without progress before it fails")
     worker_devices: str = Field("auto", min_length=1, description="auto, cpu, or GPU numbers with commas between: 0,1")
     worker_concurrency: int = Field(1, ge=1, le=64, description="trainers on each of these devices at once")
     worker_grace_seconds: float = Field(
@@ -150,7 +145,7 @@ class Settings(BaseSettings):
 
 #: What `dve worker` listens to; `worker_*` and these two mean nothing to the server alone.
 WORKER_FIELDS = (
-    "data_dir", "database_url", "host", "lease_seconds", "max_attempts", "worker_devices", "worker_concurrency",
+    "data_dir", "database_url", "host", "job_lease_seconds", "job_max_attempts", "worker_devices", "worker_concurrency",
     "worker_grace_seconds", "worker_nice", "worker_metrics_port", "log_format", "log_level",
 )  # fmt: skip
 

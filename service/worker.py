@@ -46,7 +46,7 @@ def work(
     url = settings.database_url
     store = open_store(
         None if url is None else url.get_secret_value(), data_dir,
-        lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts,
+        lease_seconds=settings.job_lease_seconds, max_attempts=settings.job_max_attempts,
     )  # fmt: skip
     metrics = TrainingMetrics()
     _show_metrics(settings, metrics)
@@ -60,7 +60,7 @@ def work(
             niceness=_niceness(settings, devices),
         )  # fmt: skip
         context = RunContext(
-            store, call, workshop, metrics, data_dir / "jobs", max_attempts=settings.max_attempts, limits=limits
+            store, call, workshop, metrics, data_dir / "jobs", max_attempts=settings.job_max_attempts, limits=limits
         )
         loop = WorkerLoop(
             context, workshop, devices, LockFolder(data_dir / "locks"), LoopLimits(poll_seconds, once=once)

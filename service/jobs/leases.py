@@ -59,22 +59,16 @@ class Leases:
                 note(connection, job, "job:running", f"Training started{again}", data)
             return Claim(job, Lease(job.id, job.attempt, owner, self.lease_seconds))
 
+    def has_work(self, *, num_gpus: int = 0, can_train: bool = True, can_validate: bool = True) -> bool:
+        """Whether a claim would find or settle anything; it only reads, so that idle workers lock nobody out."""
+        claimable = and_(*_claimable(num_gpus, can_train=can_train, can_validate=can_validate))
+        with self._database.read() as connection:
+            return connection.execute(select(jobs.c.seq).where(or_(claimable, _lost())).limit(1)).first() is not None
+
     def _claim_statement(self, owner: str, num_gpus: int, *, can_train: bool, can_validate: bool) -> Any:
-        waiting = [status for status, can in (("queued", can_train), ("validating_files", can_validate)) if can]
-        is_free = or_(jobs.c.lease_owner.is_(None), jobs.c.lease_expires_at <= db_now())
-        claimable = or_(
-            and_(jobs.c.status.in_(waiting), is_free),
-            and_(jobs.c.status == "running", jobs.c.lease_expires_at <= db_now()) if can_train else jobs.c.seq < 0,
-        )
         one = (
             select(jobs.c.seq)
-            .where(
-                claimable,
-                jobs.c.requested_action.is_(None),
-                jobs.c.attempts_left > 0,
-                jobs.c.not_before <= db_now(),
-                or_(jobs.c.num_gpus <= num_gpus, jobs.c.status == "validating_files"),
-            )
+            .where(*_claimable(num_gpus, can_train=can_train, can_validate=can_validate))
             .order_by(jobs.c.priority.desc(), jobs.c.seq)
             .limit(1)
             .with_for_update(skip_locked=True)
@@ -265,13 +259,7 @@ class Leases:
 
     def _reap(self, connection: Connection) -> int:
         rows = connection.execute(
-            select(*job_columns())
-            .where(
-                jobs.c.lease_expires_at <= db_now(),
-                or_(jobs.c.requested_action.is_not(None), jobs.c.attempts_left <= 0),
-            )
-            .limit(_REAP_AT_ONCE)
-            .with_for_update(skip_locked=True)
+            select(*job_columns()).where(_lost()).limit(_REAP_AT_ONCE).with_for_update(skip_locked=True)
         ).mappings()
         lost = [to_record(Job, row) for row in rows]
         for job in lost:
@@ -314,3 +302,22 @@ def _lost(lease: Lease) -> LeaseLostError:
     return LeaseLostError(
         "the job is no longer this worker's", value=f"{lease.job_id}, attempt {lease.attempt}", fix="End its process"
     )
+
+
+def _claimable(num_gpus: int, *, can_train: bool, can_validate: bool) -> list[ColumnElement[bool]]:
+    waiting = [status for status, can in (("queued", can_train), ("validating_files", can_validate)) if can]
+    is_free = or_(jobs.c.lease_owner.is_(None), jobs.c.lease_expires_at <= db_now())
+    expired = and_(jobs.c.status == "running", jobs.c.lease_expires_at <= db_now()) if can_train else jobs.c.seq < 0
+    return [
+        or_(and_(jobs.c.status.in_(waiting), is_free), expired),
+        jobs.c.requested_action.is_(None),
+        jobs.c.attempts_left > 0,
+        jobs.c.not_before <= db_now(),
+        or_(jobs.c.num_gpus <= num_gpus, jobs.c.status == "validating_files"),
+    ]
+
+
+def _lost() -> ColumnElement[bool]:
+    """Nobody may claim these any more; `reap` settles them."""
+    given_up = or_(jobs.c.requested_action.is_not(None), jobs.c.attempts_left <= 0)
+    return and_(jobs.c.lease_expires_at <= db_now(), given_up)

@@ -102,12 +102,22 @@ class WorkerLoop:
     async def _look_for_work(self) -> bool:
         """Fills free slots; whether anything was claimed."""
         try:
+            if not await self._has_work():
+                return False
             return await self._claim_check() | await self._claim_training()
         except PASSING as error:
             logger.warning("can't look for work: %s", error)
         except OSError as error:
             logger.error("can't take a device's lock: %s", error.strerror or error)
         return False
+
+    async def _has_work(self) -> bool:
+        """Asked first and without a lock: an idle worker must not be in the way of those that write."""
+        can_train = len(self._runs) < len(self._devices)
+        num_gpus = int(any(device.gpu is not None for device in self._devices))
+        return await self._context.call(
+            self._context.store.leases.has_work, num_gpus=num_gpus, can_train=can_train, can_validate=not self._checks
+        )
 
     async def _claim_check(self) -> bool:
         if self._checks or self._drains:

@@ -171,6 +171,6 @@ def bench(tmp_path: Path, nursery: Nursery) -> Iterator[Bench]:
 def served(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Iterator[Bench]:
     """A bench with one worker of three slots, for all tests of a module."""
     made = Bench(tmp_path_factory.mktemp("served"), nursery)
-    made.worker(worker_concurrency=3, max_attempts=2, worker_grace_seconds=2)
+    made.worker(worker_concurrency=3, job_max_attempts=2, worker_grace_seconds=2)
     yield made
     made.end()

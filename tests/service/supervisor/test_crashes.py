@@ -22,7 +22,7 @@ from tests.service.supervisor.conftest import Bench, final_state
 
 LEASE = 1.0
 KINDS = ("trainer", "supervisor", "stopped supervisor", "database lock")
-FLAGS = {"worker_concurrency": 2, "max_attempts": 200, "worker_grace_seconds": 2}
+FLAGS = {"worker_concurrency": 2, "job_max_attempts": 200, "worker_grace_seconds": 2}
 
 
 class Chaos:
