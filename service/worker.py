@@ -7,15 +7,11 @@ process: trainers are subprocesses, so that none of their crashes is the worker'
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 from prometheus_client import start_http_server
 
-from service.jobs.job import Job, Lease
-from service.jobs.store import Store, open_store
+from service.jobs.store import open_store
 from service.logs import configure_logs, logger
 from service.metrics import TrainingMetrics
 from service.settings import Settings
@@ -52,9 +48,7 @@ def work(
     _show_metrics(settings, metrics)
     with ThreadPoolExecutor(_THREADS_PER_DEVICE * (len(devices) + 1), "store") as pool:
         call = StoreThreads(pool)
-        workshop = Workshop(
-            store, call, data_dir, _place_files(store, data_dir), _publisher(store, call), programs or Programs()
-        )
+        workshop = Workshop(store, call, data_dir, programs or Programs())
         limits = RunLimits(
             grace_seconds=settings.worker_grace_seconds, backoff_base_seconds=backoff_seconds,
             niceness=_niceness(settings, devices),
@@ -86,18 +80,3 @@ def _show_metrics(settings: Settings, metrics: TrainingMetrics) -> None:
 def _niceness(settings: Settings, devices: tuple[Device, ...]) -> int:
     """A trainer on a GPU needs its processor when the GPU is done; only on processors it stands back."""
     return settings.worker_nice if all(device.gpu is None for device in devices) else 0
-
-
-def _place_files(store: Store, data_dir: Path) -> Any:
-    def place(job: Job) -> Mapping[str, Any]:
-        return job.config
-
-    return place
-
-
-def _publisher(store: Store, call: StoreThreads) -> Any:
-    async def publish(job: Job, lease: Lease, final: Path) -> str:
-        await call.insist(store.leases.register_model, lease, job.fine_tuned_name, str(final))
-        return job.fine_tuned_name
-
-    return publish

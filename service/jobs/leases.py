@@ -63,7 +63,9 @@ class Leases:
         """Whether a claim would find or settle anything; it only reads, so that idle workers lock nobody out."""
         claimable = and_(*_claimable(num_gpus, can_train=can_train, can_validate=can_validate))
         with self._database.read() as connection:
-            return connection.execute(select(jobs.c.seq).where(or_(claimable, _lost())).limit(1)).first() is not None
+            return (
+                connection.execute(select(jobs.c.seq).where(or_(claimable, _abandoned())).limit(1)).first() is not None
+            )
 
     def _claim_statement(self, owner: str, num_gpus: int, *, can_train: bool, can_validate: bool) -> Any:
         one = (
@@ -259,7 +261,7 @@ class Leases:
 
     def _reap(self, connection: Connection) -> int:
         rows = connection.execute(
-            select(*job_columns()).where(_lost()).limit(_REAP_AT_ONCE).with_for_update(skip_locked=True)
+            select(*job_columns()).where(_abandoned()).limit(_REAP_AT_ONCE).with_for_update(skip_locked=True)
         ).mappings()
         lost = [to_record(Job, row) for row in rows]
         for job in lost:
@@ -317,7 +319,7 @@ def _claimable(num_gpus: int, *, can_train: bool, can_validate: bool) -> list[Co
     ]
 
 
-def _lost() -> ColumnElement[bool]:
+def _abandoned() -> ColumnElement[bool]:
     """Nobody may claim these any more; `reap` settles them."""
     given_up = or_(jobs.c.requested_action.is_not(None), jobs.c.attempts_left <= 0)
     return and_(jobs.c.lease_expires_at <= db_now(), given_up)

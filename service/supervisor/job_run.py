@@ -61,9 +61,10 @@ class Published:
 
 
 class Workshop(Protocol):
-    """What differs between real training and a test's stand-in. Each raises DualVisionError for what can't be done."""
+    """What a job's programs are and what becomes of its result. Each raises DualVisionError for what can't be done."""
 
-    def start(self, job: Job, attempt_folder: Path, resume: Path | None, lock: DeviceLock) -> Start: ...
+    def start(self, job: Job, attempt_folder: Path, resume: Path | None, lock: DeviceLock) -> Start:
+        """Called in a thread: it may ask the store and write the recipe."""
 
     async def fits(self, job: Job, attempt_folder: Path, lock: DeviceLock) -> str | None:
         """None, or what is missing on this device now."""
@@ -155,10 +156,11 @@ class JobRun:
             return Verdict("postponed", "", missing)
         if self._stop_asked.is_set():
             return Verdict("stopped")
-        start = workshop.start(job, attempt_folder, self._resume, self._lock)
+        start = await self._call.insist(workshop.start, job, attempt_folder, self._resume, self._lock)
         exit_code = await self._train(start, attempt_folder)
         complaint = self._progress.last_error
-        verdict = judge(exit_code, complaint.data if complaint else None, complaint.message if complaint else "")
+        said = "" if complaint is None else complaint.message.replace(f"{self._context.jobs_folder.parent}/", "")
+        verdict = judge(exit_code, None if complaint is None else complaint.data, said)
         if verdict.code == "checkpoint_corrupt" and await self._set_aside_damaged():
             return Verdict("retry", verdict.code, verdict.message)
         return verdict
@@ -194,7 +196,7 @@ class JobRun:
         events = EventFile(attempt_folder / EVENTS)
         process = TrainerProcess.start(
             Launch(
-                start.command, events.path, attempt_folder / LOG, start.environment,
+                start.command, events.path, attempt_folder / LOG, environment=start.environment,
                 inherits=(self._lock.descriptor,), niceness=self._context.limits.niceness,
             )
         )  # fmt: skip

@@ -32,12 +32,14 @@ DEADLINE_PASSED = 79
 class Launch:
     """What to start. `{events_fd}` and `{control_fd}` in the command become the numbers of its descriptors.
 
+    output_path: of its standard output, written anew; None: the log, as its errors.
     inherits: descriptors that live as long as it does, the device's lock among them.
     """
 
     command: Sequence[str]
     events_path: Path
     log_path: Path
+    output_path: Path | None = None
     environment: Mapping[str, str] | None = None
     inherits: tuple[int, ...] = ()
     niceness: int = 0
@@ -59,6 +61,9 @@ class TrainerProcess:
             stack.callback(os.close, events)
             log = open_for_append(launch.log_path)
             stack.callback(os.close, log)
+            output = log
+            if launch.output_path is not None:
+                output = stack.enter_context(open(launch.output_path, "wb")).fileno()
             read_end, write_end = os.pipe()
             stack.callback(os.close, read_end)
             on_failure = stack.enter_context(contextlib.ExitStack())
@@ -71,7 +76,7 @@ class TrainerProcess:
             process = subprocess.Popen(
                 [*leashed, *command],
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=output,
                 stderr=log,
                 env=None if launch.environment is None else dict(launch.environment),
                 pass_fds=(events, read_end, *launch.inherits),

@@ -28,6 +28,7 @@ class Progress:
         self, store: Store, call: StoreThreads, lease: Lease, folder: JobFolder, metrics: TrainingMetrics
     ) -> None:
         self._store, self._call, self._lease, self._folder, self._metrics = store, call, lease, folder, metrics
+        self._root = str(folder.path.parents[1]) + "/"
         self._sent_switches: deque[int] = deque()
         self._saved: dict[int, str] = {}
         self.last_error: TrainerEvent | None = None
@@ -59,7 +60,9 @@ class Progress:
         self._sent_switches.append(number)
 
     async def _keep(self, events: Sequence[TrainerEvent], *, is_live: bool) -> None:
-        await self._call.insist(self._store.leases.append_events, self._lease, [_to_new(event) for event in events])
+        await self._call.insist(
+            self._store.leases.append_events, self._lease, [self._to_new(event) for event in events]
+        )
         for event in events:
             if event.kind == "checkpoint":
                 await self._on_checkpoint(event)
@@ -95,7 +98,7 @@ class Progress:
         stage, metrics = int(note.get("stage", 0)), note.get("metrics")
         reason = str(note.get("reason", "every"))[:32]
         known = dict(metrics) if isinstance(metrics, dict) else {}
-        data = {"path": str(found.path), "step": found.step, "reason": reason, "metrics": known}
+        data = {"path": _without(self._root, str(found.path)), "step": found.step, "reason": reason, "metrics": known}
         message = f"Saved step {found.step}"
         event = NewEvent(stage, found.step, "checkpoint", message, data)
         await self._call.insist(self._store.leases.append_events, self._lease, [event])
@@ -112,12 +115,18 @@ class Progress:
             for step in gone:
                 del self._saved[step]
 
+    def _to_new(self, event: TrainerEvent) -> NewEvent:
+        level = _LEVELS.get(event.kind.partition(":")[0], "info")
+        message, data = _without(self._root, event.message), _without(self._root, event.data)
+        return NewEvent(event.stage, event.global_step, event.kind[:128], message, data, level)
 
-def worker_event(kind: str, message: str, data: Mapping[str, Any], *, attempt: int, level: Level = "info") -> NewEvent:
-    """An event of the worker's own, once an attempt."""
-    return NewEvent(-1, attempt, f"worker:{kind}", message, data, level)
 
-
-def _to_new(event: TrainerEvent) -> NewEvent:
-    level = _LEVELS.get(event.kind.partition(":")[0], "info")
-    return NewEvent(event.stage, event.global_step, event.kind[:128], event.message, event.data, level)
+def _without(root: str, value: Any) -> Any:
+    """The server's own folder cut out of every text: events are shown to clients."""
+    if isinstance(value, str):
+        return value.replace(root, "")
+    if isinstance(value, Mapping):
+        return {key: _without(root, one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without(root, one) for one in value]
+    return value

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from service.jobs.files import FileFolder
 from service.jobs.job import Job, JobEvent, NewJob
 from service.jobs.store import Store, open_store
 
@@ -75,15 +76,17 @@ class Bench:
         self.data_dir = folder / "data"
         self.folder, self._nursery = folder, nursery
         self.store: Store = open_store(None, self.data_dir)
+        self.files = FileFolder(self.data_dir)
         self.workers: list[Worker] = []
         self._numbers = itertools.count()
 
     def submit(self, *, is_dry_run: bool = False, priority: int = 0, **plan: Any) -> str:
-        path = self.folder / f"plan-{next(self._numbers)}.json"
-        path.write_text(json.dumps({"steps": 5, "witness": f"{path}.witness", **plan}))
-        new = NewJob(
-            "someone", "demo", "file-1", {"train_data_path": str(path)}, 0, is_dry_run=is_dry_run, priority=priority
-        )
+        witness = str(self.folder / f"{next(self._numbers)}.witness")
+        text = json.dumps({"steps": 5, "witness": witness, **plan})
+        file_id, path, num_bytes = self.files.write(text.encode(), "fine-tune", "someone")
+        self.store.files.add(file_id, "someone", "plan", purpose="fine-tune", num_bytes=num_bytes, path=path)
+        config = {"datasets": [{"data_path": file_id}]}
+        new = NewJob("someone", "dve-demo", file_id, config, 0, is_dry_run=is_dry_run, priority=priority)
         return self.store.jobs.create(new)[0].id
 
     def worker(self, *, lease: float = LEASE_SECONDS, once: bool = False, **flags: Any) -> Worker:

@@ -30,7 +30,8 @@ from model_core.manifest import verify_folder, write_folder
 class Standin:
     def __init__(self, args: argparse.Namespace) -> None:
         self.config = json.loads(args.config.read_text())
-        self.plan: dict[str, Any] = json.loads(Path(self.config["train_data_path"]).read_text())
+        self.plan_path = Path(self.config["datasets"][0]["data_path"])
+        self.plan: dict[str, Any] = json.loads(self.plan_path.read_text())
         self.out = Path(self.config["output_dir"])
         self.events = os.fdopen(args.events_fd, "w", buffering=1)
         self.stop = threading.Event()
@@ -87,8 +88,11 @@ class Standin:
         write_folder(target, fill, extra=kept)
         self.say("checkpoint", path=str(target), step=self.step, reason=reason, metrics={"loss": 1 / self.step})
 
+    def fill_final(self, folder: Path) -> None:
+        (folder / "state").write_text(self.state)
+
     def maybe_crash(self) -> None:
-        marker = Path(self.config["train_data_path"] + ".crashed")
+        marker = self.plan_path.with_suffix(".crashed")
         if self.step != self.plan.get("crash_at") or (self.plan.get("crash_once") and marker.exists()):
             return
         marker.touch()
@@ -124,7 +128,7 @@ class Standin:
             )  # fmt: skip
             if self.step % self.plan.get("checkpoint_every", 5) == 0 or self.step == total:
                 self.checkpoint("every")
-        write_folder(self.out / "final", lambda f: (f / "state").write_text(self.state) and None, extra={})
+        write_folder(self.out / "final", self.fill_final, extra={})
         self.say("summary", final=str(self.out / "final"), trained_tokens=10 * total)
         return 0
 

@@ -137,8 +137,8 @@ def test_five_kills_lose_nothing(bench: Bench) -> None:
 @pytest.mark.timeout(3000)
 def test_a_hundred_kills_lose_nothing(bench: Bench) -> None:
     counts = run_matrix(bench, 100, seed=20261125)
-    print(counts)
     assert sum(counts.values()) == 100
+    assert min(counts.values()) > 10
 
 
 def test_a_stalled_worker_is_fenced_out_and_its_child_dead_before_the_other_starts(bench: Bench) -> None:

@@ -63,7 +63,7 @@ def launch(tmp_path: Path) -> Callable[..., Launch]:
 
 def write_plan(folder: Path, **plan: object) -> None:
     (folder / "plan.json").write_text(json.dumps({"steps": 3, **plan}))
-    config = {"train_data_path": str(folder / "plan.json"), "output_dir": str(folder)}
+    config = {"datasets": [{"data_path": str(folder / "plan.json")}], "output_dir": str(folder)}
     (folder / "config.json").write_text(json.dumps(config))
 
 

@@ -35,7 +35,7 @@ def test_a_job_goes_from_its_files_to_a_model(bench: Bench) -> None:
 
 
 def test_files_that_are_bad_fail_the_job_before_it_trains(served: Bench) -> None:
-    bad = served.submit(check_code=78, report={"code": "image_unreadable", "message": "row 3: a.png"})
+    bad = served.submit(check_code=78, report={"problems": [{"row": 3, "code": "image_not_found", "message": "a.png"}]})
     dry = served.submit(is_dry_run=True)
     job = served.until_status(bad, "failed")
     served.until_status(dry, "succeeded")
@@ -141,7 +141,7 @@ def test_a_mode_is_switched_on_the_running_job(served: Bench) -> None:
 def test_the_more_urgent_job_goes_first_and_devices_run_side_by_side(bench: Bench) -> None:
     usual = bench.submit(steps=3, witness=str(bench.folder / "a"))
     urgent = bench.submit(steps=3, witness=str(bench.folder / "b"), priority=5)
-    for job_id in (usual, urgent):  # files are read one after another; training is what is looked at
+    for _ in (usual, urgent):  # files are read one after another; training is what is looked at
         claim = bench.store.leases.claim("test", can_train=False)
         assert claim is not None
         bench.store.leases.validated(claim.lease)

@@ -16,7 +16,9 @@ from service.worker import work
 
 HERE = Path(__file__).parent
 PROGRAMS = Programs(
-    train=(sys.executable, str(HERE / "standin_trainer.py")), check=(sys.executable, str(HERE / "standin_check.py"))
+    train=(sys.executable, str(HERE / "standin_trainer.py")),
+    check=(sys.executable, str(HERE / "standin_check.py")),
+    publish=(sys.executable, str(HERE / "standin_publish.py")),
 )
 
 
@@ -46,10 +48,8 @@ def start(wanted: dict[str, Any]) -> int:
 def main() -> None:
     while line := sys.stdin.readline():
         wanted = json.loads(line)
-        if "wait" in wanted:
-            answer = os.waitstatus_to_exitcode(os.waitpid(wanted["wait"], 0)[1])
-        else:
-            answer = start(wanted)
+        pid = wanted.get("wait")
+        answer = start(wanted) if pid is None else os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         sys.stdout.write(f"{answer}\n")
         sys.stdout.flush()
 
