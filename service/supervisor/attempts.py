@@ -17,12 +17,14 @@ from typing import Any
 
 from model_core.errors import CheckpointError
 from model_core.manifest import Manifest, recover, verify_folder
+from service.supervisor.devices import try_flock
 
 #: Not the names that a trainer gives its own files: it refuses a folder where another run seems to live.
 EVENTS = "told.jsonl"
 READ_EVENTS = "told.read.jsonl"
 RECIPE = "job.json"
 LOG = "trainer.log"
+LOCK = "lock"
 _ATTEMPT = re.compile(r"attempt-(\d+)")
 _STEP = re.compile(r"step-(\d+)")
 
@@ -68,8 +70,10 @@ class JobFolder:
         ]
         return sorted(found, reverse=True)
 
-    def newest_step(self) -> StepFolder | None:
-        return next(iter(self.steps()), None)
+    def try_lock(self) -> int | None:
+        """A descriptor that the trainer inherits; None while an earlier trainer of this job is not dead yet."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        return try_flock(self.path / LOCK)
 
     def set_aside(self, step: Path) -> None:
         """A checkpoint that turned out to be damaged; nobody resumes from it again, and it can still be looked at."""

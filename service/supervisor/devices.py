@@ -67,16 +67,8 @@ class LockFolder:
         """The slot, or None while anything alive holds it."""
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"{self._host}.{device.name}.lock"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        except OSError:
-            os.close(descriptor)
-            raise
-        return DeviceLock(device, path, descriptor)
+        descriptor = try_flock(path)
+        return None if descriptor is None else DeviceLock(device, path, descriptor)
 
     def free(self, devices: Sequence[Device]) -> Iterator[DeviceLock]:
         """Each slot that can be had now, held as it is handed out; the caller closes it."""
@@ -84,6 +76,20 @@ class LockFolder:
             lock = self.try_lock(device)
             if lock is not None:
                 yield lock
+
+
+def try_flock(path: Path) -> int | None:
+    """A descriptor that holds the file's lock, as do all that inherit it; None while others hold it. Raises OSError."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def parse_devices(text: str, concurrency: int | None) -> tuple[Device, ...]:

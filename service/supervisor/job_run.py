@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,7 @@ from service.supervisor.progress import Progress
 from service.supervisor.verdict import Verdict, backoff_seconds, judge, of_os_error, of_refusal
 
 _TAIL_SECONDS = 0.1
+_LOCK_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,7 @@ class JobRun:
         self._process: TrainerProcess | None = None
         self._stop_asked = asyncio.Event()
         self._is_draining = False
+        self._job_lock: int | None = None
         self._resume: Path | None = None
 
     @property
@@ -126,6 +130,8 @@ class JobRun:
             await work_under(self.keeper, self._work(), self._end_child)
         finally:
             # The child first, then the slot: the next owner may begin as soon as the lock is free.
+            if self._job_lock is not None:
+                os.close(self._job_lock)
             self._lock.close()
 
     async def _end_child(self) -> None:
@@ -148,9 +154,10 @@ class JobRun:
         await self._settle(verdict)
 
     async def _attempt(self) -> Verdict:
+        await self._wait_for_earlier_trainer()
         attempt_folder = self._folder.open_attempt(self._lease.attempt)
-        await self._progress.take_over()
-        self._resume = await self._resume_point()
+        newest = await self._progress.take_over()
+        self._resume = await self._first_checkpoint() if newest is None else newest.path
         workshop, job = self._context.workshop, self.keeper.job
         if missing := await workshop.fits(job, attempt_folder, self._lock):
             return Verdict("postponed", "", missing)
@@ -177,10 +184,16 @@ class JobRun:
             return True
         return False
 
-    async def _resume_point(self) -> Path | None:
-        """The newest complete checkpoint of this job, else the one that it was to go on from."""
-        if (newest := self._folder.newest_step()) is not None:
-            return newest.path
+    async def _wait_for_earlier_trainer(self) -> None:
+        """Its deadline has passed, but on a busy machine it may take a moment to die; one that is stopped never does,
+        and will find its deadline passed when it wakes: it is not waited for longer than a lease."""
+        give_up_at = time.monotonic() + self._lease.seconds
+        while (lock := self._folder.try_lock()) is None and time.monotonic() < give_up_at:
+            await asyncio.sleep(_LOCK_SECONDS)
+        self._job_lock = lock
+
+    async def _first_checkpoint(self) -> Path | None:
+        """Of another job, where this one was to go on from it."""
         wanted = self.keeper.job.resume_from
         if wanted is None:
             return None
@@ -197,7 +210,7 @@ class JobRun:
         process = TrainerProcess.start(
             Launch(
                 start.command, events.path, attempt_folder / LOG, environment=start.environment,
-                inherits=(self._lock.descriptor,), niceness=self._context.limits.niceness,
+                inherits=self._inherited(), niceness=self._context.limits.niceness,
             )
         )  # fmt: skip
         self._process = process
@@ -219,6 +232,9 @@ class JobRun:
         self._folder.mark_read(self._lease.attempt)
         log_fields(logging.INFO, "trainer ended", exit_code=exit_code, num_damaged_lines=events.num_damaged)
         return exit_code
+
+    def _inherited(self) -> tuple[int, ...]:
+        return (self._lock.descriptor,) if self._job_lock is None else (self._lock.descriptor, self._job_lock)
 
     async def _tail(self, process: TrainerProcess, events: EventFile) -> None:
         while process.exit_code is None:

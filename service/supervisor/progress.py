@@ -34,18 +34,24 @@ class Progress:
         self.last_error: TrainerEvent | None = None
         self.summary: Mapping[str, Any] = {}
 
-    async def take_over(self) -> None:
-        """Read what earlier attempts said and nobody read; enter checkpoints that were saved and not told of."""
+    async def take_over(self) -> StepFolder | None:
+        """Read what earlier attempts said and nobody read; enter checkpoints that were not told of; the newest one.
+
+        The folders are looked at once, before the events: whatever led to a folder that is seen was said before it
+        was complete. A second look could find one that a dying trainer finished meanwhile, and skip its events.
+        """
+        found = self._folder.steps()
         for number, path in self._folder.unread_events():
             if number < self._lease.attempt:
                 await self.read(EventFile(path), is_live=False)
                 self._folder.mark_read(number)
         rows = await self._call.insist(self._store.jobs.checkpoints, self._lease.job_id, limit=10_000)
         self._saved = {row.step: row.path for row in rows[0]}
-        for found in reversed(self._folder.steps()):
-            if not Path(self._saved.get(found.step, "")).is_dir():
-                await self._enter(found)
+        for step in reversed(found):
+            if not Path(self._saved.get(step.step, "")).is_dir():
+                await self._enter(step)
         await self._forget_deleted()
+        return next(iter(found), None)
 
     async def read(self, file: EventFile, *, is_live: bool = True) -> int:
         """Everything that was appended since; how many events. They are in the store when this returns."""

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from service.jobs.database import SQLITE_NAME
-from service.jobs.job import LeaseLostError
-from tests.service.supervisor.conftest import Bench, final_state
+from service.jobs.job import Lease, LeaseLostError
+from tests.service.supervisor.conftest import Bench, Worker, final_state
 
 LEASE = 1.0
 KINDS = ("trainer", "supervisor", "stopped supervisor", "database lock")
@@ -87,7 +87,7 @@ class Chaos:
         with locked(self.bench.data_dir / SQLITE_NAME):
             time.sleep(LEASE * (0.3 + 1.5 * self.random.random()))
 
-    def holder(self, job_id: str):
+    def holder(self, job_id: str) -> Worker:
         """The worker that holds the job, or any."""
         owner = self.bench.job(job_id).lease_owner or ""
         found = [worker for worker in self.bench.workers if f":{worker.pid}:" in owner]
@@ -108,10 +108,21 @@ class Chaos:
         assert self.bench.trainer_pids() == []
 
 
+def stop_between_writes(bench: Bench, worker: Worker) -> None:
+    """SQLite has one lock for all who write: whoever is stopped while holding it stops everybody."""
+    for _ in range(100):
+        worker.signal(signal.SIGSTOP)
+        with contextlib.suppress(sqlite3.OperationalError), locked(bench.data_dir / SQLITE_NAME, timeout=0.3):
+            return
+        worker.signal(signal.SIGCONT)
+        time.sleep(0.01)
+    raise AssertionError("it was always writing")
+
+
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, timeout: float = 30) -> Iterator[None]:
     """The store's write lock in other hands."""
-    connection = sqlite3.connect(path, isolation_level=None, timeout=30)
+    connection = sqlite3.connect(path, isolation_level=None, timeout=timeout)
     try:
         connection.execute("BEGIN IMMEDIATE")
         yield
@@ -149,7 +160,7 @@ def test_a_stalled_worker_is_fenced_out_and_its_child_dead_before_the_other_star
     stale = held.lease_owner
     (child,) = bench.trainer_pids(job_id)
     other = bench.worker(lease=LEASE, **FLAGS)
-    stalled.signal(signal.SIGSTOP)
+    stop_between_writes(bench, stalled)
     seen_together = []
 
     def is_taken_over() -> bool:
@@ -163,15 +174,9 @@ def test_a_stalled_worker_is_fenced_out_and_its_child_dead_before_the_other_star
     bench.until(lambda: bench.job(job_id).attempt == 2 and f":{other.pid}:" in (bench.job(job_id).lease_owner or ""))
     assert stale is not None
     with pytest.raises(LeaseLostError):
-        bench.store.leases.append_events(lease_of(job_id, held.attempt, stale), [])
+        bench.store.leases.append_events(Lease(job_id, held.attempt, stale, LEASE), [])
     stalled.signal(signal.SIGCONT)
     bench.until(lambda: "dropped out" in (bench.folder / "worker-0.log").read_text())
     bench.cancel(job_id)
     assert list(bench.folder.glob("*.twice")) == []
     assert bench.steps(job_id) == list(range(1, bench.job(job_id).global_step + 1))
-
-
-def lease_of(job_id: str, attempt: int, owner: str):
-    from service.jobs.job import Lease
-
-    return Lease(job_id, attempt, owner, LEASE)
