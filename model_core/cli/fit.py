@@ -74,7 +74,10 @@ def judge(args: argparse.Namespace) -> dict[str, Any]:
     settings = {
         "weight_bytes": weight_bytes, "width": width, "recompute": recipe.gradient_checkpointing, "is_cuda": is_cuda,
     }  # fmt: skip
-    modes = [_mode(name, freeze, recipe.lora, config, limits, available, settings) for name, freeze in _wanted(recipe)]
+    modes = [
+        _mode(name, freeze, recipe.lora, config, limits, available=available, settings=settings)
+        for name, freeze in _wanted(recipe)
+    ]
     serving = serving_need(
         _model(config, LoraConfig())[1], weight_bytes=weight_bytes, kv_cache_bytes=args.kv_cache,
         encoder_cache_bytes=_ENCODER_CACHE_BYTES, step_bytes=step_bytes(config, _STEP_TOKENS, width=weight_bytes),
@@ -106,7 +109,7 @@ def _wanted(recipe: TrainConfig) -> list[tuple[str, FreezeConfig]]:
 
 
 def _mode(
-    name: str, freeze: FreezeConfig, lora: LoraConfig, config: Any, limits: PackLimits, available: int,
+    name: str, freeze: FreezeConfig, lora: LoraConfig, config: Any, limits: PackLimits, *, available: int,
     settings: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     from model_core.training.freeze import resolve_freeze

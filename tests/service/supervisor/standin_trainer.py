@@ -40,7 +40,8 @@ class Standin:
         self.deadline: float | None = None
         self.state, self.step, self.resumed = "", 0, args.resume
         threading.Thread(target=self.watch_deadline, daemon=True).start()
-        threading.Thread(target=self.read_control, args=(args.control_fd,), daemon=True).start()
+        if args.control_fd is not None:
+            threading.Thread(target=self.read_control, args=(args.control_fd,), daemon=True).start()
         signal.signal(signal.SIGTERM, lambda *_: None if self.plan.get("deaf") else self.stop.set())
 
     def read_control(self, descriptor: int) -> None:
@@ -147,8 +148,12 @@ def main() -> int:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--resume")
     parser.add_argument("--events-fd", type=int, required=True)
-    parser.add_argument("--control-fd", type=int, required=True)
-    trainer = Standin(parser.parse_args())
+    parser.add_argument("--control-fd", type=int)
+    parser.add_argument("--dry_run", action="store_true")
+    args = parser.parse_args()
+    trainer = Standin(args)
+    if args.dry_run:
+        return 0
     if witness := trainer.plan.get("witness"):
         hold_witness(witness)
     return trainer.run()
