@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from service.jobs.store import Store, open_store
+from tests.service.conftest import LiveServer
 from tests.service.jobs.postgres import Cluster, run_cluster
 
 
@@ -41,3 +42,12 @@ def new_store(database_url: str | None, tmp_path: Path) -> Iterator[Callable[...
 @pytest.fixture
 def store(new_store: Callable[..., Store]) -> Store:
     return new_store()
+
+
+@pytest.fixture
+def served(start, database_url: str | None) -> Iterator[tuple[LiveServer, Store]]:
+    """A started server, and its store as a worker on the same machine opens it."""
+    live = start(database_url=database_url, job_lease_seconds=30.0)
+    store = open_store(database_url, live.data_dir)
+    yield live, store
+    store.close()
