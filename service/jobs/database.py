@@ -58,6 +58,14 @@ class Database:
         with _translated(), self._writing.begin() as connection:
             yield connection
 
+    def take_turn(self, connection: Connection, name: str) -> None:
+        """Until this transaction ends, other processes that take a turn of this name wait.
+
+        For rules over rows that are not there yet, which no row's lock can hold. SQLite's writers wait anyway.
+        """
+        if not self.is_sqlite:
+            connection.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))"), {"name": name})
+
     def migrate(self) -> None:
         """Bring the schema up to this program's; one process at a time. Raises ConfigError."""
         config = Config()

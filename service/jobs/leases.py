@@ -227,7 +227,7 @@ class Leases:
         if trained_tokens is not None:
             values["trained_tokens"] = trained_tokens
         with self._database.write() as connection:
-            job = self._held(connection, lease)
+            job = self._held(connection, lease, "running")
             return move(connection, job, "succeeded", "The job has succeeded", **values)
 
     def fail(self, lease: Lease, error: Mapping[str, Any]) -> Job:

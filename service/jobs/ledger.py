@@ -46,6 +46,7 @@ class Ledger:
         Raises IdempotencyConflictError, QuotaExceededError, InvalidBodyError (a file that has gone meanwhile).
         """
         with self._database.write() as connection:
+            self._database.take_turn(connection, f"jobs of {new.owner}")
             asked = (new.owner, new.body_hash, new.idempotency_key)
             if (earlier := self._earlier(connection, *asked, is_retry=new.is_retry)) is not None:
                 return earlier, False

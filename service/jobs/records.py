@@ -45,6 +45,7 @@ class FileRows:
     ) -> FileRecord:
         """A row for a file that lies at `path` already. Raises QuotaExceededError."""
         with self._database.write() as connection:
+            self._database.take_turn(connection, f"files of {owner}")
             used = select(func.coalesce(func.sum(files.c.num_bytes), 0)).where(files.c.owner == owner)
             total = connection.execute(used).scalar_one() + num_bytes
             if total > self._max_bytes_per_owner:
