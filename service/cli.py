@@ -27,6 +27,10 @@ MOUNTED: Mapping[str, tuple[str, str]] = {
     "bench serve": ("service.bench", "time an endpoint under load, beside another one if wanted"),
 }
 
+_UP_SERVE = ("host", "port", "model")
+_UP_WORKER = ("worker_devices", "worker_concurrency")
+_UP_BOTH = ("data_dir", "log_format")
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -44,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _serve(rest)
         if command == "worker":
             return _work(rest)
+        if command == "up":
+            return _up(rest)
         if command in MOUNTED:
             return int(importlib.import_module(MOUNTED[command][0]).main(rest) or 0)
     except DualVisionError as error:
@@ -54,12 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in ("-h", "--help", "help"):
         sys.stdout.write(_help())
         return 0
-    sys.stderr.write(f"dve: error: unknown command {command[:80]!r}; allowed: serve, worker, {', '.join(MOUNTED)}\n")
+    sys.stderr.write(
+        f"dve: error: unknown command {command[:80]!r}; allowed: serve, worker, up, {', '.join(MOUNTED)}\n"
+    )
     return 2
 
 
 def _help() -> str:
-    own = {"serve": "serve the model over HTTP", "worker": "train the jobs that the server was given"}
+    own = {
+        "serve": "serve the model over HTTP",
+        "worker": "train the jobs that the server was given",
+        "up": "serve and worker together",
+    }
     rows = {**own, **{name: text for name, (_, text) in MOUNTED.items()}}
     lines = "\n".join(f"  {name:<12} {text}" for name, text in rows.items())
     return f"usage: dve COMMAND [OPTIONS]\n\ncommands:\n{lines}\n\n`dve COMMAND --help` tells a command's options.\n"
@@ -118,6 +130,27 @@ def worker_parser() -> argparse.ArgumentParser:
     for name in WORKER_FIELDS:
         _add_setting(parser, name, name.removeprefix("worker_"))
     return parser
+
+
+def _up(argv: Sequence[str]) -> int:
+    parser = _Parser(
+        prog="dve up",
+        description="Serve and train at once, in one data folder. The other settings are environment variables.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for name in (*_UP_SERVE, *_UP_WORKER, *_UP_BOTH):
+        _add_setting(parser, name, name.removeprefix("worker_"))
+    flags = vars(parser.parse_args(argv))
+    # Checked here, so that a wrong one is told once and neither is started.
+    load_settings(flags)
+    from service.together import run_together
+
+    def command(name: str, *settings: str) -> list[str]:
+        given = [word for one in settings if one in flags for word in (f"--{one}", str(flags[one]))]
+        return [sys.executable, "-m", "service.cli", name, *given]
+
+    return run_together(command("serve", *_UP_SERVE, *_UP_BOTH), command("worker", *_UP_WORKER, *_UP_BOTH))
 
 
 def _add_setting(parser: argparse.ArgumentParser, name: str, short: str | None = None) -> None:

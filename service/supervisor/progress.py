@@ -16,6 +16,7 @@ from service.metrics import TrainingMetrics
 from service.supervisor.attempts import JobFolder, StepFolder
 from service.supervisor.event_file import EventFile, TrainerEvent
 from service.supervisor.lease_keeper import StoreThreads
+from service.supervisor.verdict import BROKEN
 
 _BATCH = 200
 _LEVELS: Mapping[str, Level] = {"error": "error", "warning": "warn"}
@@ -123,7 +124,9 @@ class Progress:
 
     def _to_new(self, event: TrainerEvent) -> NewEvent:
         level = _LEVELS.get(event.kind.partition(":")[0], "info")
-        message, data = _without(self._root, event.message), _without(self._root, event.data)
+        is_broken = event.kind == "error" and event.data.get("code") == "internal_error"
+        message = BROKEN if is_broken else _without(self._root, event.message)
+        data = _without(self._root, event.data)
         return NewEvent(event.stage, event.global_step, event.kind[:128], message, data, level)
 
 

@@ -22,6 +22,10 @@ ERROR_CODES = frozenset(
     }
 )  # fmt: skip
 
+#: In the place of an unexpected exception's text, which may quote anything; the trainer's log has it.
+BROKEN = "The trainer broke in a way that it does not know. Its log on the worker has the details."
+_ALIASES = {"checkpoint_incomplete": "checkpoint_corrupt", "invalid_config": "invalid_training_file"}
+
 End = Literal["succeeded", "stopped", "failed", "retry", "postponed"]
 
 
@@ -42,6 +46,8 @@ def judge(exit_code: int, complaint: Mapping[str, Any] | None, message: str = ""
         return Verdict("stopped")
     told = complaint or {}
     code = str(told.get("code", ""))
+    message = BROKEN if code == "internal_error" else message
+    code = _ALIASES.get(code, code)
     code = code if code in ERROR_CODES else ""
     if exit_code == BAD_INPUT:
         return Verdict("failed", code or "invalid_training_file", message or "The recipe or the data was refused.")
@@ -65,7 +71,8 @@ def of_refusal(error: DualVisionError) -> Verdict:
     """An error of ours, in its own words: the recipe or a file that can't be used."""
     if error.code == "storage_full":
         return Verdict("failed", "storage_full", str(error))
-    return Verdict("failed", error.code if error.code in ERROR_CODES else "invalid_training_file", str(error))
+    code = _ALIASES.get(error.code, error.code)
+    return Verdict("failed", code if code in ERROR_CODES else "invalid_training_file", str(error))
 
 
 def _how_it_ended(exit_code: int) -> str:

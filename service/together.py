@@ -1,0 +1,48 @@
+"""`dve up`: a server and a worker side by side, which find one data folder and end together.
+
+In: two command lines. Out: an exit code: the first one's that was not 0. Signals are passed on once each, so that both
+drain; each child is on a leash, so that neither outlives this process, whatever ends it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from service.supervisor import leash
+
+
+def run_together(*commands: Sequence[str]) -> int:
+    """Returns when all have ended; one that ends takes the others along."""
+    children = [_start(command) for command in commands]
+
+    def pass_on(_number: int, _frame: FrameType | None) -> None:
+        _end(children)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, pass_on)
+    codes: dict[int, int] = {}
+    while len(codes) < len(children):
+        pid, status = os.waitpid(-1, 0)
+        ended = next((child for child in children if child.pid == pid), None)
+        if ended is not None:
+            ended.returncode = codes[pid] = os.waitstatus_to_exitcode(status)
+            if len(codes) == 1:
+                _end(children)
+    return next((code for code in codes.values() if code), 0)
+
+
+def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    leashed = [sys.executable, "-I", "-S", leash.__file__, str(os.getpid()), "0", "--", *command]
+    # A session of its own: the terminal's Ctrl-C reaches this process alone, and is passed on once.
+    return subprocess.Popen(leashed, start_new_session=True)
+
+
+def _end(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    for child in children:
+        if child.returncode is None:
+            child.send_signal(signal.SIGTERM)
