@@ -26,12 +26,12 @@ _THREADS_PER_DEVICE = 6
 
 def work(
     settings: Settings, *, once: bool = False, programs: Programs | None = None, poll_seconds: float = 0.25,
-    backoff_seconds: float = 2.0,
+    backoff_seconds: tuple[float, float] = (2.0, 300.0),
 ) -> int:  # fmt: skip
     """Train until a signal; with `once` until nothing waits.
 
     programs: stand in for the real ones in tests. poll_seconds: between two looks for work. backoff_seconds: before
-    the second attempt, doubled before each further one.
+    the second attempt, doubled before each further one, up to the second figure.
 
     Raises:
         ConfigError: devices that are not there, a store that can't be opened.
@@ -50,7 +50,8 @@ def work(
         call = StoreThreads(pool)
         workshop = Workshop(store, call, data_dir, programs or Programs())
         limits = RunLimits(
-            grace_seconds=settings.worker_grace_seconds, backoff_base_seconds=backoff_seconds,
+            grace_seconds=settings.worker_grace_seconds, backoff_base_seconds=backoff_seconds[0],
+            backoff_limit_seconds=backoff_seconds[1],
             niceness=_niceness(settings, devices),
         )  # fmt: skip
         context = RunContext(

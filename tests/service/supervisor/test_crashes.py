@@ -49,7 +49,7 @@ class Chaos:
         }[kind](job_id)  # fmt: skip
         self.counts[kind] += 1
         reached = self.bench.job(job_id).global_step
-        self.bench.until(lambda: self.bench.job(job_id).global_step > reached or self.is_over(job_id))
+        self.bench.until(lambda: self.bench.job(job_id).global_step > reached or self.is_over(job_id), 60)
 
     def running_job(self) -> str:
         """One that has not ended, made if there is none."""

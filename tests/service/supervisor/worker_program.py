@@ -27,7 +27,9 @@ def run(wanted: dict[str, Any]) -> int:
         "data_dir": wanted["data_dir"], "job_lease_seconds": wanted["lease"], "worker_devices": "cpu",
         "worker_metrics_port": 0, "worker_nice": 0, "log_format": "json", **wanted["flags"],
     }  # fmt: skip
-    return work(load_settings(flags), once=wanted["once"], programs=PROGRAMS, poll_seconds=0.05, backoff_seconds=0.1)
+    return work(
+        load_settings(flags), once=wanted["once"], programs=PROGRAMS, poll_seconds=0.05, backoff_seconds=(0.1, 0.3)
+    )
 
 
 def start(wanted: dict[str, Any]) -> int:
