@@ -19,6 +19,8 @@ from service.supervisor.lease_keeper import StoreThreads
 from service.supervisor.verdict import BROKEN
 
 _BATCH = 200
+#: The trainer's names of a step's counts -> what the API and the metrics call them.
+_COUNTS: Mapping[str, str] = {"num_tokens": "tokens", "num_samples": "samples", "num_label_tokens": "label_tokens"}
 _LEVELS: Mapping[str, Level] = {"error": "error", "warning": "warn"}
 
 
@@ -74,7 +76,7 @@ class Progress:
             if event.kind == "checkpoint":
                 await self._on_checkpoint(event)
             if is_live:
-                self._metrics.observe(event.kind, event.stage, event.data)
+                self._metrics.observe(event.kind, event.stage, _with_counts(event.data))
                 await self._on_live(event)
 
     async def _on_live(self, event: TrainerEvent) -> None:
@@ -126,8 +128,12 @@ class Progress:
         level = _LEVELS.get(event.kind.partition(":")[0], "info")
         is_broken = event.kind == "error" and event.data.get("code") == "internal_error"
         message = BROKEN if is_broken else _without(self._root, event.message)
-        data = _without(self._root, event.data)
+        data = _without(self._root, _with_counts(event.data) if event.kind == "step" else event.data)
         return NewEvent(event.stage, event.global_step, event.kind[:128], message, data, level)
+
+
+def _with_counts(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**{short: data[long] for long, short in _COUNTS.items() if long in data}, **data}
 
 
 def _without(root: str, value: Any) -> Any:

@@ -20,7 +20,7 @@ from service.jobs.database import SQLITE_NAME
 from service.jobs.job import Lease, LeaseLostError
 from tests.service.supervisor.conftest import Bench, Worker, final_state
 
-LEASE = 1.0
+LEASE, HEAVY_LEASE = 1.0, 2.0
 KINDS = ("trainer", "supervisor", "stopped supervisor", "database lock")
 FLAGS = {"worker_concurrency": 2, "job_max_attempts": 200, "worker_grace_seconds": 2}
 
@@ -28,15 +28,15 @@ FLAGS = {"worker_concurrency": 2, "job_max_attempts": 200, "worker_grace_seconds
 class Chaos:
     """Two workers, two slots, and somebody who kills."""
 
-    def __init__(self, bench: Bench, seed: int, steps: int) -> None:
-        self.bench, self.random, self.steps = bench, random.Random(seed), steps
+    def __init__(self, bench: Bench, seed: int, lease: float) -> None:
+        self.bench, self.random, self.steps, self.lease = bench, random.Random(seed), 60, lease
         self.jobs: list[str] = []
         self.counts = dict.fromkeys(KINDS, 0)
         for _ in range(2):
             self.start_worker()
 
     def start_worker(self) -> None:
-        self.bench.worker(lease=LEASE, **FLAGS)
+        self.bench.worker(lease=self.lease, **FLAGS)
 
     def disturb(self, kind: str) -> None:
         """Once, while a trainer runs; returns when training goes on."""
@@ -80,12 +80,12 @@ class Chaos:
         """For longer than its lease: another worker takes the job, and the stopped one wakes up to find it gone."""
         worker = self.holder(job_id)
         worker.signal(signal.SIGSTOP)
-        time.sleep(LEASE * (0.5 + self.random.random()))
+        time.sleep(self.lease * (0.5 + self.random.random()))
         worker.signal(signal.SIGCONT)
 
     def lock_database(self, _job_id: str) -> None:
         with locked(self.bench.data_dir / SQLITE_NAME):
-            time.sleep(LEASE * (0.3 + 1.5 * self.random.random()))
+            time.sleep(self.lease * (0.3 + 1.5 * self.random.random()))
 
     def holder(self, job_id: str) -> Worker:
         """The worker that holds the job, or any."""
@@ -131,8 +131,8 @@ def locked(path: Path, timeout: float = 30) -> Iterator[None]:
         connection.close()
 
 
-def run_matrix(bench: Bench, num_kills: int, seed: int) -> dict[str, int]:
-    chaos = Chaos(bench, seed, steps=60)
+def run_matrix(bench: Bench, num_kills: int, seed: int, lease: float) -> dict[str, int]:
+    chaos = Chaos(bench, seed, lease)
     kinds = list(KINDS) + [chaos.random.choice(KINDS) for _ in range(max(num_kills - len(KINDS), 0))]
     for kind in kinds[:num_kills]:
         chaos.disturb(kind)
@@ -141,13 +141,13 @@ def run_matrix(bench: Bench, num_kills: int, seed: int) -> dict[str, int]:
 
 
 def test_five_kills_lose_nothing(bench: Bench) -> None:
-    assert sum(run_matrix(bench, 5, seed=7).values()) == 5
+    assert sum(run_matrix(bench, 5, seed=7, lease=LEASE).values()) == 5
 
 
 @pytest.mark.heavy
 @pytest.mark.timeout(3000)
 def test_a_hundred_kills_lose_nothing(bench: Bench) -> None:
-    counts = run_matrix(bench, 100, seed=20261125)
+    counts = run_matrix(bench, 100, seed=20261125, lease=HEAVY_LEASE)
     assert sum(counts.values()) == 100
     assert min(counts.values()) > 10
 
