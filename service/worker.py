@@ -18,10 +18,13 @@ from service.settings import Settings
 from service.supervisor.devices import Device, LockFolder, parse_devices
 from service.supervisor.job_run import RunContext, RunLimits
 from service.supervisor.lease_keeper import StoreThreads
+from service.supervisor.warm_reader import WarmReader
 from service.supervisor.worker_loop import LoopLimits, WorkerLoop
 from service.supervisor.workshop import Programs, Workshop
 
 _THREADS_PER_DEVICE = 6
+#: What reads a training file, and what that imports only once it is called.
+_READER = ("model_core.cli.data", "model_core.training.data.scan", "model_core.training.data.multi")
 
 
 def work(
@@ -57,8 +60,10 @@ def work(
         context = RunContext(
             store, call, workshop, metrics, data_dir / "jobs", max_attempts=settings.job_max_attempts, limits=limits
         )
+        # A worker that ends with its work needs nobody who waits for more.
+        warm = None if once else WarmReader(_READER, limits.niceness)
         loop = WorkerLoop(
-            context, workshop, devices, LockFolder(data_dir / "locks"), LoopLimits(poll_seconds, once=once)
+            context, workshop, devices, LockFolder(data_dir / "locks"), LoopLimits(poll_seconds, once=once), warm
         )
         try:
             return asyncio.run(loop.run())

@@ -22,6 +22,7 @@ from service.supervisor.job_run import RunContext, Start
 from service.supervisor.lease_keeper import LeaseKeeper, work_under
 from service.supervisor.process import Launch, TrainerProcess
 from service.supervisor.verdict import Verdict, judge, of_os_error, of_refusal
+from service.supervisor.warm_reader import WarmReader
 
 _FOLDER = "validation"
 
@@ -45,8 +46,10 @@ class FileReader(Protocol):
 class FileCheck:
     """`run` returns when the claim is settled or lost, and the subprocess gone."""
 
-    def __init__(self, context: RunContext, reader: FileReader, claim: Claim, claimed_at: float) -> None:
-        self._context, self._reader, self._lease = context, reader, claim.lease
+    def __init__(
+        self, context: RunContext, reader: FileReader, claim: Claim, claimed_at: float, warm: WarmReader | None = None
+    ) -> None:
+        self._context, self._reader, self._lease, self._warm = context, reader, claim.lease, warm
         self.keeper = LeaseKeeper(context.store.leases, context.call, claim, claimed_at)
         self._folder = JobFolder(context.jobs_folder / claim.job.id).path / _FOLDER
         self._process: TrainerProcess | None = None
@@ -97,7 +100,8 @@ class FileCheck:
     async def _check(self, check: Check, number: int) -> tuple[Verdict, Mapping[str, Any]]:
         output, events = self._folder / f"check-{number}.json", self._folder / EVENTS
         events.unlink(missing_ok=True)
-        self._process = TrainerProcess.start(
+        process = None if self._warm is None else self._warm.take(check.start.command, output, self._folder / LOG)
+        self._process = process or TrainerProcess.start(
             Launch(
                 check.start.command, events, self._folder / LOG, output, environment=check.start.environment,
                 niceness=self._context.limits.niceness,

@@ -31,7 +31,7 @@ from service.supervisor.process import Launch, TrainerProcess
 from service.supervisor.progress import Progress
 from service.supervisor.verdict import Verdict, backoff_seconds, judge, of_os_error, of_refusal
 
-_TAIL_SECONDS = 0.1
+_TAIL_SECONDS = 0.4
 _LOCK_SECONDS = 0.05
 
 
@@ -40,7 +40,7 @@ class RunLimits:
     """grace_seconds: from the request to save until the kill. watch_seconds: between two looks at what people want."""
 
     grace_seconds: float = 120.0
-    watch_seconds: float = 0.5
+    watch_seconds: float = 1.0
     backoff_base_seconds: float = 2.0
     backoff_limit_seconds: float = 300.0
     recheck_seconds: float = 30.0

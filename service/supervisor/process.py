@@ -41,6 +41,7 @@ class Launch:
     log_path: Path
     output_path: Path | None = None
     environment: Mapping[str, str] | None = None
+    standard_input: int | None = None
     inherits: tuple[int, ...] = ()
     niceness: int = 0
 
@@ -75,7 +76,7 @@ class TrainerProcess:
             leashed = [sys.executable, "-I", "-S", leash.__file__, str(os.getpid()), str(launch.niceness), "--"]
             process = subprocess.Popen(
                 [*leashed, *command],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL if launch.standard_input is None else launch.standard_input,
                 stdout=output,
                 stderr=log,
                 env=None if launch.environment is None else dict(launch.environment),

@@ -23,6 +23,7 @@ from service.supervisor.devices import Device, DeviceLock, LockFolder
 from service.supervisor.file_check import FileCheck, FileReader
 from service.supervisor.job_run import JobRun, RunContext
 from service.supervisor.lease_keeper import PASSING
+from service.supervisor.warm_reader import WarmReader
 
 _BEAT_SECONDS = 10.0
 _FORGET_WORKERS_SECONDS = 3600.0
@@ -30,7 +31,10 @@ _FORGET_WORKERS_SECONDS = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class LoopLimits:
-    """poll_seconds: between two looks for work. once: end as soon as nothing waits and nothing runs."""
+    """poll_seconds: between two looks for work, four times as long while every slot is taken.
+
+    once: end as soon as nothing waits and nothing runs.
+    """
 
     poll_seconds: float = 0.25
     once: bool = False
@@ -41,10 +45,10 @@ class WorkerLoop:
 
     def __init__(
         self, context: RunContext, reader: FileReader, devices: Sequence[Device], locks: LockFolder,
-        limits: LoopLimits = LoopLimits(),
+        limits: LoopLimits = LoopLimits(), warm: WarmReader | None = None,
     ) -> None:  # fmt: skip
         self._context, self._reader, self._limits = context, reader, limits
-        self._devices, self._locks = tuple(devices), locks
+        self._devices, self._locks, self._warm = tuple(devices), locks, warm
         self.worker_id = f"{socket.gethostname()}:{os.getpid()}:{time.time_ns() % 10**9}"
         self._runs: dict[asyncio.Task[None], JobRun] = {}
         self._checks: set[asyncio.Task[None]] = set()
@@ -74,6 +78,8 @@ class WorkerLoop:
             await self._serve()
         finally:
             beating.cancel()
+            if self._warm is not None:
+                await self._warm.close()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
             with contextlib.suppress(*PASSING):
@@ -84,12 +90,15 @@ class WorkerLoop:
     async def _serve(self) -> None:
         while not self._drains:
             self._wake.clear()
+            if self._warm is not None and not self._checks:
+                self._warm.prepare()
             found = await self._look_for_work()
             if self._limits.once and not (found or self._runs or self._checks):
                 break
             if not found:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), self._limits.poll_seconds)
+                    is_full = len(self._runs) == len(self._devices)
+                    await asyncio.wait_for(self._wake.wait(), self._limits.poll_seconds * (4 if is_full else 1))
         tasks = [*self._runs, *self._checks]
         if tasks:
             await asyncio.wait(tasks)
@@ -126,7 +135,7 @@ class WorkerLoop:
         claim = await self._claim(can_train=False)
         if claim is None:
             return False
-        self._start_task(FileCheck(self._context, self._reader, claim, sent_at).run(), None)
+        self._start_task(FileCheck(self._context, self._reader, claim, sent_at, self._warm).run(), None)
         return True
 
     async def _claim_training(self) -> bool:

@@ -28,7 +28,11 @@ def run(wanted: dict[str, Any]) -> int:
         "worker_metrics_port": 0, "worker_nice": 0, "log_format": "json", **wanted["flags"],
     }  # fmt: skip
     return work(
-        load_settings(flags), once=wanted["once"], programs=PROGRAMS, poll_seconds=0.05, backoff_seconds=(0.1, 0.3)
+        load_settings(flags),
+        once=wanted["once"],
+        programs=PROGRAMS,
+        poll_seconds=wanted["poll"],
+        backoff_seconds=(0.1, 0.3),
     )
 
 
