@@ -88,14 +88,9 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         client.start()
-        keeping = asyncio.create_task(keep_house(store, folder, settings.event_retention_days * 24 * 3600))
-        try:
+        async with _kept_in_order(store, folder, settings.event_retention_days):
             yield
-        finally:
             await client.stop()
-            keeping.cancel()
-            await asyncio.gather(keeping, return_exceptions=True)
-            await asyncio.to_thread(store.close)
 
     app = FastAPI(
         title="Dual Vision Encoder",
@@ -116,13 +111,8 @@ def create_app(
         now=now,
     )
     # The last one added is the outermost.
-    app.add_middleware(
-        BodyLimit,
-        max_body_bytes=settings.max_body_bytes,
-        max_upload_bytes=settings.max_upload_bytes,
-        waiting=waiting,
-        metrics=metrics,
-    )
+    sizes = {"max_body_bytes": settings.max_body_bytes, "max_upload_bytes": settings.max_upload_bytes}
+    app.add_middleware(BodyLimit, **sizes, waiting=waiting, metrics=metrics)
     routers = [module.router for module in (chat, fusion, models, files, fine_tuning, job_events, health)]
     limits = KeyLimits(settings.key_requests_per_minute, settings.key_max_concurrent, clock)
     app.add_middleware(
@@ -137,12 +127,28 @@ def create_app(
     app.add_middleware(RequestScope, metrics=metrics)
     for router in routers:
         app.include_router(router)
+    _shape_errors(app)
+    _document_bodies(app)
+    return app
+
+
+@asynccontextmanager
+async def _kept_in_order(store: Store, folder: FileFolder, event_retention_days: float) -> AsyncGenerator[None, None]:
+    """Housekeeping beside the server; at the end the store is closed."""
+    keeping = asyncio.create_task(keep_house(store, folder, event_retention_days * 24 * 3600))
+    try:
+        yield
+    finally:
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+        await asyncio.to_thread(store.close)
+
+
+def _shape_errors(app: FastAPI) -> None:
     app.add_exception_handler(DualVisionError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_invalid_query)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
-    _document_bodies(app)
-    return app
 
 
 def _media(settings: Settings, folder: FileFolder, now: Callable[[], float]) -> MediaSource:

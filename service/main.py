@@ -103,6 +103,7 @@ def build_app(
     on_pool_thread: Callable[[], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[FastAPI, EngineClient]:
+    """The app with its parts, its store opened and brought up to date. Raises ConfigError, StoreUnavailableError."""
     metrics = Metrics()
     client = EngineClient(
         load, metrics, engine_limits(settings), on_load_failure=on_load_failure, on_pool_thread=on_pool_thread

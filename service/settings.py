@@ -18,6 +18,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from model_core.errors import ConfigError
 
 _MIB = 2**20
+#: Of programs that ask a server; the server itself reads neither.
+CLIENT_NAMES = frozenset({"DVE_URL", "DVE_API_KEY"})
 
 
 class Settings(BaseSettings):
@@ -143,6 +145,18 @@ def load_settings(flags: Mapping[str, object] | None = None) -> Settings:
         raise ConfigError("; ".join(_line(e["loc"], e["msg"], e["input"]) for e in error.errors())) from None
 
 
+def client_access() -> tuple[str, str | None]:
+    """For programs that ask a server (`dve jobs`): its URL, and the key to show it. Raises ConfigError."""
+    _refuse_unknown_names(os.environ)
+    own = Settings.model_fields
+    host = os.environ.get("DVE_HOST") or own["host"].default
+    port = os.environ.get("DVE_PORT") or own["port"].default
+    # What listens everywhere is asked here.
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return os.environ.get("DVE_URL") or url, os.environ.get("DVE_API_KEY") or None
+
+
 def _with_model_choice(flags: dict[str, object]) -> dict[str, object]:
     """Flags that name a model one way switch off an environment that names it the other way."""
     if "model" in flags:
@@ -159,7 +173,7 @@ def _line(loc: tuple[int | str, ...], message: str, value: object) -> str:
 
 
 def _refuse_unknown_names(environment: Mapping[str, str]) -> None:
-    known = {f"DVE_{name}".upper() for name in Settings.model_fields}
+    known = {f"DVE_{name}".upper() for name in Settings.model_fields} | CLIENT_NAMES
     for name in environment:
         if name.upper().startswith("DVE_") and name.upper() not in known:
             near = difflib.get_close_matches(name.upper(), known, n=1)

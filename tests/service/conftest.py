@@ -15,6 +15,7 @@ import httpx
 import openai
 import pytest
 import uvicorn
+from fastapi import FastAPI
 
 from service.engine_client import EngineClient
 from service.main import build_app, open_socket
@@ -36,8 +37,8 @@ def ask(text: str = "what?", images: int = 0, **more) -> dict:
 class LiveServer:
     """`http`: a plain client; `openai`: the official one. Both are closed with the server."""
 
-    def __init__(self, engine: FakeEngine, client: EngineClient, url: str, data_dir: Path) -> None:
-        self.engine, self.client, self.url, self.data_dir = engine, client, url, data_dir
+    def __init__(self, engine: FakeEngine, client: EngineClient, app: FastAPI, url: str, data_dir: Path) -> None:
+        self.engine, self.client, self.app, self.url, self.data_dir = engine, client, app, url, data_dir
         self.http = httpx.Client(base_url=url, timeout=20)
         self.openai = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20)
 
@@ -83,7 +84,7 @@ def run_server(
     thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
     thread.start()
     assert started.wait(20)
-    live = LiveServer(engine, client, f"http://127.0.0.1:{listening.getsockname()[1]}", chosen.data_dir)
+    live = LiveServer(engine, client, app, f"http://127.0.0.1:{listening.getsockname()[1]}", chosen.data_dir)
     try:
         yield live
     finally:
