@@ -255,19 +255,15 @@ class Leases:
 
     def reap(self) -> int:
         """Settle what only a lost worker held: requested actions are done, a used-up budget fails the job. How many."""
+        with self._database.read() as connection:  # mostly there is none, and no write lock is needed to see that
+            if connection.execute(select(jobs.c.seq).where(*_lost_for_good()).limit(1)).first() is None:
+                return 0
         with self._database.write() as connection:
             return self._reap(connection)
 
     def _reap(self, connection: Connection) -> int:
-        rows = connection.execute(
-            select(*job_columns())
-            .where(
-                jobs.c.lease_expires_at <= db_now(),
-                or_(jobs.c.requested_action.is_not(None), jobs.c.attempts_left <= 0),
-            )
-            .limit(_REAP_AT_ONCE)
-            .with_for_update(skip_locked=True)
-        ).mappings()
+        statement = select(*job_columns()).where(*_lost_for_good()).limit(_REAP_AT_ONCE)
+        rows = connection.execute(statement.with_for_update(skip_locked=True)).mappings()
         lost = [to_record(Job, row) for row in rows]
         for job in lost:
             if job.requested_action is None:
@@ -299,6 +295,12 @@ class Leases:
         if row is None:
             raise _lost(lease)
         return to_record(Job, row)
+
+
+def _lost_for_good() -> tuple[ColumnElement[bool], ...]:
+    """Of jobs whose lease has run out and that nobody may claim."""
+    is_over = or_(jobs.c.requested_action.is_not(None), jobs.c.attempts_left <= 0)
+    return jobs.c.lease_expires_at <= db_now(), is_over
 
 
 def _fence(lease: Lease) -> tuple[ColumnElement[bool], ...]:
