@@ -22,7 +22,7 @@ from starlette.responses import Response
 
 from model_core.errors import DualVisionError
 from service.addresses import AllowedHosts
-from service.auth import KeyGate
+from service.auth import KeyGate, scope_of
 from service.engine_client import EngineClient
 from service.errors import (
     ClientDisconnectedError,
@@ -120,7 +120,7 @@ def create_app(
         keys=keys,
         limits=limits,
         metrics=metrics,
-        public_paths=settings.public_paths,
+        public_paths=settings.no_key_paths(),
         host_name=settings.host,
         routes=[route for router in routers for route in router.routes],
     )
@@ -128,7 +128,7 @@ def create_app(
     for router in routers:
         app.include_router(router)
     _shape_errors(app)
-    _document_bodies(app)
+    _complete_document(app, settings)
     return app
 
 
@@ -194,8 +194,8 @@ async def _on_disconnect(_: Request, __: Exception) -> Response:
     return error_response(ClientDisconnectedError("the client closed the connection"), request_id_var.get())
 
 
-def _document_bodies(app: FastAPI) -> None:
-    """Adds the request bodies to the OpenAPI document when it is first asked for."""
+def _complete_document(app: FastAPI, settings: Settings) -> None:
+    """Adds the request bodies, and what takes a key, to the OpenAPI document when it is first asked for."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -214,6 +214,11 @@ def _document_bodies(app: FastAPI) -> None:
             document["paths"]["/v1/files"]["post"]["requestBody"] = {
                 "required": True, "content": {"multipart/form-data": {"schema": _FILE_SCHEMA}}
             }  # fmt: skip
+            document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            for path, operations in document["paths"].items():
+                for method, operation in operations.items():
+                    if scope_of(method.upper(), path, settings.no_key_paths()) is not None:
+                        operation["security"] = [{"key": []}]
             app.openapi_schema = document
         return app.openapi_schema
 

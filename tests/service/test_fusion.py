@@ -176,12 +176,13 @@ def test_the_history_is_bounded_and_a_reused_id_means_the_newer_request():
 
     history = FusionHistory(max_requests=2)
     for i, request_id in enumerate(("same", "same", "other")):
-        history.add(Served(request_id, f"c{i}", "m", i, ()))
-    assert history.find("c0") is None
-    assert history.find("same").completion_id == "c1"
-    history.add(Served("more", "c3", "m", 3, ()))
-    assert history.find("same") is None
-    assert history.find("other").completion_id == "c2"
+        history.add(Served("k", request_id, f"c{i}", "m", i, ()))
+    assert history.find("k", "c0") is None
+    assert history.find("k", "same").completion_id == "c1"
+    assert history.find("other key", "same") is None and history.find("other key", "c1") is None
+    history.add(Served("k", "more", "c3", "m", 3, ()))
+    assert history.find("k", "same") is None
+    assert history.find("k", "other").completion_id == "c2"
 
 
 def test_openapi_documents_bodies_and_paths(shared: LiveServer):
