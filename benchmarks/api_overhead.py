@@ -13,8 +13,10 @@ import asyncio
 import base64
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -137,17 +139,21 @@ async def measure_streams(app: Any, streams: int, tokens: int) -> tuple[float, f
 
 
 async def run(args: argparse.Namespace) -> list[tuple[str, str, str]]:
-    settings = Settings(max_num_seqs=args.streams, batch_window_seconds=0.0, log_level="error")
-    app, client = build_app(settings, FreeEngine)
-    engine_client: EngineClient = client
-    engine_client.start()
-    await engine_client.wait_loaded()
-    try:
-        seconds = sorted(await measure_requests(app, args.requests))
-        await measure_streams(app, args.streams, 20)
-        per_wall, per_cpu = await measure_streams(app, args.streams, args.tokens)
-    finally:
-        await engine_client.stop()
+    with tempfile.TemporaryDirectory() as data_dir:  # without keys and jobs
+        settings = Settings(
+            max_num_seqs=args.streams, batch_window_seconds=0.0, log_level="error", data_dir=Path(data_dir)
+        )
+        app, client = build_app(settings, FreeEngine)
+        engine_client: EngineClient = client
+        engine_client.start()
+        await engine_client.wait_loaded()
+        try:
+            seconds = sorted(await measure_requests(app, args.requests))
+            await measure_streams(app, args.streams, 20)
+            per_wall, per_cpu = await measure_streams(app, args.streams, args.tokens)
+        finally:
+            await engine_client.stop()
+            app.state.parts.desk.store.close()
     return [
         ("200 KB request, p50", f"{statistics.median(seconds) * 1000:.2f} ms", "2 ms"),
         ("200 KB request, p99", f"{seconds[int(len(seconds) * 0.99)] * 1000:.2f} ms", ""),

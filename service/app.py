@@ -22,7 +22,7 @@ from starlette.responses import Response
 
 from model_core.errors import DualVisionError
 from service.addresses import AllowedHosts
-from service.auth import KeyGate
+from service.auth import KeyGate, scope_of
 from service.engine_client import EngineClient
 from service.errors import (
     ClientDisconnectedError,
@@ -88,14 +88,9 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         client.start()
-        keeping = asyncio.create_task(keep_house(store, folder, settings.event_retention_days * 24 * 3600))
-        try:
+        async with _kept_in_order(store, folder, settings.event_retention_days):
             yield
-        finally:
             await client.stop()
-            keeping.cancel()
-            await asyncio.gather(keeping, return_exceptions=True)
-            await asyncio.to_thread(store.close)
 
     app = FastAPI(
         title="Dual Vision Encoder",
@@ -116,13 +111,8 @@ def create_app(
         now=now,
     )
     # The last one added is the outermost.
-    app.add_middleware(
-        BodyLimit,
-        max_body_bytes=settings.max_body_bytes,
-        max_upload_bytes=settings.max_upload_bytes,
-        waiting=waiting,
-        metrics=metrics,
-    )
+    sizes = {"max_body_bytes": settings.max_body_bytes, "max_upload_bytes": settings.max_upload_bytes}
+    app.add_middleware(BodyLimit, **sizes, waiting=waiting, metrics=metrics)
     routers = [module.router for module in (chat, fusion, models, files, fine_tuning, job_events, health)]
     limits = KeyLimits(settings.key_requests_per_minute, settings.key_max_concurrent, clock)
     app.add_middleware(
@@ -130,19 +120,35 @@ def create_app(
         keys=keys,
         limits=limits,
         metrics=metrics,
-        public_paths=settings.public_paths,
+        public_paths=settings.no_key_paths(),
         host_name=settings.host,
         routes=[route for router in routers for route in router.routes],
     )
     app.add_middleware(RequestScope, metrics=metrics)
     for router in routers:
         app.include_router(router)
+    _shape_errors(app)
+    _complete_document(app, settings)
+    return app
+
+
+@asynccontextmanager
+async def _kept_in_order(store: Store, folder: FileFolder, event_retention_days: float) -> AsyncGenerator[None, None]:
+    """Housekeeping beside the server; at the end the store is closed."""
+    keeping = asyncio.create_task(keep_house(store, folder, event_retention_days * 24 * 3600))
+    try:
+        yield
+    finally:
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+        await asyncio.to_thread(store.close)
+
+
+def _shape_errors(app: FastAPI) -> None:
     app.add_exception_handler(DualVisionError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_invalid_query)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
-    _document_bodies(app)
-    return app
 
 
 def _media(settings: Settings, folder: FileFolder, now: Callable[[], float]) -> MediaSource:
@@ -188,8 +194,8 @@ async def _on_disconnect(_: Request, __: Exception) -> Response:
     return error_response(ClientDisconnectedError("the client closed the connection"), request_id_var.get())
 
 
-def _document_bodies(app: FastAPI) -> None:
-    """Adds the request bodies to the OpenAPI document when it is first asked for."""
+def _complete_document(app: FastAPI, settings: Settings) -> None:
+    """Adds the request bodies, and what takes a key, to the OpenAPI document when it is first asked for."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -208,6 +214,11 @@ def _document_bodies(app: FastAPI) -> None:
             document["paths"]["/v1/files"]["post"]["requestBody"] = {
                 "required": True, "content": {"multipart/form-data": {"schema": _FILE_SCHEMA}}
             }  # fmt: skip
+            document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            for path, operations in document["paths"].items():
+                for method, operation in operations.items():
+                    if scope_of(method.upper(), path, settings.no_key_paths()) is not None:
+                        operation["security"] = [{"key": []}]
             app.openapi_schema = document
         return app.openapi_schema
 

@@ -81,12 +81,12 @@ class KeyGate:
         keys: KeyRing,
         limits: KeyLimits,
         metrics: Metrics,
-        public_paths: str,
+        public_paths: Sequence[str],
         host_name: str,
         routes: Sequence[BaseRoute],
     ) -> None:
         self._app, self._keys, self._limits, self._metrics = app, keys, limits, metrics
-        self._public_paths = tuple(public_paths.split(","))
+        self._public_paths = tuple(public_paths)
         self._own_names = ("localhost", host_name.lower())
         self._routes = routes
 
@@ -119,15 +119,23 @@ class KeyGate:
             await error_response(error, request_id_var.get(), headers)(scope, receive, send)
             return
 
+        is_running = True
+
         async def send_with_headers(message: Message) -> None:
+            nonlocal is_running
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(headers)
+            elif is_running and message["type"] == "http.response.body" and not message.get("more_body", False):
+                # Before the client has the end: its next request must find the place free.
+                is_running = False
+                self._limits.leave(caller.key_id)
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_headers)
         finally:
-            self._limits.leave(caller.key_id)
+            if is_running:
+                self._limits.leave(caller.key_id)
 
     def _authenticate(self, scope: Scope) -> Caller:
         """Raises InvalidApiKeyError."""
@@ -155,8 +163,7 @@ class KeyGate:
 
         Such a page names itself: as the origin, or as the host once its name has been made to point here.
         """
-        named = [f"//{headers['host']}"] if "host" in headers else []
-        named += headers.getlist("origin")
+        named = [f"//{host}" for host in headers.getlist("host")] + headers.getlist("origin")
         if not all(self._is_own(url) for url in named):
             raise InvalidApiKeyError(
                 "without keys this server answers only under this machine's own names",

@@ -1,4 +1,4 @@
-"""`dve`: the one command. `dve serve` is here; model_core's commands are mounted beside it.
+"""`dve`: the one command. `dve serve` and `dve keys` are here; model_core's commands are mounted beside them.
 
 In: argv and the environment. Out: an exit code; what a user can put right is one line on stderr and 2.
 It imports a command's code only when that command is asked for.
@@ -10,11 +10,12 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from model_core.errors import DualVisionError
-from service.settings import WORKER_FIELDS, Settings, load_settings
+from service.settings import WORKER_ONLY, Settings, load_settings, settings_table
 
 #: command, of one word or two -> (module with `main(argv) -> int | None`, what it does)
 MOUNTED: Mapping[str, tuple[str, str]] = {
@@ -22,14 +23,13 @@ MOUNTED: Mapping[str, tuple[str, str]] = {
     "config": ("model_core.cli.configs", "check a training recipe: config validate FILE"),
     "configs": ("model_core.cli.configs", "write the shipped training recipes: configs create"),
     "demo": ("model_core.cli.demo", "build or evaluate the demo model"),
+    "jobs": ("service.job_commands", "training jobs of a server: list, show, watch, cancel, pause, resume"),
     "fit": ("model_core.cli.fit", "say whether serving and each training mode fit the memory"),
+    "worker": ("service.worker_commands", "train the jobs that the server was given"),
+    "up": ("service.together", "serve and worker together"),
     "bench": ("model_core.cli.bench", "time the engine or the encoders"),
     "bench serve": ("service.bench", "time an endpoint under load, beside another one if wanted"),
 }
-
-_UP_SERVE = ("host", "port", "model")
-_UP_WORKER = ("worker_devices", "worker_concurrency")
-_UP_BOTH = ("data_dir", "log_format")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,12 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     num_words = 2 if " ".join(arguments[:2]) in MOUNTED else 1
     command, rest = " ".join(arguments[:num_words]) or "--help", arguments[num_words:]
     try:
-        if command == "serve":
-            return _serve(rest)
-        if command == "worker":
-            return _work(rest)
-        if command == "up":
-            return _up(rest)
+        if command in _OWN:
+            return _OWN[command][0](rest)
         if command in MOUNTED:
             return int(importlib.import_module(MOUNTED[command][0]).main(rest) or 0)
     except DualVisionError as error:
@@ -60,44 +56,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in ("-h", "--help", "help"):
         sys.stdout.write(_help())
         return 0
-    sys.stderr.write(
-        f"dve: error: unknown command {command[:80]!r}; allowed: serve, worker, up, {', '.join(MOUNTED)}\n"
-    )
+    sys.stderr.write(f"dve: error: unknown command {command[:80]!r}; allowed: {', '.join((*_OWN, *MOUNTED))}\n")
     return 2
 
 
 def _help() -> str:
-    own = {
-        "serve": "serve the model over HTTP",
-        "worker": "train the jobs that the server was given",
-        "up": "serve and worker together",
-    }
-    rows = {**own, **{name: text for name, (_, text) in MOUNTED.items()}}
+    rows = {name: text for name, (_, text) in (*_OWN.items(), *MOUNTED.items())}
     lines = "\n".join(f"  {name:<12} {text}" for name, text in rows.items())
     return f"usage: dve COMMAND [OPTIONS]\n\ncommands:\n{lines}\n\n`dve COMMAND --help` tells a command's options.\n"
 
 
 def _serve(argv: Sequence[str]) -> int:
     flags = vars(serve_parser().parse_args(argv))
-    print_config = flags.pop("print_config")
-    settings = load_settings(flags)
+    print_config, form = flags.pop("print_config"), flags.pop("format")
+    settings = load_settings(flags, flags.pop("set"))
     if print_config:
-        sys.stdout.write(json.dumps(settings.model_dump(mode="json"), indent=2) + "\n")
+        as_json = json.dumps(settings.model_dump(mode="json"), indent=2) + "\n"
+        sys.stdout.write(settings_table(settings) if form == "table" else as_json)
         return 0
     # Here and not above: `dve infer` and `dve --help` need no web server.
     from service.main import serve
 
     return serve(settings)
-
-
-def _work(argv: Sequence[str]) -> int:
-    flags = vars(worker_parser().parse_args(argv))
-    once = flags.pop("once")
-    settings = load_settings(flags)
-    # Here and not above: `dve --help` needs no store of jobs.
-    from service.worker import work
-
-    return work(settings, once=once)
 
 
 def serve_parser() -> argparse.ArgumentParser:
@@ -108,58 +88,47 @@ def serve_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for name in Settings.model_fields:
-        if not name.startswith("worker_"):
-            _add_setting(parser, name)
+    for name, field in Settings.model_fields.items():
+        if name in WORKER_ONLY:
+            continue
+        spellings = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
+        default = "" if field.default is None else f" (default: {field.default})"
+        text = f"{field.description}{default}".replace("%", "%%")
+        parser.add_argument(*spellings, dest=name, metavar="VALUE", help=text)
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting by its name; may be repeated"
+    )
     parser.add_argument(
         "--print-config", "--print_config", action="store_true", default=False, help="print the settings and stop"
     )
+    parser.add_argument(
+        "--format", choices=("json", "table"), default="json", help="of --print-config (default: %(default)s)"
+    )
     return parser
 
 
-def worker_parser() -> argparse.ArgumentParser:
-    """The worker's settings as flags; `--devices` is short for `--worker-devices`, and so on."""
-    parser = _Parser(
-        prog="dve worker",
-        description="Train the jobs that the server was given. Every option is also an environment variable, "
-        "DVE_<OPTION>; a short one stands for DVE_WORKER_<OPTION>.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--once", action="store_true", default=False, help="end when no job waits any more")
-    for name in WORKER_FIELDS:
-        _add_setting(parser, name, name.removeprefix("worker_"))
-    return parser
+def _keys(argv: Sequence[str]) -> int:
+    from service.keys import SCOPES, append_key, hashed_line, new_key
+
+    parser = _Parser(prog="dve keys", description="Make an API key. A running server learns of it when it starts anew.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    create = commands.add_parser("create", help="print a new key, once, and its hashed form", allow_abbrev=False)
+    create.add_argument("--scope", choices=SCOPES, required=True, help="training may do all that inference may")
+    create.add_argument("--out", type=Path, metavar="FILE", help="add the hashed form to this file (api_keys=@FILE)")
+    args = parser.parse_args(argv)
+    key = new_key()
+    line = hashed_line(key, args.scope)
+    if args.out is not None:
+        append_key(args.out, line)
+    sys.stdout.write(f"{key}\n{line}\n")
+    return 0
 
 
-def _up(argv: Sequence[str]) -> int:
-    parser = _Parser(
-        prog="dve up",
-        description="Serve and train at once, in one data folder. The other settings are environment variables.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    for name in (*_UP_SERVE, *_UP_WORKER, *_UP_BOTH):
-        _add_setting(parser, name, name.removeprefix("worker_"))
-    flags = vars(parser.parse_args(argv))
-    # Checked here, so that a wrong one is told once and neither is started.
-    load_settings(flags)
-    from service.together import run_together
-
-    def command(name: str, *settings: str) -> list[str]:
-        given = [word for one in settings if one in flags for word in (f"--{one}", str(flags[one]))]
-        return [sys.executable, "-m", "service.cli", name, *given]
-
-    return run_together(command("serve", *_UP_SERVE, *_UP_BOTH), command("worker", *_UP_WORKER, *_UP_BOTH))
-
-
-def _add_setting(parser: argparse.ArgumentParser, name: str, short: str | None = None) -> None:
-    field = Settings.model_fields[name]
-    words = dict.fromkeys((short or name, name))
-    spellings = dict.fromkeys(f"--{spelling}" for word in words for spelling in (word.replace("_", "-"), word))
-    default = "" if field.default is None else f" (default: {field.default})"
-    text = f"{field.description}{default}".replace("%", "%%")
-    parser.add_argument(*spellings, dest=name, metavar="VALUE", help=text)
+#: Commands that are at home here.
+_OWN: Mapping[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "serve": (_serve, "serve the model over HTTP"),
+    "keys": (_keys, "make an API key: keys create --scope S"),
+}
 
 
 if __name__ == "__main__":

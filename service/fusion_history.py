@@ -1,7 +1,7 @@
 """How recent images were routed: a bounded memory of served requests, and statistics over it.
 
 In: one `Served` a finished chat request. Out: rolling statistics, or one request's own weights. It
-refuses to keep anything of the request but its ids, its model's name and its fusion weights.
+refuses to keep anything of the request but its ids, its key's, its model's name and its fusion weights.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ _NUM_BINS = 10
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """`request_id` is the x-request-id, `completion_id` the answer's own id: either finds it."""
+    """`request_id` is the x-request-id, `completion_id` the answer's own id: either finds it, for the same key."""
 
+    key_id: str
     request_id: str
     completion_id: str
     model: str
@@ -33,20 +34,23 @@ class FusionHistory:
     def __init__(self, max_requests: int = 10_000) -> None:
         self._max_requests = max_requests
         self._served: OrderedDict[str, Served] = OrderedDict()
-        self._completions: dict[str, str] = {}
+        #: (key id, request id) -> completion id
+        self._completions: dict[tuple[str, str], str] = {}
 
     def add(self, served: Served) -> None:
         key = served.completion_id
         self._served[key] = served
-        self._completions[served.request_id] = key
+        self._completions[served.key_id, served.request_id] = key
         while len(self._served) > self._max_requests:
             _, oldest = self._served.popitem(last=False)
             # A client may reuse a request id: then the newer request owns the entry.
-            if self._completions.get(oldest.request_id) == oldest.completion_id:
-                del self._completions[oldest.request_id]
+            if self._completions.get((oldest.key_id, oldest.request_id)) == oldest.completion_id:
+                del self._completions[oldest.key_id, oldest.request_id]
 
-    def find(self, request_id: str) -> Served | None:
-        return self._served.get(self._completions.get(request_id, request_id))
+    def find(self, key_id: str, request_id: str) -> Served | None:
+        """Request ids are the clients' words: another key's are not there."""
+        served = self._served.get(self._completions.get((key_id, request_id), request_id))
+        return served if served is not None and served.key_id == key_id else None
 
     def recent_images(self, window: int) -> Iterator[tuple[str, FusionWeights]]:
         """(model, weights) of the last `window` images, the newest first."""

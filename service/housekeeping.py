@@ -30,7 +30,9 @@ async def keep_house(store: Store, folder: FileFolder, event_retention_seconds: 
                 next_purge = clock() + _PURGE_SECONDS
                 await asyncio.to_thread(purge, store, folder, event_retention_seconds)
         except (DualVisionError, OSError) as error:
-            log_fields(logging.WARNING, "the store could not be kept in order", error=type(error).__name__)
+            log_fields(
+                logging.WARNING, "the store could not be kept in order", error=type(error).__name__, reason=str(error)
+            )
         await asyncio.sleep(every)
 
 

@@ -103,12 +103,12 @@ def build_app(
     on_pool_thread: Callable[[], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[FastAPI, EngineClient]:
-    metrics = Metrics()
+    """The app with its parts, its store opened and brought up to date. Raises ConfigError, StoreUnavailableError."""
+    keys, metrics = load_keys(settings), Metrics()
     client = EngineClient(
         load, metrics, engine_limits(settings), on_load_failure=on_load_failure, on_pool_thread=on_pool_thread
     )
-    store = store_of(settings)
-    return create_app(settings, client, metrics, load_keys(settings), store, clock=clock), client
+    return create_app(settings, client, metrics, keys, store_of(settings), clock=clock), client
 
 
 def open_socket(host: str, port: int) -> socket.socket:

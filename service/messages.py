@@ -93,6 +93,17 @@ def require_images(messages: Sequence[Message]) -> None:
         )
 
 
+def transcript(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """Roles and texts, for a log whose owner asks for content; a picture is `<image_url>`."""
+    return [{"role": message.role, "text": _spoken(message.content)} for message in messages]
+
+
+def _spoken(content: str | Sequence[object]) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(part.text if isinstance(part, TextContent) else f"<{getattr(part, 'type', '')}>" for part in content)
+
+
 def to_messages(messages: Sequence[Message], read_image: ReadImage, info: ModelInfo) -> tuple[ChatMessage, ...]:
     """Decodes base64, so it belongs in the preprocess pool. Raises ImageError, ContextLengthError."""
     _check_text_length(messages, info)

@@ -120,6 +120,14 @@ def _check_contradictions(body: CreateJobRequest, fusion: JobFusion, hyperparame
             "'training_file' is not among 'fusion.datasets'", "one of their files", "training_file",
         ),
     ]  # fmt: skip
+    wrong += [
+        (
+            not set(stage.dataset_weights or ()) <= set(_training_files(body, fusion)),
+            "a stage weighs a file that the job does not train on", "files of 'fusion.datasets'",
+            f"fusion.curriculum[{index}].dataset_weights",
+        )
+        for index, stage in enumerate(fusion.curriculum or ())
+    ]  # fmt: skip
     for is_wrong, what, allowed, param in wrong:
         if is_wrong:
             raise InvalidRequestError(what, allowed=allowed, param=param)

@@ -7,10 +7,11 @@ is an error that lists what is allowed) and settings that contradict each other.
 from __future__ import annotations
 
 import difflib
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -18,6 +19,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from model_core.errors import ConfigError
 
 _MIB = 2**20
+#: Of programs that ask a server; the server itself reads neither.
+CLIENT_NAMES = frozenset({"DVE_URL", "DVE_API_KEY"})
 
 
 class Settings(BaseSettings):
@@ -29,6 +32,7 @@ class Settings(BaseSettings):
     qwen_model_name: str | None = Field(None, min_length=1, description="hub id or folder of a Qwen2.5-VL")
     dinov2_model_name: str | None = Field(None, min_length=1, description="hub id or folder of a DINOv2")
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
     data_dir: Path = Field(Path("data"), description="folder of what the server keeps: keys, files, jobs")
     database_url: SecretStr | None = Field(
         None, description="PostgreSQL for the jobs, postgresql://...; none: SQLite in data_dir"
@@ -55,7 +59,6 @@ class Settings(BaseSettings):
     key_max_concurrent: int = Field(
         0, ge=0, le=100_000, description="requests of one key that run or wait at once; 0: no limit"
     )
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's own")
     max_num_seqs: int = Field(16, ge=1, le=4096, description="requests that run at once")
@@ -98,7 +101,13 @@ class Settings(BaseSettings):
     )
     worker_metrics_port: int = Field(8001, ge=0, le=65535, description="port of the worker's /metrics; 0: none")
     log_format: Literal["json", "plain"] = Field("plain", description="one JSON object a line, or plain text")
+    log_content: bool = Field(
+        False, description="write what chats ask and answer into the log; otherwise it holds no word of either"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line written")
+
+    def no_key_paths(self) -> tuple[str, ...]:
+        return tuple(path for path in self.public_paths.split(",") if path)
 
     @field_validator("data_dir", mode="before")
     @classmethod
@@ -140,14 +149,20 @@ class Settings(BaseSettings):
                 f"batch_window_seconds={self.batch_window_seconds} is not below "
                 f"request_timeout_seconds={self.request_timeout_seconds}: every request would time out"
             )
+        if self.log_content and self.log_level in ("warning", "error"):
+            raise ValueError(
+                f"log_content={self.log_content} with log_level={self.log_level!r}: content stands in the access log, "
+                "whose lines are of level info; lower the second or switch off the first"
+            )
         return self
 
 
-#: What `dve worker` listens to; `worker_*` and these two mean nothing to the server alone.
+#: What `dve worker` listens to; of these the server alone has no use for `WORKER_ONLY`.
 WORKER_FIELDS = (
     "data_dir", "database_url", "host", "job_lease_seconds", "job_max_attempts", "worker_devices", "worker_concurrency",
     "worker_grace_seconds", "worker_nice", "worker_metrics_port", "log_format", "log_level",
 )  # fmt: skip
+WORKER_ONLY = tuple(name for name in WORKER_FIELDS if name.startswith("worker_"))
 
 
 def child_environment(**changes: str) -> dict[str, str]:
@@ -156,13 +171,46 @@ def child_environment(**changes: str) -> dict[str, str]:
     return kept | changes
 
 
-def load_settings(flags: Mapping[str, object] | None = None) -> Settings:
-    """Flags over environment over defaults. Raises ConfigError with one readable line."""
+def load_settings(flags: Mapping[str, object] | None = None, assignments: Sequence[str] = ()) -> Settings:
+    """Flags and assignments (`name=value`) over environment over defaults. Raises ConfigError, in one readable line."""
     _refuse_unknown_names(os.environ)
     try:
-        return Settings(**_with_model_choice(dict(flags or {})))  # type: ignore[arg-type]
+        return Settings(**_with_model_choice(_assign(dict(flags or {}), assignments)))  # type: ignore[arg-type]
     except ValidationError as error:
         raise ConfigError("; ".join(_line(e["loc"], e["msg"], e["input"]) for e in error.errors())) from None
+
+
+def client_access() -> tuple[str, str | None]:
+    """For programs that ask a server (`dve jobs`): its URL, and the key to show it. Raises ConfigError."""
+    _refuse_unknown_names(os.environ)
+    own = Settings.model_fields
+    host = os.environ.get("DVE_HOST") or own["host"].default
+    port = os.environ.get("DVE_PORT") or own["port"].default
+    # What listens everywhere is asked here.
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return os.environ.get("DVE_URL") or url, os.environ.get("DVE_API_KEY") or None
+
+
+def _assign(flags: dict[str, object], assignments: Sequence[str]) -> dict[str, object]:
+    for assignment in assignments:
+        name, sign, value = assignment.partition("=")
+        name = name.strip().replace("-", "_")
+        if not sign or name not in Settings.model_fields:
+            raise _unknown_name("--set names no setting", name, list(Settings.model_fields))
+        if name in flags:
+            raise ConfigError(
+                f"the setting {name} is given twice",
+                value=f"{_shown(name, flags[name])} and {_shown(name, value)}",
+                allowed="once on the command line",
+            )
+        flags[name] = value
+    return flags
+
+
+def _shown(name: object, value: object) -> str:
+    """Somebody may have put the key itself where its hash belongs; a database's URL has a password in it."""
+    return "(not shown)" if name in ("api_keys", "database_url") else repr(value)
 
 
 def _with_model_choice(flags: dict[str, object]) -> dict[str, object]:
@@ -177,17 +225,64 @@ def _with_model_choice(flags: dict[str, object]) -> dict[str, object]:
 
 def _line(loc: tuple[int | str, ...], message: str, value: object) -> str:
     message = message.removeprefix("Value error, ")
-    return f"{'.'.join(map(str, loc))}: {message} (got {value!r})" if loc else message
+    return f"{'.'.join(map(str, loc))}: {message} (got {_shown(loc[0], value)})" if loc else message
 
 
 def _refuse_unknown_names(environment: Mapping[str, str]) -> None:
-    known = {f"DVE_{name}".upper() for name in Settings.model_fields}
+    known = {f"DVE_{name}".upper() for name in Settings.model_fields} | CLIENT_NAMES
     for name in environment:
         if name.upper().startswith("DVE_") and name.upper() not in known:
-            near = difflib.get_close_matches(name.upper(), known, n=1)
-            raise ConfigError(
-                "unknown setting in the environment",
-                value=name,
-                allowed=", ".join(sorted(known)),
-                fix=f"Perhaps {near[0]} was meant" if near else "Unset it",
-            )
+            raise _unknown_name("unknown setting in the environment", name.upper(), sorted(known))
+
+
+def _unknown_name(what: str, name: str, known: Sequence[str]) -> ConfigError:
+    near = difflib.get_close_matches(name, known, n=1)
+    fix = f"Perhaps {near[0]} was meant" if near else "Leave it out"
+    return ConfigError(what, value=name, allowed=", ".join(known), fix=fix)
+
+
+def settings_table(settings: Settings) -> str:
+    """A page of Markdown: every field, the value that holds, what is allowed, what it means."""
+    values = settings.model_dump(mode="json")
+    rows = [
+        f"| `{name}` | {_plain(values[name])} | {', '.join(_allowed(schema))} | {schema['description']} |"
+        for name, schema in Settings.model_json_schema()["properties"].items()
+    ]
+    return _TABLE_HEAD + "\n".join(rows) + "\n"
+
+
+_TABLE_HEAD = """# Settings
+
+Written by `dve serve --print-config --format table`. Each is a flag of `dve serve` (`--port 8123`, `--set port=8123`),
+those that begin with `worker_` of `dve worker`; it wins over the environment variable (`DVE_PORT=8123`).
+
+| setting | value | allowed | meaning |
+|---|---|---|---|
+"""
+
+
+_KINDS = {"boolean": "true, false", "null": "none", "string": "text"}
+
+
+def _plain(value: object) -> str:
+    if value is None or value == "":
+        return "none"
+    return f"`{value}`" if isinstance(value, str) else f"`{json.dumps(value)}`"
+
+
+def _allowed(schema: Mapping[str, Any]) -> Iterator[str]:
+    for choice in schema.get("anyOf", [schema]):
+        if "enum" in choice:
+            yield from choice["enum"]
+        elif choice["type"] in ("integer", "number"):
+            yield _range(choice)
+        else:
+            yield _KINDS.get(choice["type"], choice["type"])
+
+
+def _range(schema: Mapping[str, Any]) -> str:
+    if "exclusiveMinimum" in schema:
+        return f"over {schema['exclusiveMinimum']}"
+    if "maximum" in schema:
+        return f"{schema.get('minimum', '')} to {schema['maximum']}".strip()
+    return f"{schema['minimum']} or more" if "minimum" in schema else "any number"

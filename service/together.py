@@ -1,11 +1,12 @@
 """`dve up`: a server and a worker side by side, which find one data folder and end together.
 
-In: two command lines. Out: an exit code: the first one's that was not 0. Signals are passed on once each, so that both
-drain; each child is on a leash, so that neither outlives this process, whatever ends it.
+In: argv, or two command lines. Out: an exit code: the first one's that was not 0. Signals are passed on once
+each, so that both drain; each child is on a leash, so that neither outlives this process, whatever ends it.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
@@ -13,7 +14,31 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
+from service.settings import load_settings
 from service.supervisor import leash
+from service.worker_commands import add_setting
+
+_SERVE, _WORKER, _BOTH = ("host", "port", "model"), ("worker_devices", "worker_concurrency"), ("data_dir", "log_format")
+
+
+def main(argv: Sequence[str]) -> int:
+    """`dve up`. Raises ConfigError, once, before either is started."""
+    parser = argparse.ArgumentParser(
+        prog="dve up",
+        description="Serve and train at once, in one data folder. The other settings are environment variables.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for name in (*_SERVE, *_WORKER, *_BOTH):
+        add_setting(parser, name)
+    flags = vars(parser.parse_args(argv))
+    load_settings(flags)
+
+    def command(name: str, *settings: str) -> list[str]:
+        given = [word for one in settings if one in flags for word in (f"--{one}", str(flags[one]))]
+        return [sys.executable, "-m", "service.cli", name, *given]
+
+    return run_together(command("serve", *_SERVE, *_BOTH), command("worker", *_WORKER, *_BOTH))
 
 
 def run_together(*commands: Sequence[str]) -> int:
@@ -44,5 +69,6 @@ def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
 
 def _end(children: Sequence[subprocess.Popen[bytes]]) -> None:
     for child in children:
+        # Not its own send_signal, which would reap one that has just ended behind the back of the wait above.
         if child.returncode is None:
-            child.send_signal(signal.SIGTERM)
+            os.kill(child.pid, signal.SIGTERM)

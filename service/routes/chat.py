@@ -15,6 +15,7 @@ from model_core.types import FusionWeights, ModelInfo, TokenEvent, TokenLogprob,
 from service.fusion_history import Served
 from service.keys import Caller
 from service.logs import request_id_var
+from service.messages import transcript
 from service.protocol.body import header_list, parse_body
 from service.protocol.chat import ChatCompletionRequest
 from service.reports import fusion_entries
@@ -53,6 +54,8 @@ class _Chat:
     caller: Caller
     completion_id: str
     created: int
+    #: What each choice says, where the log is to hold it.
+    said: dict[int, str] | None
 
     async def events(self) -> AsyncGenerator[Indexed, None]:
         """Of all choices as they come; the error of one ends all."""
@@ -64,12 +67,14 @@ class _Chat:
                 async for event in events:
                     # The engine has begun: this body waits no longer.
                     self.waiting_body.release()
-                    yield index_of[event.request_id], event
+                    index = index_of[event.request_id]
+                    if self.said is not None:
+                        self.said[index] = self.said.get(index, "") + event.text
+                    yield index, event
 
     def remember(self, fusion: tuple[FusionWeights, ...]) -> None:
-        self.parts.history.add(
-            Served(request_id_var.get(), self.completion_id, self.plan.model, self.created, tuple(fusion))
-        )
+        ids = self.caller.key_id, request_id_var.get(), self.completion_id
+        self.parts.history.add(Served(*ids, self.plan.model, self.created, tuple(fusion)))
 
     def headers(self, usage: Usage | None) -> dict[str, str]:
         headers = {}
@@ -89,9 +94,13 @@ async def create_chat_completion(request: Request, parts: Parts, caller: CallerO
     info = parts.client.info
     plan = plan_chat(body, info)
     completion_id = f"chatcmpl-{uuid.uuid4().hex}"
+    request.state.log_fields = {"completion_id": completion_id, "model": plan.model, "user": plan.user}
+    said: dict[int, str] | None = None
+    if parts.settings.log_content:
+        said = {}
+        request.state.log_fields |= {"messages": transcript(body.messages), "answers": said}
     waiting_body = request.state.waiting_body
-    chat = _Chat(parts, body, plan, info, waiting_body, caller, completion_id, int(parts.now()))
-    request.state.log_fields = {"completion_id": chat.completion_id, "model": plan.model, "user": plan.user}
+    chat = _Chat(parts, body, plan, info, waiting_body, caller, completion_id, int(parts.now()), said)
     if plan.is_stream:
         return await _stream(request, chat)
     return await until_disconnect(request, _complete(chat))

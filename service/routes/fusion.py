@@ -66,7 +66,7 @@ async def get_fusion_weights(
             raise InvalidBodyError(
                 "'request_id' and 'file_id' ask for two things", allowed="one of them", param="file_id"
             )
-        return _one_request(parts, request_id)
+        return _one_request(parts, caller, request_id)
     if file_id is not None:
         record, data = parts.media.uploads.get(file_id, caller.key_id)
         upload = _Upload(record, upload_messages(data, _DEFAULT_QUESTION), None)
@@ -86,8 +86,8 @@ async def get_fusion_weights(
     }
 
 
-def _one_request(parts: AppParts, request_id: str) -> dict[str, Any]:
-    served = parts.history.find(request_id)
+def _one_request(parts: AppParts, caller: Caller, request_id: str) -> dict[str, Any]:
+    served = parts.history.find(caller.key_id, request_id)
     if served is None:
         raise RecordNotFoundError(
             "no served request of this id is remembered",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +17,7 @@ import httpx
 import openai
 import pytest
 import uvicorn
+from fastapi import FastAPI
 
 from service.engine_client import EngineClient
 from service.main import build_app, open_socket
@@ -36,8 +39,8 @@ def ask(text: str = "what?", images: int = 0, **more) -> dict:
 class LiveServer:
     """`http`: a plain client; `openai`: the official one. Both are closed with the server."""
 
-    def __init__(self, engine: FakeEngine, client: EngineClient, url: str, data_dir: Path) -> None:
-        self.engine, self.client, self.url, self.data_dir = engine, client, url, data_dir
+    def __init__(self, app: FastAPI, engine: FakeEngine, client: EngineClient, url: str, data_dir: Path) -> None:
+        self.app, self.engine, self.client, self.url, self.data_dir = app, engine, client, url, data_dir
         self.http = httpx.Client(base_url=url, timeout=20)
         self.openai = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20)
 
@@ -57,12 +60,13 @@ def run_server(
     engine: FakeEngine,
     load: Callable[[], FakeEngine] | None = None,
     remote: RemoteImages | None = None,
+    clock: Callable[[], float] = time.monotonic,
     **settings,
 ) -> Iterator[LiveServer]:
-    """`remote`: instead of the settings' own, one that may reach loopback."""
-    temporary = tempfile.TemporaryDirectory()
-    chosen = Settings(**{"shutdown_timeout_seconds": 0.0, "data_dir": temporary.name, **settings})
-    app, client = build_app(chosen, load or (lambda: engine))
+    """`remote`: instead of the settings' own, one that may reach loopback. `clock`: that of the keys' limits."""
+    data_dir = tempfile.mkdtemp()  # not the checkout's own: there may be keys and jobs in it
+    chosen = Settings(**{"shutdown_timeout_seconds": 0.0, "data_dir": data_dir} | settings)
+    app, client = build_app(chosen, load or (lambda: engine), clock=clock)
     if remote is not None:
         app.state.parts = replace(app.state.parts, media=replace(app.state.parts.media, remote=remote))
     listening = open_socket("127.0.0.1", 0)
@@ -83,7 +87,7 @@ def run_server(
     thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
     thread.start()
     assert started.wait(20)
-    live = LiveServer(engine, client, f"http://127.0.0.1:{listening.getsockname()[1]}", chosen.data_dir)
+    live = LiveServer(app, engine, client, f"http://127.0.0.1:{listening.getsockname()[1]}", chosen.data_dir)
     try:
         yield live
     finally:
@@ -93,7 +97,7 @@ def run_server(
         server.should_exit = True
         thread.join(20)
         listening.close()
-        temporary.cleanup()
+        shutil.rmtree(data_dir)
         assert not thread.is_alive()
 
 

@@ -25,9 +25,18 @@ QUESTIONS = json.loads((EXAMPLES / "questions.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("DVE_")}
-    command = [sys.executable, "-m", "service.cli", "serve", "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "service.cli",
+        "serve",
+        "--port",
+        "0",
+        "--data_dir",
+        tmp_path_factory.mktemp("data"),
+    ]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -7,6 +7,7 @@ from tests.service.conftest import LiveServer, ask
 from tests.service.fakes import PNG, TIMINGS, FakeEngine
 
 ANALYZE, COMPARE = "/v1/fusion/analyze", "/v1/encoders/compare"
+JOBS = "/v1/fine_tuning/jobs"
 
 
 def messages(images: int = 1, text: str = "what?") -> dict:
@@ -175,19 +176,23 @@ def test_the_history_is_bounded_and_a_reused_id_means_the_newer_request():
 
     history = FusionHistory(max_requests=2)
     for i, request_id in enumerate(("same", "same", "other")):
-        history.add(Served(request_id, f"c{i}", "m", i, ()))
-    assert history.find("c0") is None
-    assert history.find("same").completion_id == "c1"
-    history.add(Served("more", "c3", "m", 3, ()))
-    assert history.find("same") is None
-    assert history.find("other").completion_id == "c2"
+        history.add(Served("k", request_id, f"c{i}", "m", i, ()))
+    assert history.find("k", "c0") is None
+    assert history.find("k", "same").completion_id == "c1"
+    assert history.find("other key", "same") is None and history.find("other key", "c1") is None
+    history.add(Served("k", "more", "c3", "m", 3, ()))
+    assert history.find("k", "same") is None
+    assert history.find("k", "other").completion_id == "c2"
 
 
 def test_openapi_documents_bodies_and_paths(shared: LiveServer):
     document = shared.http.get("/openapi.json").json()
     assert set(document["paths"]) == {
         "/v1/chat/completions", "/fusion-weights", ANALYZE, COMPARE, "/v1/models", "/v1/models/{model_id}",
-        "/health", "/health/live", "/health/ready", "/metrics",
+        "/health", "/health/live", "/health/ready", "/metrics", "/v1/files", "/v1/files/{file_id}",
+        "/v1/files/{file_id}/content", JOBS, f"{JOBS}/validate", f"{JOBS}/{{job_id}}",
+        *(f"{JOBS}/{{job_id}}/{verb}" for verb in ("cancel", "pause", "resume", "events", "checkpoints")),
+        *(f"{JOBS}/{{job_id}}/{part}" for part in ("freeze", "fusion")),
     }  # fmt: skip
     body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     schema = document["components"]["schemas"][body["$ref"].rpartition("/")[2]]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import string
+import tempfile
 from typing import Any
 
 import httpx
@@ -91,7 +93,8 @@ def broken(whole: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 def run_bodies(count: int) -> dict[int, int]:
     """`count` bodies through every POST path of one application, without a socket between."""
-    app, client = build_app(Settings(request_timeout_seconds=30), FakeEngine)
+    data_dir = tempfile.mkdtemp()
+    app, client = build_app(Settings(request_timeout_seconds=30, data_dir=data_dir), FakeEngine)
     document = app.openapi()
     paths = {
         path: broken(strategy(item["post"]["requestBody"]["content"]["application/json"]["schema"], document))
@@ -133,6 +136,8 @@ def run_bodies(count: int) -> dict[int, int]:
         loop.run_until_complete(client.stop())
     finally:
         loop.close()
+        app.state.parts.desk.store.close()
+        shutil.rmtree(data_dir)
     return seen
 
 

@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -59,6 +61,7 @@ def test_a_models_flag_beats_an_environment_that_names_it_otherwise(monkeypatch:
         ({"max_image_bytes": "1000000", "max_body_bytes": "5000"}, ("1000000", "5000")),
         ({"max_waiting_bytes": "50000000", "max_body_bytes": "50000001"}, ("50000000", "50000001")),
         ({"request_timeout_seconds": "0.5", "batch_window_seconds": "1"}, ("0.5", "1.0")),
+        ({"log_content": "true", "log_level": "warning"}, ("True", "'warning'")),
     ],
 )
 def test_contradictions_show_both_values(flags: dict, both: tuple[str, str]):
@@ -86,7 +89,7 @@ def test_a_typo_in_the_environment_is_an_error(monkeypatch: pytest.MonkeyPatch):
 
 def test_settings_are_few_and_frozen():
     # ARCHITECTURE.md, Decisions, says why not 30.
-    assert len(Settings.model_fields) <= 36
+    assert len(Settings.model_fields) <= 41
     with pytest.raises(ValueError, match="frozen"):
         load_settings().port = 1
 
@@ -147,7 +150,7 @@ import sys
 from service.main import serve
 from service.settings import load_settings
 from tests.service.fakes import FakeEngine
-sys.exit(serve(load_settings({"port": 0, "log_format": "json"}), FakeEngine))
+sys.exit(serve(load_settings({"port": 0, "log_format": "json"}, sys.argv[1:]), FakeEngine))
 """
 
 SERVE_BROKEN = """
@@ -168,22 +171,30 @@ def test_a_checkpoint_that_does_not_load_ends_the_program():
     assert run(SERVE_BROKEN % "RuntimeError('boom')").returncode == 1
 
 
-def test_the_program_serves_until_a_signal_and_logs_json():
-    process = subprocess.Popen([sys.executable, "-c", SERVE_FAKE], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+@contextmanager
+def running_program(*assignments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The program with a FakeEngine, once it is ready, and its address."""
+    command = [sys.executable, "-c", SERVE_FAKE, *assignments]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
         lines = []
         while not any("ready: " in line["message"] for line in lines):
             lines.append(json.loads(process.stderr.readline()))
         url = next(re.search(r"http://\S+:\d+", line["message"])[0] for line in lines if "http://" in line["message"])
+        yield process, url
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def test_the_program_serves_until_a_signal_and_logs_json(tmp_path: Path):
+    with running_program(f"data_dir={tmp_path}") as (process, url):
         answer = httpx.get(f"{url}/v1/models", headers={"x-request-id": "abc"}, timeout=20)
         assert answer.status_code == 200
         process.send_signal(signal.SIGTERM)
         _, rest = process.communicate(timeout=20)
         assert process.returncode == 0
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
     logged = [json.loads(line) for line in rest.splitlines()]
     (request,) = [line for line in logged if line["message"] == "request"]
     assert (request["request_id"], request["route"], request["status"]) == ("abc", "/v1/models", 200)

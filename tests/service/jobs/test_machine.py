@@ -7,9 +7,17 @@ import os
 import tempfile
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from sqlalchemy import update
 
 from service.errors import ConflictError
@@ -171,14 +179,21 @@ def fail(player: Player, lease: Lease) -> None:
 NEEDS = {"validated": "validating_files", "succeed": "running"}
 WRITES = {one.__name__: one for one in (renew, steps, checkpoint, validated, stopped, retry, succeed, fail)}
 
-TestJobMachine = JobMachine.TestCase
-TestJobMachine.settings = settings(
-    max_examples=25,
-    stateful_step_count=25,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-    phases=[Phase.generate],  # shrinking would take minutes of transactions
-)
+#: Without shrinking, which would take minutes of transactions.
+ROUND = settings(
+    max_examples=10, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck),
+    phases=[Phase.generate],
+)  # fmt: skip
+
+
+def test_a_short_round() -> None:
+    run_state_machine_as_test(JobMachine, settings=ROUND)
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(3600)
+def test_a_long_round() -> None:
+    run_state_machine_as_test(JobMachine, settings=settings(ROUND, max_examples=400, stateful_step_count=50))
 
 
 def test_the_table_of_transitions_is_closed() -> None:
