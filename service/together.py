@@ -45,7 +45,11 @@ def run_together(*commands: Sequence[str]) -> int:
     """Returns when all have ended; one that ends takes the others along."""
     children = [_start(command) for command in commands]
 
+    is_ending = False
+
     def pass_on(_number: int, _frame: FrameType | None) -> None:
+        nonlocal is_ending
+        is_ending = True
         _end(children)
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -56,7 +60,9 @@ def run_together(*commands: Sequence[str]) -> int:
         ended = next((child for child in children if child.pid == pid), None)
         if ended is not None:
             ended.returncode = codes[pid] = os.waitstatus_to_exitcode(status)
-            if len(codes) == 1:
+            # To both of them a second signal means: at once.
+            if not is_ending:
+                is_ending = True
                 _end(children)
     return next((code for code in codes.values() if code), 0)
 
