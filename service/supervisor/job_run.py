@@ -155,7 +155,7 @@ class JobRun:
 
     async def _attempt(self) -> Verdict:
         await self._wait_for_earlier_trainer()
-        attempt_folder = self._folder.open_attempt(self._lease.attempt)
+        attempt_folder = await asyncio.to_thread(self._folder.open_attempt, self._lease.attempt)
         newest = await self._progress.take_over()
         self._resume = await self._first_checkpoint() if newest is None else newest.path
         workshop, job = self._context.workshop, self.keeper.job
@@ -285,9 +285,8 @@ class JobRun:
         """One write, after which the job is no longer this worker's."""
         leases, lease = self._store.leases, self._lease
         if verdict.end == "retry" and self._stop_asked.is_set():
-            verdict = Verdict(
-                "stopped"
-            )  # killed after the grace, or broken while it saved: the checkpoint before counts
+            # Killed after the grace, or broken while it saved: the checkpoint before counts.
+            verdict = Verdict("stopped")
         self._context.metrics.attempts.labels(verdict.end).inc()
         log_fields(logging.INFO, "attempt settled", end=verdict.end, code=verdict.code, reason=verdict.message)
         error = {"code": verdict.code, "message": verdict.message, "param": None}

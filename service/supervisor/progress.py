@@ -5,6 +5,7 @@ In: event files. Out: rows, each once, however often the same event is read. It 
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ class Progress:
         The folders are looked at once, before the events: whatever led to a folder that is seen was said before it
         was complete. A second look could find one that a dying trainer finished meanwhile, and skip its events.
         """
-        found = self._folder.steps()
+        found = await asyncio.to_thread(self._folder.steps)
         for number, path in self._folder.unread_events():
             if number < self._lease.attempt:
                 await self.read(EventFile(path), is_live=False)

@@ -53,7 +53,8 @@ def judge(exit_code: int, complaint: Mapping[str, Any] | None, message: str = ""
         return Verdict("failed", code or "invalid_training_file", message or "The recipe or the data was refused.")
     if exit_code == DEADLINE_PASSED:
         return Verdict("retry", "worker_lost", "The trainer stopped: its supervisor did not extend its deadline.")
-    if told.get("retry") is False:
+    # A full disk is no passing thing either, and an attempt that fills it again may take others along.
+    if told.get("retry") is False or code == "storage_full":
         return Verdict("failed", code or "internal_error", message or "The trainer failed.")
     return Verdict("retry", code or "worker_lost", message or _how_it_ended(exit_code))
 
