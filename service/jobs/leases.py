@@ -59,22 +59,18 @@ class Leases:
                 note(connection, job, "job:running", f"Training started{again}", data)
             return Claim(job, Lease(job.id, job.attempt, owner, self.lease_seconds))
 
+    def has_work(self, *, num_gpus: int = 0, can_train: bool = True, can_validate: bool = True) -> bool:
+        """Whether a claim would find or settle anything; it only reads, so that idle workers lock nobody out."""
+        claimable = and_(*_claimable(num_gpus, can_train=can_train, can_validate=can_validate))
+        with self._database.read() as connection:
+            return (
+                connection.execute(select(jobs.c.seq).where(or_(claimable, _abandoned())).limit(1)).first() is not None
+            )
+
     def _claim_statement(self, owner: str, num_gpus: int, *, can_train: bool, can_validate: bool) -> Any:
-        waiting = [status for status, can in (("queued", can_train), ("validating_files", can_validate)) if can]
-        is_free = or_(jobs.c.lease_owner.is_(None), jobs.c.lease_expires_at <= db_now())
-        claimable = or_(
-            and_(jobs.c.status.in_(waiting), is_free),
-            and_(jobs.c.status == "running", jobs.c.lease_expires_at <= db_now()) if can_train else jobs.c.seq < 0,
-        )
         one = (
             select(jobs.c.seq)
-            .where(
-                claimable,
-                jobs.c.requested_action.is_(None),
-                jobs.c.attempts_left > 0,
-                jobs.c.not_before <= db_now(),
-                or_(jobs.c.num_gpus <= num_gpus, jobs.c.status == "validating_files"),
-            )
+            .where(*_claimable(num_gpus, can_train=can_train, can_validate=can_validate))
             .order_by(jobs.c.priority.desc(), jobs.c.seq)
             .limit(1)
             .with_for_update(skip_locked=True)
@@ -182,11 +178,16 @@ class Leases:
                 return move(connection, job, "succeeded", "The dry run found nothing wrong")
             return self._let_go(connection, job, "The job waits for a worker")
 
-    def stopped(self, lease: Lease) -> Job:
-        """The process is gone and what it had is saved (exit 75): paused, cancelled, or queued where nobody asked."""
+    def stopped(
+        self, lease: Lease, *, delay_seconds: float = 0.0, message: str = "The worker gave the job back"
+    ) -> Job:
+        """The process is gone and what it had is saved (exit 75): paused, cancelled, or queued where nobody asked.
+
+        delay_seconds: nobody claims it before; for a job that does not fit the device yet.
+        """
         with self._database.write() as connection:
             job = change(connection, self._held(connection, lease), attempts_left=self._max_attempts)
-            return self._let_go(connection, job, "The worker gave the job back")
+            return self._let_go(connection, job, message, delay_seconds)
 
     def retry(self, lease: Lease, error: Mapping[str, Any], *, delay_seconds: float = 0.0) -> Job:
         """The process is gone and a further attempt may help: queued again, not before `delay_seconds` from now.
@@ -255,15 +256,16 @@ class Leases:
 
     def reap(self) -> int:
         """Settle what only a lost worker held: requested actions are done, a used-up budget fails the job. How many."""
-        with self._database.read() as connection:  # mostly there is none, and no write lock is needed to see that
-            if connection.execute(select(jobs.c.seq).where(*_lost_for_good()).limit(1)).first() is None:
+        with self._database.read() as connection:  # mostly there is none, and that is seen without the write lock
+            if connection.execute(select(jobs.c.seq).where(_abandoned()).limit(1)).first() is None:
                 return 0
         with self._database.write() as connection:
             return self._reap(connection)
 
     def _reap(self, connection: Connection) -> int:
-        statement = select(*job_columns()).where(*_lost_for_good()).limit(_REAP_AT_ONCE)
-        rows = connection.execute(statement.with_for_update(skip_locked=True)).mappings()
+        rows = connection.execute(
+            select(*job_columns()).where(_abandoned()).limit(_REAP_AT_ONCE).with_for_update(skip_locked=True)
+        ).mappings()
         lost = [to_record(Job, row) for row in rows]
         for job in lost:
             if job.requested_action is None:
@@ -297,12 +299,6 @@ class Leases:
         return to_record(Job, row)
 
 
-def _lost_for_good() -> tuple[ColumnElement[bool], ...]:
-    """Of jobs whose lease has run out and that nobody may claim."""
-    is_over = or_(jobs.c.requested_action.is_not(None), jobs.c.attempts_left <= 0)
-    return jobs.c.lease_expires_at <= db_now(), is_over
-
-
 def _fence(lease: Lease) -> tuple[ColumnElement[bool], ...]:
     return jobs.c.id == lease.job_id, jobs.c.attempt == lease.attempt, jobs.c.lease_owner == lease.owner
 
@@ -311,3 +307,22 @@ def _lost(lease: Lease) -> LeaseLostError:
     return LeaseLostError(
         "the job is no longer this worker's", value=f"{lease.job_id}, attempt {lease.attempt}", fix="End its process"
     )
+
+
+def _claimable(num_gpus: int, *, can_train: bool, can_validate: bool) -> list[ColumnElement[bool]]:
+    waiting = [status for status, can in (("queued", can_train), ("validating_files", can_validate)) if can]
+    is_free = or_(jobs.c.lease_owner.is_(None), jobs.c.lease_expires_at <= db_now())
+    expired = and_(jobs.c.status == "running", jobs.c.lease_expires_at <= db_now()) if can_train else jobs.c.seq < 0
+    return [
+        or_(and_(jobs.c.status.in_(waiting), is_free), expired),
+        jobs.c.requested_action.is_(None),
+        jobs.c.attempts_left > 0,
+        jobs.c.not_before <= db_now(),
+        or_(jobs.c.num_gpus <= num_gpus, jobs.c.status == "validating_files"),
+    ]
+
+
+def _abandoned() -> ColumnElement[bool]:
+    """Nobody may claim these any more; `reap` settles them."""
+    given_up = or_(jobs.c.requested_action.is_not(None), jobs.c.attempts_left <= 0)
+    return and_(jobs.c.lease_expires_at <= db_now(), given_up)
