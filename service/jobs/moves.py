@@ -6,6 +6,7 @@ work through it: people's requests (ledger.py) and workers (leases.py).
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -36,6 +37,17 @@ def to_record(kind: type[RecordT], row: RowMapping) -> RecordT:
 
 def new_id(prefix: str) -> str:
     return f"{prefix}{uuid.uuid4().hex}"
+
+
+def storable(value: Any) -> Any:
+    """JSON that both databases take: a trainer's NaN becomes null, and no text holds a NUL."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, str):
+        return value.replace("\0", "")
+    if isinstance(value, Mapping):
+        return {storable(str(key)): storable(inner) for key, inner in value.items()}
+    return [storable(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def insert_into(table: Table, dialect: Dialect) -> postgresql.Insert | sqlite.Insert:
@@ -109,6 +121,6 @@ def _event_row(job_id: str, event: NewEvent) -> dict[str, Any]:
         "global_step": event.global_step,
         "kind": event.kind[:128],
         "level": event.level,
-        "message": event.message,
-        "data": dict(event.data),
+        "message": storable(event.message),
+        "data": storable(event.data),
     }
