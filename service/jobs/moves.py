@@ -6,6 +6,7 @@ work through it: people's requests (ledger.py) and workers (leases.py).
 
 from __future__ import annotations
 
+import functools
 import math
 import uuid
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,12 @@ def job_columns() -> list[ColumnElement[Any]]:
 
 def to_record(kind: type[RecordT], row: RowMapping) -> RecordT:
     """A row as the dataclass whose fields have its columns' names."""
-    return kind(**{field.name: row[field.name] for field in fields(kind)})  # type: ignore[arg-type]
+    return kind(*[row[name] for name in _names(kind)])  # type: ignore[arg-type]
+
+
+@functools.cache
+def _names(kind: type[Any]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))
 
 
 def new_id(prefix: str) -> str:
