@@ -67,7 +67,7 @@ def kill_while_submitting(folder: Path, rounds: int) -> None:
 
 
 def test_a_few_kills(tmp_path: Path) -> None:
-    kill_while_submitting(tmp_path, rounds=3)
+    kill_while_submitting(tmp_path, rounds=2)
 
 
 @pytest.mark.heavy
