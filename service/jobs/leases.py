@@ -73,10 +73,9 @@ class Leases:
     def has_work(self, *, num_gpus: int = 0, can_train: bool = True, can_validate: bool = True) -> bool:
         """Whether a claim would find or settle anything; it only reads, so that idle workers lock nobody out."""
         claimable = and_(*_claimable(num_gpus, can_train=can_train, can_validate=can_validate))
+        either = or_(claimable, and_(*_lost_for_good()))
         with self._database.read() as connection:
-            return (
-                connection.execute(select(jobs.c.seq).where(or_(claimable, _abandoned())).limit(1)).first() is not None
-            )
+            return connection.execute(select(jobs.c.seq).where(either).limit(1)).first() is not None
 
     def _claim_statement(self, owner: str, num_gpus: int, *, can_train: bool, can_validate: bool) -> Any:
         one = (
@@ -267,16 +266,15 @@ class Leases:
 
     def reap(self) -> int:
         """Settle what only a lost worker held: requested actions are done, a used-up budget fails the job. How many."""
-        with self._database.read() as connection:  # mostly there is none, and that is seen without the write lock
-            if connection.execute(select(jobs.c.seq).where(_abandoned()).limit(1)).first() is None:
+        with self._database.read() as connection:  # mostly there is none, and no write lock is needed to see that
+            if connection.execute(select(jobs.c.seq).where(*_lost_for_good()).limit(1)).first() is None:
                 return 0
         with self._database.write() as connection:
             return self._reap(connection)
 
     def _reap(self, connection: Connection) -> int:
-        rows = connection.execute(
-            select(*job_columns()).where(_abandoned()).limit(_REAP_AT_ONCE).with_for_update(skip_locked=True)
-        ).mappings()
+        statement = select(*job_columns()).where(*_lost_for_good()).limit(_REAP_AT_ONCE)
+        rows = connection.execute(statement.with_for_update(skip_locked=True)).mappings()
         lost = [to_record(Job, row) for row in rows]
         for job in lost:
             if job.requested_action is None:
@@ -310,16 +308,6 @@ class Leases:
         return to_record(Job, row)
 
 
-def _fence(lease: Lease) -> tuple[ColumnElement[bool], ...]:
-    return jobs.c.id == lease.job_id, jobs.c.attempt == lease.attempt, jobs.c.lease_owner == lease.owner
-
-
-def _lost(lease: Lease) -> LeaseLostError:
-    return LeaseLostError(
-        "the job is no longer this worker's", value=f"{lease.job_id}, attempt {lease.attempt}", fix="End its process"
-    )
-
-
 def _claimable(num_gpus: int, *, can_train: bool, can_validate: bool) -> list[ColumnElement[bool]]:
     waiting = [status for status, can in (("queued", can_train), ("validating_files", can_validate)) if can]
     is_free = or_(jobs.c.lease_owner.is_(None), jobs.c.lease_expires_at <= db_now())
@@ -333,7 +321,17 @@ def _claimable(num_gpus: int, *, can_train: bool, can_validate: bool) -> list[Co
     ]
 
 
-def _abandoned() -> ColumnElement[bool]:
-    """Nobody may claim these any more; `reap` settles them."""
-    given_up = or_(jobs.c.requested_action.is_not(None), jobs.c.attempts_left <= 0)
-    return and_(jobs.c.lease_expires_at <= db_now(), given_up)
+def _lost_for_good() -> tuple[ColumnElement[bool], ...]:
+    """Of jobs whose lease has run out and that nobody may claim."""
+    is_over = or_(jobs.c.requested_action.is_not(None), jobs.c.attempts_left <= 0)
+    return jobs.c.lease_expires_at <= db_now(), is_over
+
+
+def _fence(lease: Lease) -> tuple[ColumnElement[bool], ...]:
+    return jobs.c.id == lease.job_id, jobs.c.attempt == lease.attempt, jobs.c.lease_owner == lease.owner
+
+
+def _lost(lease: Lease) -> LeaseLostError:
+    return LeaseLostError(
+        "the job is no longer this worker's", value=f"{lease.job_id}, attempt {lease.attempt}", fix="End its process"
+    )
