@@ -100,16 +100,9 @@ def create_app(
         redirect_slashes=False,
     )
     waiting = WaitingBytes(settings.max_waiting_bytes)
-    app.state.parts = AppParts(
-        settings=settings,
-        client=client,
-        metrics=metrics,
-        history=FusionHistory(),
-        waiting_bytes=waiting,
-        media=_media(settings, folder, now),
-        desk=JobDesk(settings, store, folder, Preflight(settings.device)),
-        now=now,
-    )
+    desk = JobDesk(settings, store, folder, Preflight(settings.device))
+    media = _media(settings, folder, now)
+    app.state.parts = AppParts(settings, client, metrics, FusionHistory(), waiting, media, desk, now)
     # The last one added is the outermost.
     sizes = {"max_body_bytes": settings.max_body_bytes, "max_upload_bytes": settings.max_upload_bytes}
     app.add_middleware(BodyLimit, **sizes, waiting=waiting, metrics=metrics)

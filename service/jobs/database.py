@@ -18,10 +18,10 @@ from alembic.config import Config
 from alembic.util import CommandError
 from sqlalchemy import Connection, create_engine, event, text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, OperationalError
 
 from model_core.errors import ConfigError
-from service.errors import StorageFullError, StoreUnavailableError
+from service.errors import InvalidBodyError, StorageFullError, StoreUnavailableError
 
 SQLITE_NAME = "jobs.sqlite3"
 _BUSY_SECONDS = 15.0
@@ -177,6 +177,10 @@ def _translated() -> Iterator[None]:
     """The driver's failures as errors of ours; a constraint's are the program's own and pass."""
     try:
         yield
+    except DataError as error:  # PostgreSQL's; what a client can put into a text and SQLite would take
+        raise InvalidBodyError("a text can't be stored", allowed="text without NUL and lone surrogates") from error
+    except UnicodeEncodeError as error:
+        raise InvalidBodyError("a text can't be stored", allowed="text without lone surrogates") from error
     except (OperationalError, DBAPIError) as error:
         cause = str(error.orig).lower()
         if any(words in cause for words in _FULL):

@@ -22,7 +22,18 @@ from service.jobs.job import (
     NewEvent,
     Status,
 )
-from service.jobs.moves import add_events, change, insert_into, job_columns, lock, move, new_id, note, to_record
+from service.jobs.moves import (
+    add_events,
+    change,
+    insert_into,
+    job_columns,
+    lock,
+    move,
+    new_id,
+    note,
+    storable,
+    to_record,
+)
 from service.jobs.schema import checkpoints, db_now, jobs, models, switches
 
 _REAP_AT_ONCE = 50
@@ -122,7 +133,7 @@ class Leases:
                 total = event.data.get("num_steps_total")
                 values |= {"stage": event.stage, "progress_at": db_now()} | ({"num_steps": total} if total else {})
             elif event.kind == "freeze":
-                values["freeze_table"] = dict(event.data)
+                values["freeze_table"] = storable(event.data)
         if tokens:
             values["trained_tokens"] = (job.trained_tokens or 0) + tokens
         if step > job.global_step:
@@ -135,7 +146,7 @@ class Leases:
             job = self._held(connection, lease)
             values = {
                 "id": new_id("ftckpt_"), "job_id": job.id, "created_at": db_now(), "step": new.step,
-                "stage": new.stage, "path": new.path, "reason": new.reason, "metrics": dict(new.metrics),
+                "stage": new.stage, "path": new.path, "reason": new.reason, "metrics": storable(new.metrics),
                 "model_id": job.checkpoint_name(new.step),
             }  # fmt: skip
             kept = {key: values[key] for key in ("path", "reason", "metrics", "stage")}
@@ -231,7 +242,7 @@ class Leases:
 
     def fail(self, lease: Lease, error: Mapping[str, Any]) -> Job:
         """The end that no further attempt would change (exit 78, a bad file). error: code, message, param."""
-        shown = {"code": error.get("code"), "message": error.get("message"), "param": error.get("param")}
+        shown = storable({name: error.get(name) for name in ("code", "message", "param")})
         with self._database.write() as connection:
             job = self._held(connection, lease)
             return move(connection, job, "failed", f"The job has failed: {shown['message']}", error=shown)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, Select, Table, delete, exists, func, insert, select
+from sqlalchemy import JSON, ColumnElement, Connection, Select, Table, delete, exists, func, insert, literal, select
 
 from service.errors import (
     IdempotencyConflictError,
@@ -30,6 +30,8 @@ _DONE: Mapping[Action, tuple[Status, str]] = {
     "pause": ("paused", "The job is paused"),
     "cancel": ("cancelled", "The job was cancelled"),
 }
+
+_NO_CONFIG = literal({}, JSON).label("config")
 
 RecordT = TypeVar("RecordT", JobEvent, Checkpoint)
 
@@ -122,8 +124,12 @@ class Ledger:
         metadata: Mapping[str, str] | None = None,
         has_no_metadata: bool = False,
     ) -> tuple[list[Job], bool]:
-        """Newest first, those older than `after`, and whether there are more. metadata: all of these must be equal."""
-        statement = select(*job_columns()).order_by(jobs.c.seq.desc()).limit(limit + 1)
+        """Newest first, those older than `after`, and whether there are more. metadata: all of these must be equal.
+
+        Their `config` is left empty: a list shows none, and reading it takes half of the time.
+        """
+        columns = [column if column is not jobs.c.config else _NO_CONFIG for column in job_columns()]
+        statement = select(*columns).order_by(jobs.c.seq.desc()).limit(limit + 1)
         for key, value in (metadata or {}).items():
             has = (job_metadata.c.job_id == jobs.c.id, job_metadata.c.key == key, job_metadata.c.value == value)
             statement = statement.where(exists().where(*has))

@@ -6,6 +6,8 @@ work through it: people's requests (ledger.py) and workers (leases.py).
 
 from __future__ import annotations
 
+import functools
+import math
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -31,11 +33,27 @@ def job_columns() -> list[ColumnElement[Any]]:
 
 def to_record(kind: type[RecordT], row: RowMapping) -> RecordT:
     """A row as the dataclass whose fields have its columns' names."""
-    return kind(**{field.name: row[field.name] for field in fields(kind)})  # type: ignore[arg-type]
+    return kind(*[row[name] for name in _names(kind)])  # type: ignore[arg-type]
+
+
+@functools.cache
+def _names(kind: type[Any]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))
 
 
 def new_id(prefix: str) -> str:
     return f"{prefix}{uuid.uuid4().hex}"
+
+
+def storable(value: Any) -> Any:
+    """JSON that both databases take: a trainer's NaN becomes null, and no text holds a NUL."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, str):
+        return value.replace("\0", "")
+    if isinstance(value, Mapping):
+        return {storable(str(key)): storable(inner) for key, inner in value.items()}
+    return [storable(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def insert_into(table: Table, dialect: Dialect) -> postgresql.Insert | sqlite.Insert:
@@ -109,6 +127,6 @@ def _event_row(job_id: str, event: NewEvent) -> dict[str, Any]:
         "global_step": event.global_step,
         "kind": event.kind[:128],
         "level": event.level,
-        "message": event.message,
-        "data": dict(event.data),
+        "message": storable(event.message),
+        "data": storable(event.data),
     }

@@ -5,8 +5,8 @@ are safe to call from any thread and block (call them in a thread from asyncio).
 
     store.jobs      create, get, page, events, events_since, checkpoints, checkpoint, checkpoint_of_model,
                     request (pause, cancel), resume, request_switch, switches, counts, purge_events       ledger.py
-    store.leases    claim, renew, append_events, add_checkpoint, forget_checkpoints, mark_switched, validated, stopped,
-                    retry, succeed, fail, register_model, reap                                            leases.py
+    store.leases    has_work, claim, renew, append_events, add_checkpoint, forget_checkpoints, mark_switched,
+                    validated, stopped, retry, succeed, fail, register_model, reap                        leases.py
     store.files     add, get, page, set_status, delete, take_expired                                      records.py
     store.models    add, get, list, set_status, forget                                                    records.py
     store.workers   beat, remove, list, drop_unseen                                                       records.py

@@ -31,8 +31,10 @@ from service.errors import InvalidBodyError, UnsupportedParameterError
 from service.protocol.body import STRICT, TOLERANT
 
 FileId = Annotated[str, StringConstraints(pattern=r"^file-[0-9a-zA-Z_-]{1,58}$")]
-MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64)]
-MetadataValue = Annotated[str, StringConstraints(max_length=512)]
+#: PostgreSQL keeps no NUL, so that none is taken anywhere.
+_TEXT = r"^[^\x00]*$"
+MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=_TEXT)]
+MetadataValue = Annotated[str, StringConstraints(max_length=512, pattern=_TEXT)]
 
 
 def _or_auto(allowed: str) -> WrapValidator:
@@ -103,7 +105,7 @@ class CurriculumStage(BaseModel):
     mode: TrainingMode | None = None
     freeze: FreezeRequest | None = None
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 1
-    description: Annotated[str, Field(max_length=1000)] = ""
+    description: Annotated[str, StringConstraints(max_length=1000, pattern=_TEXT)] = ""
     learning_rate: Rate | None = None
     dataset_weights: dict[FileId, Annotated[float, Field(ge=0, le=1e6)]] | None = None
 
@@ -150,7 +152,7 @@ class CreateJobRequest(BaseModel):
     """OpenAI's body. `hyperparameters` is its older place; `method.supervised.hyperparameters` the newer one."""
 
     model_config = TOLERANT
-    model: Annotated[str, Field(min_length=1, max_length=512)]
+    model: Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=_TEXT)]
     training_file: FileId
     validation_file: FileId | None = None
     hyperparameters: Hyperparameters | None = None

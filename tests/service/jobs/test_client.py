@@ -13,6 +13,7 @@ import pytest
 
 from model_core.training.config import TRAINING_MODES, parse_config
 from service.jobs.files import place_files
+from service.jobs.job import NewEvent
 from service.jobs.store import Store
 from tests.service.conftest import LiveServer
 from tests.service.jobs.player import FREEZE_TABLE, Player
@@ -293,3 +294,30 @@ def test_pictures_are_kept_for_analysis(served: Served) -> None:
     assert [file.id for file in live.openai.files.list(purpose="vision")] == [picture.id]
     live.openai.files.delete(picture.id)
     assert live.http.get("/fusion-weights", params={"file_id": picture.id}).status_code == 404
+
+
+def test_odd_texts_are_refused_or_kept_alike_on_both(served: Served) -> None:
+    live, store = served
+    file_id = upload(live.openai)
+    for odd in ({"metadata": {"k": "a\0b"}}, {"metadata": {"k\0": "v"}}, {"model": "a\0b"}):
+        refused = live.http.post(JOBS, json={"model": MODEL, "training_file": file_id, **odd})
+        assert refused.status_code in (400, 404), refused.text
+    raw = json.dumps({"model": MODEL, "training_file": file_id, "metadata": {"k": "\ud800"}})
+    assert live.http.post(JOBS, content=raw, headers={"content-type": "application/json"}).status_code == 400
+    for path in (
+        f"{JOBS}/a%00b",
+        f"{JOBS}?after=%00",
+        f"{JOBS}?metadata[%00]=x",
+        "/v1/files/%00",
+        "/v1/files?after=%00",
+    ):
+        assert live.http.get(path).status_code in (200, 400, 404), path
+    kept = {"k'\"%_\\": "\U0001f98a \u202e"}
+    job = create(live.openai, file_id, metadata=kept)
+    assert job.metadata == kept and [one.id for one in live.openai.fine_tuning.jobs.list(metadata=kept)] == [job.id]
+    player = Player(store)
+    player.start()
+    data = {"loss": float("nan"), "text": "a\0b", "list": [float("inf"), 1.5]}
+    store.leases.append_events(player.held.lease, [NewEvent(0, 1, "step", "a\0b", data)])
+    event = live.openai.fine_tuning.jobs.list_events(job.id).data[0]
+    assert (event.message, event.data["loss"], event.data["list"]) == ("ab", None, [None, 1.5])

@@ -53,6 +53,7 @@ def test_claims_go_by_priority_then_by_age(store: Store) -> None:
     add_file(store)
     made = [store.jobs.create(new_job(priority=priority))[0].id for priority in (0, 5, 0, 5)]
     order = [store.leases.claim("w") for _ in range(5)]
+    assert store.leases.has_work(can_train=False) is False
     assert [claim.job.id for claim in order if claim] == [made[1], made[3], made[0], made[2]]
     assert order[4] is None
 
