@@ -1,5 +1,5 @@
 # Every target makes .venv itself. Settings of the service come from the environment (DVE_*) or from the flags below.
-# Reserved for the issues that bring them: worker, up, test-ui, test-scale.
+# Reserved for the issues that bring them: test-ui, test-scale.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-heavy test-ops check fmt demo bench
+.PHONY: help install serve worker up test test-heavy test-ops check fmt demo bench
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -41,6 +41,13 @@ install: $(VENV)/.runtime ## make .venv with what it takes to run
 
 serve: $(VENV)/.runtime ## serve the demo model [HOST=127.0.0.1] [PORT=8000] [MODEL=folder or hub id]
 	@exec $(BIN)/dve serve $(call flag,HOST,--host) $(call flag,PORT,--port) $(call flag,MODEL,--model)
+
+worker: $(VENV)/.runtime ## train the jobs that the server was given [DEVICES=auto|cpu|0,1] [CONCURRENCY=1]
+	@exec $(BIN)/dve worker $(call flag,DEVICES,--devices) $(call flag,CONCURRENCY,--concurrency)
+
+up: $(VENV)/.runtime ## serve and worker together, in one data folder [HOST=] [PORT=] [MODEL=] [DEVICES=]
+	@exec $(BIN)/dve up $(call flag,HOST,--host) $(call flag,PORT,--port) $(call flag,MODEL,--model) \
+	  $(call flag,DEVICES,--devices) $(call flag,CONCURRENCY,--concurrency)
 
 test: $(VENV)/.dev ## the default tests [ARGS="-k name"]
 	@$(BIN)/python -m pytest $(ARGS)

@@ -165,6 +165,7 @@ async def in_process(args: argparse.Namespace) -> list[Row]:
         per_wall, per_cpu = await measure_streams(app, args.streams, args.tokens)
     finally:
         await client.stop()
+        app.state.parts.desk.store.close()
     seconds.sort()
     return [
         ("200 KB request, p50", f"{statistics.median(seconds) * 1000:.2f} ms", "2 ms"),

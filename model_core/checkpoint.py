@@ -150,14 +150,7 @@ def load_checkpoint(name: str | Path, options: LoadOptions = LoadOptions(), **hu
         CheckpointMismatchError: another architecture.
         HubUnreachableError: a hub id that is neither cached nor reachable.
     """
-    config = _read_config(name, "model", **hub)
-    if not isinstance(config, DualVisionConfig):
-        raise CheckpointMismatchError(
-            "this is not a dual vision checkpoint",
-            value=f"{name}: {getattr(config, 'model_type', '?')}",
-            allowed=DualVisionConfig.model_type,
-            fix="To combine public checkpoints name both: --qwen_model_name ... --dinov2_model_name ...",
-        )
+    config = _read_dual_config(name, **hub)
     manifest = verify_folder(Path(name), deep=False) if Path(name).is_dir() else None
     model = _from_pretrained(DualVisionModel, name, config=config, **options.kwargs(config), **hub)
     processor = _read_processor(name, config, "model", **hub)
@@ -227,6 +220,32 @@ def assemble(
     model.generation_config = qwen.generation_config or GenerationConfig.from_model_config(config)
     model.tie_weights()
     return model
+
+
+def read_model_config(name: str | Path | tuple[str, str], **fusion_settings: Any) -> DualVisionConfig:
+    """The configuration alone, no weight: of a dual checkpoint, or of the pair of names that would be combined.
+
+    Raises:
+        CheckpointError, ModelNotFoundError: as loading it would.
+    """
+    if isinstance(name, tuple):
+        qwen, second = _read_config(name[0], "qwen_model_name"), _read_config(name[1], "dinov2_model_name")
+        config = DualVisionConfig.from_parts(qwen, second, **fusion_settings)
+        config.dtype = getattr(qwen, "dtype", None)
+        return config
+    return _read_dual_config(name)
+
+
+def _read_dual_config(name: str | Path, **hub: Any) -> DualVisionConfig:
+    config = _read_config(name, "model", **hub)
+    if not isinstance(config, DualVisionConfig):
+        raise CheckpointMismatchError(
+            "this is not a dual vision checkpoint",
+            value=f"{name}: {getattr(config, 'model_type', '?')}",
+            allowed=DualVisionConfig.model_type,
+            fix="To combine public checkpoints name both: --qwen_model_name ... --dinov2_model_name ...",
+        )
+    return config
 
 
 def _read_config(name: str | Path, param: str, **hub: Any) -> Any:

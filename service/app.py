@@ -6,6 +6,7 @@ client. It refuses to build a part itself or to keep one in a module: two apps i
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -32,16 +33,22 @@ from service.errors import (
     rule_for,
 )
 from service.fusion_history import FusionHistory
+from service.housekeeping import keep_house
+from service.job_desk import JobDesk
+from service.jobs.files import FileFolder
+from service.jobs.store import Store
 from service.keys import KeyRing
 from service.limits import KeyLimits
 from service.logs import log_failure, request_id_var
 from service.media import MediaLimits, MediaSource
 from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestScope
+from service.preflight import Preflight
 from service.protocol.chat import ChatCompletionRequest
+from service.protocol.fine_tuning import CreateJobRequest, PatchFusion
 from service.protocol.fusion import AnalyzeRequest, CompareRequest
 from service.remote import RemoteImages
-from service.routes import chat, fusion, health, models
+from service.routes import chat, files, fine_tuning, fusion, health, job_events, models
 from service.routes.parts import AppParts, parts_of
 from service.settings import Settings
 from service.uploads import UploadStore
@@ -56,6 +63,9 @@ _BODIES: Mapping[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatCompletionRequest,
     "/v1/fusion/analyze": AnalyzeRequest,
     "/v1/encoders/compare": CompareRequest,
+    "/v1/fine_tuning/jobs": CreateJobRequest,
+    "/v1/fine_tuning/jobs/validate": CreateJobRequest,
+    "/v1/fine_tuning/jobs/{job_id}/fusion": PatchFusion,
 }
 
 
@@ -64,6 +74,7 @@ def create_app(
     client: EngineClient,
     metrics: Metrics,
     keys: KeyRing,
+    store: Store,
     *,
     now: Callable[[], float] = time.time,
     clock: Callable[[], float] = time.monotonic,
@@ -72,14 +83,16 @@ def create_app(
     """`now`: the wall clock of `created` fields. `clock`: that of the limits. `body_seconds`: what a small request
     body may take.
 
-    The client must not have been started. Raises ConfigError.
+    The client must not have been started; the store is closed at the end. Raises ConfigError.
     """
+    folder = FileFolder(settings.data_dir)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         client.start()
-        yield
-        await client.stop()
+        async with _kept_in_order(store, folder, settings.event_retention_days):
+            yield
+            await client.stop()
 
     app = FastAPI(
         title="Dual Vision Encoder",
@@ -89,16 +102,13 @@ def create_app(
         redirect_slashes=False,
     )
     waiting = WaitingBytes(settings.max_waiting_bytes)
-    app.state.parts = AppParts(settings, client, metrics, FusionHistory(), waiting, _media(settings, now), now)
+    desk = JobDesk(settings, store, folder, Preflight(settings.device))
+    media = _media(settings, folder, now)
+    app.state.parts = AppParts(settings, client, metrics, FusionHistory(), waiting, media, desk, now)
     # The last one added is the outermost.
-    app.add_middleware(
-        BodyLimit,
-        max_body_bytes=settings.max_body_bytes,
-        waiting=waiting,
-        metrics=metrics,
-        body_seconds=body_seconds,
-    )
-    routers = [module.router for module in (chat, fusion, models, health)]
+    sizes = {"max_body_bytes": settings.max_body_bytes, "max_upload_bytes": settings.max_upload_bytes}
+    app.add_middleware(BodyLimit, **sizes, waiting=waiting, metrics=metrics, body_seconds=body_seconds)
+    routers = [module.router for module in (chat, fusion, models, files, fine_tuning, job_events, health)]
     limits = KeyLimits(settings.key_requests_per_minute, settings.key_max_concurrent, clock)
     app.add_middleware(
         KeyGate,
@@ -112,18 +122,35 @@ def create_app(
     app.add_middleware(RequestScope, metrics=metrics)
     for router in routers:
         app.include_router(router)
-    app.add_exception_handler(DualVisionError, _on_error)
-    app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(RequestValidationError, _on_invalid_query)
-    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    _shape_errors(app)
     _complete_document(app, settings)
     return app
 
 
-def _media(settings: Settings, now: Callable[[], float]) -> MediaSource:
+@asynccontextmanager
+async def _kept_in_order(store: Store, folder: FileFolder, event_retention_days: float) -> AsyncGenerator[None, None]:
+    """Housekeeping beside the server; at the end the store is closed."""
+    keeping = asyncio.create_task(keep_house(store, folder, event_retention_days * 24 * 3600))
+    try:
+        yield
+    finally:
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+        await asyncio.to_thread(store.close)
+
+
+def _shape_errors(app: FastAPI) -> None:
+    app.add_exception_handler(DualVisionError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(RequestValidationError, _on_invalid_query)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+
+
+def _media(settings: Settings, folder: FileFolder, now: Callable[[], float]) -> MediaSource:
     limits = MediaLimits(settings.max_images, settings.max_image_bytes, settings.max_body_bytes)
     remote = RemoteImages(AllowedHosts.parse(settings.allowed_media_domains), settings.max_image_bytes)
-    uploads = UploadStore(max(_UPLOAD_BYTES, settings.max_image_bytes), _UPLOAD_SECONDS, now)
+    max_bytes = max(_UPLOAD_BYTES, settings.max_image_bytes)
+    uploads = UploadStore(max_bytes, _UPLOAD_SECONDS, now, kept=folder.read_picture)
     return MediaSource(limits, remote, uploads)
 
 
@@ -177,7 +204,11 @@ def _complete_document(app: FastAPI, settings: Settings) -> None:
                 content: dict[str, Any] = {"application/json": {"schema": refs[(model, "validation")]}}
                 if model in (AnalyzeRequest, CompareRequest):
                     content["multipart/form-data"] = {"schema": _UPLOAD_SCHEMA}
-                document["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
+                for operation in document["paths"][path].keys() & {"post", "patch"}:
+                    document["paths"][path][operation]["requestBody"] = {"required": True, "content": content}
+            document["paths"]["/v1/files"]["post"]["requestBody"] = {
+                "required": True, "content": {"multipart/form-data": {"schema": _FILE_SCHEMA}}
+            }  # fmt: skip
             document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             for path, operations in document["paths"].items():
                 for method, operation in operations.items():
@@ -190,6 +221,16 @@ def _complete_document(app: FastAPI, settings: Settings) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
+_FILE_SCHEMA: Mapping[str, Any] = {
+    "type": "object",
+    "required": ["file", "purpose"],
+    "properties": {
+        "file": {"type": "string", "format": "binary"},
+        "purpose": {"type": "string", "enum": ["fine-tune", "vision"]},
+        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
+    },
+}
 _UPLOAD_SCHEMA: Mapping[str, Any] = {
     "type": "object",
     "required": ["file"],

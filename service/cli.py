@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from model_core.errors import DualVisionError
-from service.settings import Settings, load_settings, settings_table
+from service.settings import WORKER_ONLY, Settings, load_settings, settings_table
 
 #: command, of one word or two -> (module with `main(argv) -> int | None`, what it does)
 MOUNTED: Mapping[str, tuple[str, str]] = {
@@ -26,6 +26,10 @@ MOUNTED: Mapping[str, tuple[str, str]] = {
     "data": ("model_core.cli.data", "check training data: data validate FILE"),
     "configs": ("model_core.cli.configs", "write the shipped training recipes: configs create"),
     "demo": ("model_core.cli.demo", "build or evaluate the demo model"),
+    "jobs": ("service.job_commands", "training jobs of a server: list, show, watch, cancel, pause, resume"),
+    "fit": ("model_core.cli.fit", "say whether serving and each training mode fit the memory"),
+    "worker": ("service.worker_commands", "train the jobs that the server was given"),
+    "up": ("service.together", "serve and worker together"),
     "bench": ("model_core.cli.bench", "time the engine or the encoders"),
     "bench serve": ("service.bench", "time an endpoint under load, beside another one if wanted"),
 }
@@ -88,6 +92,8 @@ def serve_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     for name, field in Settings.model_fields.items():
+        if name in WORKER_ONLY:
+            continue
         spellings = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
         default = "" if field.default is None else f" (default: {field.default})"
         text = f"{field.description}{default}".replace("%", "%%")

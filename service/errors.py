@@ -18,6 +18,15 @@ a rule with a fixed message hides `str(error)`, and whatever has no rule is a pl
     |   |   `-- ConcurrencyLimitError   as many requests of a key run as may
     |   |-- UploadNotFoundError         no uploaded file of this id is kept
     |   |-- RecordNotFoundError         no served request of this id is remembered
+    |   |-- UnknownParameterError       a key that a strict object does not have
+    |   |-- JobNotFoundError            no training job of this id
+    |   |-- InvalidTrainingFileError    a file that no job can train on
+    |   |-- QuotaExceededError          this key has as many jobs or bytes as it may have
+    |   |-- ConflictError               the request does not fit what is there now
+    |   |   |-- JobFinishedError        the job has ended
+    |   |   |-- JobStateError           the job is not in a state for this
+    |   |   |-- IdempotencyConflictError the same Idempotency-Key with another body
+    |   |   `-- FileInUseError          a job that has not ended reads this file
     |   `-- ImageError
     |       |-- ImageFileTooLargeError
     |       `-- ImageDownloadError      a remote image that did not come
@@ -25,6 +34,8 @@ a rule with a fixed message hides `str(error)`, and whatever has no rule is a pl
         |-- NotReadyError               the model is still loading, or failed to load
         |-- DrainingError               the server is going down
         |-- StalledError                work waits and nothing moves
+        |-- StoreUnavailableError       the database of jobs does not answer
+        |-- StorageFullError            the disk is full
         |-- RequestTimeoutError         the request's deadline passed
         `-- ClientDisconnectedError     nobody is left to answer
 """
@@ -100,6 +111,42 @@ class UploadNotFoundError(core.InputError):
     code = "file_not_found"
 
 
+class UnknownParameterError(core.InputError):
+    code = "unknown_parameter"
+
+
+class JobNotFoundError(core.InputError):
+    code = "fine_tune_not_found"
+
+
+class InvalidTrainingFileError(core.InputError):
+    code = "invalid_training_file"
+
+
+class QuotaExceededError(core.InputError):
+    code = "quota_exceeded"
+
+
+class ConflictError(core.InputError):
+    code = "conflict"
+
+
+class JobFinishedError(ConflictError):
+    code = "job_finished"
+
+
+class JobStateError(ConflictError):
+    code = "job_state_conflict"
+
+
+class IdempotencyConflictError(ConflictError):
+    code = "idempotency_conflict"
+
+
+class FileInUseError(ConflictError):
+    code = "file_in_use"
+
+
 class ImageFileTooLargeError(core.ImageError):
     code = "image_file_too_large"
 
@@ -118,6 +165,14 @@ class DrainingError(core.EngineError):
 
 class StalledError(core.EngineError):
     code = "engine_stalled"
+
+
+class StoreUnavailableError(core.EngineError):
+    code = "store_unavailable"
+
+
+class StorageFullError(core.EngineError):
+    code = "storage_full"
 
 
 class RequestTimeoutError(core.EngineError):
@@ -207,11 +262,24 @@ TABLE: Mapping[type[BaseException], Rule] = {
     ConcurrencyLimitError: Rule(429, "requests", "concurrency_limit_exceeded", may_retry=True),
     RecordNotFoundError: Rule(404, _INVALID, "request_not_found"),
     UploadNotFoundError: Rule(404, _INVALID, "file_not_found"),
+    UnknownParameterError: Rule(400, _INVALID, "unknown_parameter"),
+    JobNotFoundError: Rule(404, _INVALID, "fine_tune_not_found"),
+    InvalidTrainingFileError: Rule(400, _INVALID, "invalid_training_file"),
+    QuotaExceededError: Rule(429, "insufficient_quota", "quota_exceeded"),
+    ConflictError: Rule(409, _INVALID, "conflict"),
+    JobFinishedError: Rule(409, _INVALID, "job_finished"),
+    JobStateError: Rule(409, _INVALID, "job_state_conflict"),
+    IdempotencyConflictError: Rule(409, _INVALID, "idempotency_conflict"),
+    FileInUseError: Rule(409, _INVALID, "file_in_use"),
     ImageFileTooLargeError: Rule(400, _INVALID, "image_file_too_large"),
     ImageDownloadError: Rule(400, _INVALID, "failed_to_download_image"),
     NotReadyError: Rule(503, _SERVER, "model_loading", "The model is not loaded yet.", may_retry=True),
     DrainingError: Rule(503, _SERVER, "server_draining", "The server is shutting down.", may_retry=True),
     StalledError: Rule(503, _SERVER, "engine_stalled", "Work waits and the engine does not move."),
+    StoreUnavailableError: Rule(
+        503, _SERVER, "store_unavailable", "The store of jobs does not answer.", may_retry=True
+    ),
+    StorageFullError: Rule(507, _SERVER, "storage_full", "The server has no room left on its disk."),
     RequestTimeoutError: Rule(504, _SERVER, "timeout", "The request did not finish within its time limit."),
     ClientDisconnectedError: Rule(499, _SERVER, "client_disconnected", "The client closed the connection."),
 }
@@ -250,6 +318,6 @@ def error_response(error: BaseException, request_id: str, headers: Mapping[str, 
     if rule.may_retry:
         seconds = error.retry_after_seconds if isinstance(error, RateLimitError) else 1.0
         all_headers["retry-after"] = str(max(math.ceil(seconds), 1))
-    elif rule.status >= 500 or rule.status in (401, 403):
+    elif rule.status >= 500 or rule.status in (401, 403, 409, 429):
         all_headers["x-should-retry"] = "false"
     return Response(error_json(error, request_id), rule.status, all_headers, media_type="application/json")

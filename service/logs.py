@@ -1,6 +1,7 @@
-"""Log lines, JSON or plain, each with the request id of the task that wrote it.
+"""Log lines, JSON or plain, each with the request id or job id of the task that wrote it.
 
-In: a format and a level. Out: configured `logging`, and `request_id_var`, which the middleware sets.
+In: a format and a level. Out: configured `logging`, and two variables: the middleware sets `request_id_var`, the
+worker `job_id_var`.
 It refuses to know what users send: no prompt, image or answer is ever logged, and since an exception's
 text may quote one, `log_failure` writes the exception's type and frames and keeps its text for DEBUG.
 """
@@ -19,6 +20,7 @@ from model_core.errors import DualVisionError
 LogFormat = Literal["json", "plain"]
 
 request_id_var: ContextVar[str] = ContextVar("dve_request_id", default="")
+job_id_var: ContextVar[str] = ContextVar("dve_job_id", default="")
 
 logger = logging.getLogger("dve")
 
@@ -40,6 +42,8 @@ class _Formatter(logging.Formatter):
         }
         if request_id := request_id_var.get():
             fields["request_id"] = request_id
+        if job_id := job_id_var.get():
+            fields["job_id"] = job_id
         fields.update(getattr(record, "fields", {}))
         if self._log_format == "json":
             return json.dumps(fields, default=str)
@@ -57,7 +61,7 @@ def configure_logs(log_format: LogFormat, level: str, stream: TextIO | None = No
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     # Their lines tell nothing that ours do not, and httpx's hold URLs.
-    for name in ("uvicorn.access", "httpx", "httpcore"):
+    for name in ("uvicorn.access", "httpx", "httpcore", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

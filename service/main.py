@@ -25,6 +25,7 @@ from model_core.types import Engine
 from service.app import create_app
 from service.edge import EdgeLimits, protocol_class
 from service.engine_client import EngineClient, EngineLimits
+from service.jobs.store import store_of
 from service.keys import load_keys
 from service.logs import configure_logs, logger
 from service.metrics import Metrics
@@ -112,12 +113,13 @@ def build_app(
     clock: Callable[[], float] = time.monotonic,
     body_seconds: float = 10.0,
 ) -> tuple[FastAPI, EngineClient]:
-    """The application and its engine client, which the application's lifespan starts and stops."""
+    """The app with its parts, its store opened and brought up to date. Raises ConfigError, StoreUnavailableError."""
     keys, metrics = load_keys(settings), Metrics()
     client = EngineClient(
         load, metrics, engine_limits(settings), on_load_failure=on_load_failure, on_pool_thread=on_pool_thread
     )
-    return create_app(settings, client, metrics, keys, clock=clock, body_seconds=body_seconds), client
+    store = store_of(settings)
+    return create_app(settings, client, metrics, keys, store, clock=clock, body_seconds=body_seconds), client
 
 
 def server_config(

@@ -7,7 +7,8 @@ the route table, reasons and codes from the error table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -223,3 +224,59 @@ class RequestRecorder:
                 metrics.image_pixels.observe(pixels)
         if end.timings is not None:
             metrics._observe_timings(end.timings)
+
+
+class TrainingMetrics:
+    """What a worker shows of its jobs, on a registry of its own. Job ids are no labels: one trainer a device is usual,
+    so the gauges of training are of whoever spoke last."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.train_loss = self._gauge("train_loss", "Loss of the last step.")
+        self.diversity_loss = self._gauge("train_diversity_loss", "The gate's own loss of the last step.")
+        self.learning_rate = self._gauge("train_learning_rate", "Learning rate.", "group")
+        self.stage = self._gauge("train_stage", "Stage of the curriculum, from 0.")
+        self.trainable = self._gauge("train_trainable_parameters", "Parameters that train.", "component")
+        self.samples = Counter("dve_train_samples", "Samples trained on.", ("dataset",), registry=self.registry)
+        self.tokens_per_second = self._gauge("train_tokens_per_second", "Speed of the last step.")
+        self.mfu = self._gauge("train_mfu_ratio", "Share of the device's peak.")
+        self.jobs = self._gauge("jobs", "Jobs by status.", "status")
+        self.heartbeat_age = self._gauge("job_heartbeat_age_seconds", "Since the oldest lease was renewed.")
+        self.attempts = Counter("dve_job_attempts", "Attempts by how they ended.", ("end",), registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"dve_{name}", text, labels, registry=self.registry)
+
+    def observe(self, kind: str, stage: int, data: Mapping[str, Any]) -> None:
+        """One event of a trainer that runs now."""
+        if kind == "step":
+            self.stage.set(stage)
+            self._observe_step(data)
+        elif kind == "freeze":
+            for row in data.get("rows", ()):
+                self.trainable.labels(_short(row["component"])).set(row["trainable"])
+
+    def _observe_step(self, data: Mapping[str, Any]) -> None:
+        figures = (
+            (self.train_loss, "loss"), (self.diversity_loss, "gate_loss"), (self.mfu, "mfu"),
+            (self.tokens_per_second, "tokens_per_second"),
+        )  # fmt: skip
+        for gauge, key in figures:
+            if isinstance(value := data.get(key), int | float):
+                gauge.set(value)
+        for group, rate in (data.get("learning_rates") or {}).items():
+            self.learning_rate.labels(_short(group)).set(rate)
+        for dataset, count in (data.get("dataset_samples") or {"all": data.get("samples") or 0}).items():
+            self.samples.labels(_short(dataset)).inc(count)
+
+    def set_counts(self, counts: Mapping[str, int]) -> None:
+        for status, count in counts.items():
+            self.jobs.labels(status).set(count)
+
+    def exposition(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+def _short(label: object) -> str:
+    """A component, group or dataset of a recipe as a label: one line, of bounded length."""
+    return str(label)[:64].replace("\n", " ")

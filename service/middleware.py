@@ -26,6 +26,8 @@ from service.waiting import WaitingBody, WaitingBytes
 _VALID_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 #: A body of the largest size may take an hour and a half at this rate, and holds no place meanwhile.
 _LEAST_BYTES_PER_SECOND = 8 * 1024
+#: What a form has beside its file.
+_FORM_BYTES = 64 * 1024
 _QUIET_ROUTES = ("/health", "/health/live", "/health/ready", "/metrics")
 
 
@@ -90,21 +92,32 @@ class BodyLimit:
     """
 
     def __init__(
-        self, app: ASGIApp, max_body_bytes: int, waiting: WaitingBytes, metrics: Metrics, body_seconds: float
+        self,
+        app: ASGIApp,
+        *,
+        max_body_bytes: int,
+        max_upload_bytes: int,
+        waiting: WaitingBytes,
+        metrics: Metrics,
+        body_seconds: float,
     ) -> None:
         self._app, self._max_body_bytes, self._waiting, self._metrics = app, max_body_bytes, waiting, metrics
+        self._max_upload_bytes = max_upload_bytes + _FORM_BYTES
         self._body_seconds = body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        # A file goes to the disk as it comes: it has a limit of its own, and waits nowhere.
+        is_upload = scope["method"] == "POST" and scope["path"] == "/v1/files"
+        limit = self._max_upload_bytes if is_upload else self._max_body_bytes
         declared = Headers(scope=scope).get("content-length", "")[:20]
         try:
             if declared.isdecimal():
-                self._check_size(int(declared), f"{declared} bytes")
+                _check_size(int(declared), limit, f"{declared} bytes")
                 with self._counted():
-                    self._waiting.check(int(declared))
+                    self._waiting.check(0 if is_upload else int(declared))
         except DualVisionError as error:
             # The rest of the body is not read: the connection can't be used again.
             response = error_response(error, request_id_var.get(), {"connection": "close"})
@@ -128,9 +141,9 @@ class BodyLimit:
             is_whole = not message.get("more_body", False)
             num_bytes = len(message.get("body", b""))
             received += num_bytes
-            self._check_size(received, f"more than {self._max_body_bytes} bytes")
+            _check_size(received, limit, f"more than {limit} bytes")
             with self._counted():
-                body.add(num_bytes)
+                body.add(0 if is_upload else num_bytes)
             return message
 
         scope.setdefault("state", {})["waiting_body"] = body
@@ -139,12 +152,6 @@ class BodyLimit:
         finally:
             body.release()
 
-    def _check_size(self, num_bytes: int, seen: str) -> None:
-        if num_bytes > self._max_body_bytes:
-            raise RequestTooLargeError(
-                "the request body is too large", value=seen, allowed=f"at most {self._max_body_bytes} bytes"
-            )
-
     @contextmanager
     def _counted(self) -> Iterator[None]:
         try:
@@ -152,3 +159,8 @@ class BodyLimit:
         except OverloadedError as error:
             self._metrics.admission_rejections.labels(error.code).inc()
             raise
+
+
+def _check_size(num_bytes: int, limit: int, seen: str) -> None:
+    if num_bytes > limit:
+        raise RequestTooLargeError("the request body is too large", value=seen, allowed=f"at most {limit} bytes")

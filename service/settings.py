@@ -19,6 +19,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from model_core.errors import ConfigError
 
 _MIB = 2**20
+#: Of programs that ask a server; the server itself reads neither.
+CLIENT_NAMES = frozenset({"DVE_URL", "DVE_API_KEY"})
 
 
 class Settings(BaseSettings):
@@ -32,6 +34,17 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
     data_dir: Path = Field(Path("data"), description="folder of what the server keeps: keys, files, jobs")
+    database_url: SecretStr | None = Field(
+        None, description="PostgreSQL for the jobs, postgresql://...; none: SQLite in data_dir"
+    )
+    job_lease_seconds: float = Field(
+        30.0, ge=0.5, le=3600, description="a worker that is silent for so long has lost its job"
+    )
+    job_max_attempts: int = Field(3, ge=1, le=1000, description="attempts of a job without progress before it fails")
+    max_active_jobs_per_key: int = Field(1000, ge=1, description="jobs of one key that have not ended")
+    max_upload_bytes: int = Field(512 * _MIB, ge=1024, description="largest file for training")
+    max_file_bytes_per_key: int = Field(100 * 1024 * _MIB, ge=1024, description="all files of one key together")
+    event_retention_days: float = Field(90.0, gt=0, description="events of a job are kept so long after its end")
     api_keys: SecretStr | None = Field(
         None, description="hashed keys as SCOPE:SHA256, separated by commas, or @FILE with one a line"
     )
@@ -78,6 +91,15 @@ class Settings(BaseSettings):
     stall_timeout_seconds: float = Field(120.0, gt=0, description="/health/live fails after so long without progress")
     shutdown_timeout_seconds: float = Field(30.0, ge=0, description="time that running requests get at shutdown")
     batch_window_seconds: float = Field(0.005, ge=0, le=1, description="an idle engine waits so long for company")
+    worker_devices: str = Field("auto", min_length=1, description="auto, cpu, or GPU numbers with commas between: 0,1")
+    worker_concurrency: int = Field(1, ge=1, le=64, description="trainers on each of these devices at once")
+    worker_grace_seconds: float = Field(
+        120.0, ge=0, description="time that a trainer gets to save, when a job or the worker is to stop"
+    )
+    worker_nice: int = Field(
+        10, ge=0, le=19, description="priority that trainers on processors give up, as nice counts"
+    )
+    worker_metrics_port: int = Field(8001, ge=0, le=65535, description="port of the worker's /metrics; 0: none")
     log_format: Literal["json", "plain"] = Field("plain", description="one JSON object a line, or plain text")
     log_content: bool = Field(
         False, description="write what chats ask and answer into the log; otherwise it holds no word of either"
@@ -135,6 +157,20 @@ class Settings(BaseSettings):
         return self
 
 
+#: What `dve worker` listens to; of these the server alone has no use for `WORKER_ONLY`.
+WORKER_FIELDS = (
+    "data_dir", "database_url", "host", "job_lease_seconds", "job_max_attempts", "worker_devices", "worker_concurrency",
+    "worker_grace_seconds", "worker_nice", "worker_metrics_port", "log_format", "log_level",
+)  # fmt: skip
+WORKER_ONLY = tuple(name for name in WORKER_FIELDS if name.startswith("worker_"))
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """This process's environment for one that it starts, without the settings: it is told what it needs."""
+    kept = {name: value for name, value in os.environ.items() if not name.upper().startswith("DVE_")}
+    return kept | changes
+
+
 def load_settings(flags: Mapping[str, object] | None = None, assignments: Sequence[str] = ()) -> Settings:
     """Flags and assignments (`name=value`) over environment over defaults. Raises ConfigError, in one readable line."""
     _refuse_unknown_names(os.environ)
@@ -142,6 +178,18 @@ def load_settings(flags: Mapping[str, object] | None = None, assignments: Sequen
         return Settings(**_with_model_choice(_assign(dict(flags or {}), assignments)))  # type: ignore[arg-type]
     except ValidationError as error:
         raise ConfigError("; ".join(_line(e["loc"], e["msg"], e["input"]) for e in error.errors())) from None
+
+
+def client_access() -> tuple[str, str | None]:
+    """For programs that ask a server (`dve jobs`): its URL, and the key to show it. Raises ConfigError."""
+    _refuse_unknown_names(os.environ)
+    own = Settings.model_fields
+    host = os.environ.get("DVE_HOST") or own["host"].default
+    port = os.environ.get("DVE_PORT") or own["port"].default
+    # What listens everywhere is asked here.
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return os.environ.get("DVE_URL") or url, os.environ.get("DVE_API_KEY") or None
 
 
 def _assign(flags: dict[str, object], assignments: Sequence[str]) -> dict[str, object]:
@@ -161,8 +209,8 @@ def _assign(flags: dict[str, object], assignments: Sequence[str]) -> dict[str, o
 
 
 def _shown(name: object, value: object) -> str:
-    """Somebody may have put the key itself where its hash belongs."""
-    return "(not shown)" if name == "api_keys" else repr(value)
+    """Somebody may have put the key itself where its hash belongs; a database's URL has a password in it."""
+    return "(not shown)" if name in ("api_keys", "database_url") else repr(value)
 
 
 def _with_model_choice(flags: dict[str, object]) -> dict[str, object]:
@@ -181,7 +229,7 @@ def _line(loc: tuple[int | str, ...], message: str, value: object) -> str:
 
 
 def _refuse_unknown_names(environment: Mapping[str, str]) -> None:
-    known = {f"DVE_{name}".upper() for name in Settings.model_fields}
+    known = {f"DVE_{name}".upper() for name in Settings.model_fields} | CLIENT_NAMES
     for name in environment:
         if name.upper().startswith("DVE_") and name.upper() not in known:
             raise _unknown_name("unknown setting in the environment", name.upper(), sorted(known))
@@ -206,7 +254,7 @@ def settings_table(settings: Settings) -> str:
 _TABLE_HEAD = """# Settings
 
 Written by `dve serve --print-config --format table`. Each is a flag of `dve serve` (`--port 8123`, `--set port=8123`),
-which wins, and an environment variable (`DVE_PORT=8123`).
+those that begin with `worker_` of `dve worker`; it wins over the environment variable (`DVE_PORT=8123`).
 
 | setting | value | allowed | meaning |
 |---|---|---|---|

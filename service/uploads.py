@@ -2,7 +2,7 @@
 
 In: bytes, a file name, whose they are. Out: a record with an id that can't be guessed, and the bytes again for the same
 owner under that id until they are the least recently used ones and room is needed, or their time is over. To anybody
-else they are not there. It refuses to touch a disk.
+else they are not there. It touches no disk itself.
 """
 
 from __future__ import annotations
@@ -34,10 +34,19 @@ class UploadRecord:
 
 
 class UploadStore:
-    """Methods may be called from any thread. `now` is a wall clock: its seconds are told to clients."""
+    """Methods may be called from any thread. `now` is a wall clock: its seconds are told to clients.
 
-    def __init__(self, max_bytes: int, ttl_seconds: float, now: Callable[[], float]) -> None:
-        self._max_bytes, self._ttl_seconds, self._now = max_bytes, ttl_seconds, now
+    `kept`: by (id, owner), the bytes of a picture that lies elsewhere, on a disk, and when it came; or None.
+    """
+
+    def __init__(
+        self,
+        max_bytes: int,
+        ttl_seconds: float,
+        now: Callable[[], float],
+        kept: Callable[[str, str], tuple[bytes, float] | None] | None = None,
+    ) -> None:
+        self._max_bytes, self._ttl_seconds, self._now, self._kept = max_bytes, ttl_seconds, now, kept
         self._lock = threading.Lock()
         #: The least recently used one first.
         self._held: OrderedDict[str, tuple[UploadRecord, bytes]] = OrderedDict()
@@ -72,16 +81,19 @@ class UploadStore:
         with self._lock:
             self._drop_expired(self._now())
             held = self._held.get(file_id)
-            if held is None or held[0].owner != owner:
-                raise UploadNotFoundError(
-                    "there is no such file, or not any more",
-                    value=file_id,
-                    allowed=f"the id of your own upload of the last {self._ttl_seconds:g} s",
-                    fix="Upload it again",
-                    param="file_id",
-                )
-            self._held.move_to_end(file_id)
-            return held
+            if held is not None and held[0].owner == owner:
+                self._held.move_to_end(file_id)
+                return held
+        if self._kept is not None and (kept := self._kept(file_id, owner)) is not None:
+            data, created = kept
+            return UploadRecord(file_id, owner, "", len(data), int(created), int(created)), data
+        raise UploadNotFoundError(
+            "there is no such file, or not any more",
+            value=file_id,
+            allowed=f"the id of your own upload of the last {self._ttl_seconds:g} s, or of a file for vision",
+            fix="Upload it again",
+            param="file_id",
+        )
 
     def delete(self, file_id: str, owner: str) -> bool:
         """Whether there was one of this owner."""

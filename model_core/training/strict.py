@@ -44,7 +44,7 @@ def parse_section(cls: type[SectionT], data: Mapping[str, Any], what: str) -> Se
     others = [".".join(str(part) for part in p["loc"]) for p in problems[1:]]
     also = f" ({len(others)} more: {', '.join(others[:5])})" if others else ""
     if first["type"] == "extra_forbidden":
-        known = _keys_at(cls, first["loc"][:-1])
+        known = keys_at(cls, first["loc"][:-1])
         raise ConfigError(
             f"{what}: unknown key '{path}'{also}",
             value=first["loc"][-1],
@@ -137,7 +137,7 @@ def _nearest(key: str, known: Sequence[str]) -> str:
     return f"Write '{close[0]}'" if close else "Leave it out"
 
 
-def _keys_at(cls: type[BaseModel], path: Sequence[str | int]) -> list[str]:
+def keys_at(cls: type[BaseModel], path: Sequence[str | int]) -> list[str]:
     """The keys that the section at this path knows."""
     current: Any = cls
     for part in path:

@@ -10,7 +10,8 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from service.errors import InvalidBodyError
+from model_core.training.strict import keys_at
+from service.errors import InvalidBodyError, UnknownParameterError
 
 #: Strict: `true` is no number and `"7"` is no integer. Finite: NaN and 1e999 are refused.
 STRICT = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, extra="forbid")
@@ -31,17 +32,21 @@ def parse_body(model: type[ModelT], raw: bytes, content_type: str | None) -> Mod
             "the body is not declared as JSON", value=media_type, allowed="content-type: application/json"
         )
     try:
-        return model.model_validate_json(raw)
+        # Strict throughout: sections that are borrowed from a recipe are not so by themselves.
+        return model.model_validate_json(raw, strict=True)
     except ValidationError as error:
-        raise _to_body_error(error) from None
+        raise _to_body_error(model, error) from None
 
 
-def _to_body_error(error: ValidationError) -> InvalidBodyError:
+def _to_body_error(model: type[BaseModel], error: ValidationError) -> InvalidBodyError | UnknownParameterError:
     first = error.errors(include_url=False, include_context=False)[0]
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         return InvalidBodyError(f"the body is not valid JSON: {message.removeprefix('Invalid JSON: ')}")
     param = _path(first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = ", ".join(keys_at(model, first["loc"][:-1])[:64])
+        return UnknownParameterError(f"unknown key '{param}'", allowed=known, fix="Leave it out", param=param)
     value = first["input"]
     # Containers may hold a whole image; a missing field's input is its container.
     shown = value if isinstance(value, (str, int, float, bool)) else type(value).__name__

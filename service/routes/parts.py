@@ -12,6 +12,7 @@ from model_core.types import ChatMessage
 from service.admission import Admission
 from service.engine_client import EngineClient
 from service.fusion_history import FusionHistory
+from service.job_desk import JobDesk
 from service.keys import Caller
 from service.media import MediaSource, is_remote
 from service.messages import image_references, to_messages
@@ -34,6 +35,7 @@ class AppParts:
     history: FusionHistory
     waiting_bytes: WaitingBytes
     media: MediaSource
+    desk: JobDesk
     now: Callable[[], float]
 
     async def read_messages(

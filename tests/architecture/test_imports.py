@@ -46,7 +46,9 @@ def copy(root: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("module", ["service.app", "service.translate", "model_core", "model_core.types"])
+@pytest.mark.parametrize(
+    "module", ["service.app", "service.translate", "service.worker", "model_core", "model_core.types"]
+)
 def test_torch_stays_out_of_memory(module: str, root: Path) -> None:
     assert not loads_torch(module, root)
 

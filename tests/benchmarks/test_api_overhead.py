@@ -23,6 +23,7 @@ def test_an_event_is_counted_for_every_token(tmp_path):
             return await api_overhead.call(app, api_overhead.chat_body(400, max_tokens=7, stream=True))
         finally:
             await client.stop()
+            app.state.parts.desk.store.close()
 
     status, events = asyncio.run(count())
     assert (status, events) == (200, 1 + 7 + 1 + 1), "role, words, end, [DONE]"

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import openai
@@ -39,8 +40,8 @@ def ask(text: str = "what?", images: int = 0, **more) -> dict:
 class LiveServer:
     """`http`: a plain client; `openai`: the official one. Both are closed with the server."""
 
-    def __init__(self, app: FastAPI, engine: FakeEngine, client: EngineClient, url: str) -> None:
-        self.app, self.engine, self.client, self.url = app, engine, client, url
+    def __init__(self, app: FastAPI, engine: FakeEngine, client: EngineClient, url: str, data_dir: Path) -> None:
+        self.app, self.engine, self.client, self.url, self.data_dir = app, engine, client, url, data_dir
         self.http = httpx.Client(base_url=url, timeout=20)
         self.openai = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20)
 
@@ -66,11 +67,9 @@ def run_server(
     **settings,
 ) -> Iterator[LiveServer]:
     """`remote`: instead of the settings' own, one that may reach loopback. `clock`: that of the keys' limits."""
-    data_dir = tempfile.mkdtemp()  # not the checkout's own: there may be keys in it
-    defaults = {"shutdown_timeout_seconds": 0.0, "data_dir": data_dir}
-    app, client = build_app(
-        Settings(**defaults | settings), load or (lambda: engine), clock=clock, body_seconds=body_seconds
-    )
+    data_dir = tempfile.mkdtemp()  # not the checkout's own: there may be keys and jobs in it
+    chosen = Settings(**{"shutdown_timeout_seconds": 0.0, "data_dir": data_dir} | settings)
+    app, client = build_app(chosen, load or (lambda: engine), clock=clock, body_seconds=body_seconds)
     if remote is not None:
         app.state.parts = replace(app.state.parts, media=replace(app.state.parts.media, remote=remote))
     listening = open_socket("127.0.0.1", 0)
@@ -90,7 +89,7 @@ def run_server(
     thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
     thread.start()
     assert started.wait(20)
-    live = LiveServer(app, engine, client, f"http://127.0.0.1:{listening.getsockname()[1]}")
+    live = LiveServer(app, engine, client, f"http://127.0.0.1:{listening.getsockname()[1]}", chosen.data_dir)
     try:
         yield live
     finally:

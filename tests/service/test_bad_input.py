@@ -118,7 +118,7 @@ def test_combinations_that_contradict_each_other(shared: LiveServer):
 
 
 def test_unknown_keys_inside_fusion_are_refused(shared: LiveServer):
-    check(shared.chat(fusion={"maps": True}), 400, "invalid_value", "fusion.maps")
+    check(shared.chat(fusion={"maps": True}), 400, "unknown_parameter", "fusion.maps")
     check(shared.chat(fusion={"arm": "both"}), 400, "invalid_value", "fusion.arm")
 
 

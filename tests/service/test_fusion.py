@@ -7,6 +7,7 @@ from tests.service.conftest import LiveServer, ask
 from tests.service.fakes import PNG, TIMINGS, FakeEngine
 
 ANALYZE, COMPARE = "/v1/fusion/analyze", "/v1/encoders/compare"
+JOBS = "/v1/fine_tuning/jobs"
 
 
 def messages(images: int = 1, text: str = "what?") -> dict:
@@ -188,7 +189,10 @@ def test_openapi_documents_bodies_and_paths(shared: LiveServer):
     document = shared.http.get("/openapi.json").json()
     assert set(document["paths"]) == {
         "/v1/chat/completions", "/fusion-weights", ANALYZE, COMPARE, "/v1/models", "/v1/models/{model_id}",
-        "/health", "/health/live", "/health/ready", "/metrics",
+        "/health", "/health/live", "/health/ready", "/metrics", "/v1/files", "/v1/files/{file_id}",
+        "/v1/files/{file_id}/content", JOBS, f"{JOBS}/validate", f"{JOBS}/{{job_id}}",
+        *(f"{JOBS}/{{job_id}}/{verb}" for verb in ("cancel", "pause", "resume", "events", "checkpoints")),
+        *(f"{JOBS}/{{job_id}}/{part}" for part in ("freeze", "fusion")),
     }  # fmt: skip
     body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     schema = document["components"]["schemas"][body["$ref"].rpartition("/")[2]]

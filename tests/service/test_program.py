@@ -21,7 +21,8 @@ from service import errors
 from service.cli import main, serve_parser
 from service.logs import configure_logs, log_failure, log_fields, request_id_var
 from service.main import open_socket
-from service.settings import Settings, load_settings
+from service.settings import WORKER_ONLY, Settings, load_settings
+from service.worker_commands import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,7 +90,7 @@ def test_a_typo_in_the_environment_is_an_error(monkeypatch: pytest.MonkeyPatch):
 
 def test_settings_are_few_and_frozen():
     # ARCHITECTURE.md, Decisions, says why not 30.
-    assert len(Settings.model_fields) <= 36
+    assert len(Settings.model_fields) <= 48
     with pytest.raises(ValueError, match="frozen"):
         load_settings().port = 1
 
@@ -99,8 +100,16 @@ def test_settings_are_few_and_frozen():
 
 def test_every_setting_is_a_flag_in_both_spellings():
     for name in Settings.model_fields:
+        parser = build_parser() if name in WORKER_ONLY else serve_parser()
         for flag in (f"--{name}", f"--{name.replace('_', '-')}"):
-            assert vars(serve_parser().parse_args([flag, "7"]))[name] == "7"
+            assert vars(parser.parse_args([flag, "7"]))[name] == "7"
+
+
+def test_the_worker_takes_its_own_settings_in_short_and_no_others():
+    flags = vars(build_parser().parse_args(["--once", "--devices", "cpu", "--concurrency", "2"]))
+    assert flags == {"once": True, "worker_devices": "cpu", "worker_concurrency": "2"}
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["--max-num-seqs", "7"])
 
 
 def test_print_config(capsys: pytest.CaptureFixture[str]):

@@ -1,0 +1,45 @@
+"""What a store needs done from time to time, by whichever server runs: nobody's job waits for a worker to do it.
+
+In: the store and the folder of files. Out: jobs of lost workers settled, files and events past their time gone. A store
+that does not answer is asked again later. It decides nothing about a job that a lease still covers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from model_core.errors import DualVisionError
+from service.jobs.files import FileFolder
+from service.jobs.store import Store
+from service.logs import log_fields
+
+_PURGE_SECONDS = 60.0
+_WORKER_SECONDS = 24 * 3600.0
+
+
+async def keep_house(store: Store, folder: FileFolder, event_retention_seconds: float) -> None:
+    """Runs until it is cancelled."""
+    every = min(max(store.leases.lease_seconds / 6, 0.1), 5.0)
+    clock, next_purge = asyncio.get_running_loop().time, 0.0
+    while True:
+        try:
+            if count := await asyncio.to_thread(store.leases.reap):
+                log_fields(logging.WARNING, "settled jobs of lost workers", count=count)
+            if clock() >= next_purge:
+                next_purge = clock() + _PURGE_SECONDS
+                await asyncio.to_thread(purge, store, folder, event_retention_seconds)
+        except (DualVisionError, OSError) as error:
+            log_fields(
+                logging.WARNING, "the store could not be kept in order", error=type(error).__name__, reason=str(error)
+            )
+        await asyncio.sleep(every)
+
+
+def purge(store: Store, folder: FileFolder, event_retention_seconds: float) -> None:
+    """Drop what has expired: files, events of ended jobs, workers that were not seen for a day."""
+    for record in store.files.take_expired():
+        folder.delete(record.path)
+    folder.drop_stale()
+    store.jobs.purge_events(event_retention_seconds)
+    store.workers.drop_unseen(_WORKER_SECONDS)

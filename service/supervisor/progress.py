@@ -1,0 +1,148 @@
+"""Carries what a trainer tells into the store: events in batches, checkpoints, applied switches; metrics on the way.
+
+In: event files. Out: rows, each once, however often the same event is read. It refuses to know processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from service.jobs.job import Lease, Level, NewCheckpoint, NewEvent
+from service.jobs.store import Store
+from service.metrics import TrainingMetrics
+from service.supervisor.attempts import JobFolder, StepFolder
+from service.supervisor.event_file import EventFile, TrainerEvent
+from service.supervisor.lease_keeper import StoreThreads
+from service.supervisor.verdict import BROKEN
+
+_BATCH = 200
+#: The trainer's names of a step's counts -> what the API and the metrics call them.
+_COUNTS: Mapping[str, str] = {"num_tokens": "tokens", "num_samples": "samples", "num_label_tokens": "label_tokens"}
+_LEVELS: Mapping[str, Level] = {"error": "error", "warning": "warn"}
+
+
+class Progress:
+    """One attempt's reporter. last_error: the trainer's latest complaint; summary: its last word."""
+
+    def __init__(
+        self, store: Store, call: StoreThreads, lease: Lease, folder: JobFolder, metrics: TrainingMetrics
+    ) -> None:
+        self._store, self._call, self._lease, self._folder, self._metrics = store, call, lease, folder, metrics
+        self._root = str(folder.path.parents[1]) + "/"
+        self._sent_switches: deque[int] = deque()
+        self._saved: dict[int, str] = {}
+        self.last_error: TrainerEvent | None = None
+        self.summary: Mapping[str, Any] = {}
+
+    async def take_over(self) -> StepFolder | None:
+        """Read what earlier attempts said and nobody read; enter checkpoints that were not told of; the newest one.
+
+        The folders are looked at once, before the events: whatever led to a folder that is seen was said before it
+        was complete. A second look could find one that a dying trainer finished meanwhile, and skip its events.
+        """
+        found = await asyncio.to_thread(self._folder.steps)
+        for number, path in self._folder.unread_events():
+            if number < self._lease.attempt:
+                await self.read(EventFile(path), is_live=False)
+                self._folder.mark_read(number)
+        rows = await self._call.insist(self._store.jobs.checkpoints, self._lease.job_id, limit=10_000)
+        self._saved = {row.step: row.path for row in rows[0]}
+        for step in reversed(found):
+            if not Path(self._saved.get(step.step, "")).is_dir():
+                await self._enter(step)
+        await self._forget_deleted()
+        return next(iter(found), None)
+
+    async def read(self, file: EventFile, *, is_live: bool = True) -> int:
+        """Everything that was appended since; how many events. They are in the store when this returns."""
+        count = 0
+        while events := file.read(_BATCH):
+            count += len(events)
+            await self._keep(events, is_live=is_live)
+        return count
+
+    def note_sent_switch(self, number: int) -> None:
+        """The trainer answers switches in the order in which it got them."""
+        self._sent_switches.append(number)
+
+    async def _keep(self, events: Sequence[TrainerEvent], *, is_live: bool) -> None:
+        await self._call.insist(
+            self._store.leases.append_events, self._lease, [self._to_new(event) for event in events]
+        )
+        for event in events:
+            if event.kind == "checkpoint":
+                await self._on_checkpoint(event)
+            if is_live:
+                self._metrics.observe(event.kind, event.stage, _with_counts(event.data))
+                await self._on_live(event)
+
+    async def _on_live(self, event: TrainerEvent) -> None:
+        if event.kind == "error":
+            self.last_error = event
+        elif event.kind == "summary":
+            self.summary = event.data
+        elif event.kind == "switched" and self._sent_switches:
+            number = self._sent_switches.popleft()
+            await self._call.insist(self._store.leases.mark_switched, self._lease, number, event.global_step)
+
+    async def _on_checkpoint(self, event: TrainerEvent) -> None:
+        path = Path(str(event.data.get("path", "")))
+        if not path.is_dir():  # an old event, read late: retention has deleted it since
+            return
+        metrics = event.data.get("metrics")
+        await self._add(
+            NewCheckpoint(
+                int(event.data.get("step", event.global_step)), event.stage, str(path),
+                str(event.data.get("reason", "every"))[:32], metrics if isinstance(metrics, dict) else {},
+            )
+        )  # fmt: skip
+        await self._forget_deleted()
+
+    async def _enter(self, found: StepFolder) -> None:
+        """A complete folder whose event was cut off by a kill: its manifest says as much."""
+        note = found.note
+        stage, metrics = int(note.get("stage", 0)), note.get("metrics")
+        reason = str(note.get("reason", "every"))[:32]
+        known = dict(metrics) if isinstance(metrics, dict) else {}
+        data = {"path": _without(self._root, str(found.path)), "step": found.step, "reason": reason, "metrics": known}
+        message = f"Saved step {found.step}"
+        event = NewEvent(stage, found.step, "checkpoint", message, data)
+        await self._call.insist(self._store.leases.append_events, self._lease, [event])
+        await self._add(NewCheckpoint(found.step, stage, str(found.path), reason, known))
+
+    async def _add(self, new: NewCheckpoint) -> None:
+        await self._call.insist(self._store.leases.add_checkpoint, self._lease, new)
+        self._saved[new.step] = new.path
+
+    async def _forget_deleted(self) -> None:
+        gone = [step for step, path in self._saved.items() if not Path(path).is_dir()]
+        if gone:
+            await self._call.insist(self._store.leases.forget_checkpoints, self._lease, gone)
+            for step in gone:
+                del self._saved[step]
+
+    def _to_new(self, event: TrainerEvent) -> NewEvent:
+        level = _LEVELS.get(event.kind.partition(":")[0], "info")
+        is_broken = event.kind == "error" and event.data.get("code") == "internal_error"
+        message = BROKEN if is_broken else _without(self._root, event.message)
+        data = _without(self._root, _with_counts(event.data) if event.kind == "step" else event.data)
+        return NewEvent(event.stage, event.global_step, event.kind[:128], message, data, level)
+
+
+def _with_counts(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**{short: data[long] for long, short in _COUNTS.items() if long in data}, **data}
+
+
+def _without(root: str, value: Any) -> Any:
+    """The server's own folder cut out of every text: events are shown to clients."""
+    if isinstance(value, str):
+        return value.replace(root, "")
+    if isinstance(value, Mapping):
+        return {key: _without(root, one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without(root, one) for one in value]
+    return value

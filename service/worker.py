@@ -1,0 +1,88 @@
+"""The composition root of the worker: settings -> store, devices, programs -> a loop that trains jobs.
+
+In: `Settings`. Out: an exit code: 0 after a drain, 2 for what the user can put right. No torch and no CUDA in this
+process: trainers are subprocesses, so that none of their crashes is the worker's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+from prometheus_client import start_http_server
+
+from service.jobs.store import open_store
+from service.logs import configure_logs, logger
+from service.metrics import TrainingMetrics
+from service.settings import Settings
+from service.supervisor.devices import Device, LockFolder, parse_devices
+from service.supervisor.job_run import RunContext, RunLimits
+from service.supervisor.lease_keeper import StoreThreads
+from service.supervisor.warm_reader import WarmReader
+from service.supervisor.worker_loop import LoopLimits, WorkerLoop
+from service.supervisor.workshop import Programs, Workshop
+
+_THREADS_PER_DEVICE = 6
+#: What reads a training file, and what that imports only once it is called.
+_READER = ("model_core.cli.data", "model_core.training.data.scan", "model_core.training.data.multi")
+
+
+def work(
+    settings: Settings, *, once: bool = False, programs: Programs | None = None, poll_seconds: float = 0.25,
+    backoff_seconds: tuple[float, float] = (2.0, 300.0),
+) -> int:  # fmt: skip
+    """Train until a signal; with `once` until nothing waits.
+
+    programs: stand in for the real ones in tests. poll_seconds: between two looks for work. backoff_seconds: before
+    the second attempt, doubled before each further one, up to the second figure.
+
+    Raises:
+        ConfigError: devices that are not there, a store that can't be opened.
+    """
+    configure_logs(settings.log_format, settings.log_level)
+    devices = parse_devices(settings.worker_devices, settings.worker_concurrency)
+    data_dir = settings.data_dir.absolute()
+    url = settings.database_url
+    store = open_store(
+        None if url is None else url.get_secret_value(), data_dir,
+        lease_seconds=settings.job_lease_seconds, max_attempts=settings.job_max_attempts,
+    )  # fmt: skip
+    metrics = TrainingMetrics()
+    _show_metrics(settings, metrics)
+    with ThreadPoolExecutor(_THREADS_PER_DEVICE * (len(devices) + 1), "store") as pool:
+        call = StoreThreads(pool)
+        workshop = Workshop(store, call, data_dir, programs or Programs())
+        limits = RunLimits(
+            grace_seconds=settings.worker_grace_seconds, backoff_base_seconds=backoff_seconds[0],
+            backoff_limit_seconds=backoff_seconds[1],
+            niceness=_niceness(settings, devices),
+        )  # fmt: skip
+        context = RunContext(
+            store, call, workshop, metrics, data_dir / "jobs", max_attempts=settings.job_max_attempts, limits=limits
+        )
+        # A worker that ends with its work needs nobody who waits for more.
+        warm = None if once else WarmReader(_READER, limits.niceness)
+        loop = WorkerLoop(
+            context, workshop, devices, LockFolder(data_dir / "locks"), LoopLimits(poll_seconds, once=once), warm
+        )
+        try:
+            return asyncio.run(loop.run())
+        finally:
+            store.close()
+
+
+def _show_metrics(settings: Settings, metrics: TrainingMetrics) -> None:
+    if not settings.worker_metrics_port:
+        return
+    try:
+        start_http_server(settings.worker_metrics_port, settings.host, metrics.registry)
+    except OSError as error:
+        logger.warning(
+            "this worker's metrics are not served: %s (port %d). Give it another --worker-metrics-port",
+            error.strerror or error, settings.worker_metrics_port,
+        )  # fmt: skip
+
+
+def _niceness(settings: Settings, devices: tuple[Device, ...]) -> int:
+    """A trainer on a GPU needs its processor when the GPU is done; only on processors it stands back."""
+    return settings.worker_nice if all(device.gpu is None for device in devices) else 0
