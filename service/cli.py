@@ -22,6 +22,7 @@ MOUNTED: Mapping[str, tuple[str, str]] = {
     "config": ("model_core.cli.configs", "check a training recipe: config validate FILE"),
     "configs": ("model_core.cli.configs", "write the shipped training recipes: configs create"),
     "demo": ("model_core.cli.demo", "build or evaluate the demo model"),
+    "publish": ("model_core.cli.publish", "make a trained model one that the server finds"),
     "bench": ("model_core.cli.bench", "time the engine or the encoders"),
     "bench serve": ("service.bench", "time an endpoint under load, beside another one if wanted"),
 }
