@@ -44,7 +44,7 @@ from model_core.types import (
     VideoPart,
     messages_from_dicts,
 )
-from model_core.variant import load_variant
+from model_core.variant import load_variant, own_bytes
 
 Key = TypeVar("Key")
 Messages = Sequence[Any]  # of dictionaries in Qwen's format, or of ChatMessage
@@ -146,6 +146,14 @@ class DualVisionEncoder:
         made._set_up(loaded, model_id, engine_config, beside=self.engine)
         made.configure(self.format.limits)
         return made
+
+    def bytes_beside(self, base: DualVisionEncoder) -> int:
+        """Memory that this model and its engine take, or may take, beside the base's."""
+        sizes = own_bytes(self.model, base.model) + self.engine.cache_bytes
+        decoder = self.engine.runner.decoder
+        if decoder is not base.engine.runner.decoder:
+            sizes += decoder.copied_bytes
+        return sizes
 
     def _set_up(
         self,

@@ -90,8 +90,11 @@ class ModelState:
 
 def folder_name(model_id: str) -> str:
     """An id as one folder's name: ids hold `/` and `:`. Raises InvalidRequestError."""
-    name = quote(model_id, safe=":@+=,")
-    if not model_id or name.startswith(".") or len(name) > _MAX_NAME_BYTES:
+    try:
+        name = quote(model_id, safe=":@+=,")
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can hold
+        name = ""
+    if not name or name.startswith(".") or len(name) > _MAX_NAME_BYTES:
         raise InvalidRequestError(
             "this can't be a model's id", value=model_id,
             allowed=f"1 to {_MAX_NAME_BYTES} characters, the first no dot", param="model",

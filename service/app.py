@@ -31,6 +31,7 @@ from service.errors import (
     rule_for,
 )
 from service.fusion_history import FusionHistory
+from service.hot_models import HotModels
 from service.logs import log_failure, request_id_var
 from service.media import MediaLimits, MediaSource
 from service.metrics import Metrics
@@ -57,15 +58,22 @@ _BODIES: Mapping[str, type[BaseModel]] = {
 
 
 def create_app(
-    settings: Settings, client: EngineClient, metrics: Metrics, *, now: Callable[[], float] = time.time
+    settings: Settings,
+    client: EngineClient,
+    metrics: Metrics,
+    hot_models: HotModels,
+    *,
+    now: Callable[[], float] = time.time,
 ) -> FastAPI:
     """`now` is the wall clock of `created` fields. The client must not have been started. Raises ConfigError."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         client.start()
+        hot_models.start()
         yield
         await client.stop()
+        await hot_models.stop()
 
     app = FastAPI(
         title="Dual Vision Encoder",
@@ -75,7 +83,8 @@ def create_app(
         redirect_slashes=False,
     )
     waiting = WaitingBytes(settings.max_waiting_bytes)
-    app.state.parts = AppParts(settings, client, metrics, FusionHistory(), waiting, _media(settings, now), now)
+    media = _media(settings, now)
+    app.state.parts = AppParts(settings, client, hot_models, metrics, FusionHistory(), waiting, media, now)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes, waiting=waiting, metrics=metrics)
     app.add_middleware(RequestScope, metrics=metrics)

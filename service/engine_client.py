@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from model_core.analysis.compare import collect_answer
 from model_core.errors import (
@@ -32,6 +32,7 @@ from model_core.errors import (
 from model_core.types import Engine, EngineStats, GenerationRequest, ModelInfo, TokenEvent
 from service.engine_thread import Abort, Add, EngineThread, Stop
 from service.errors import DrainingError, NotReadyError, RequestTimeoutError, StalledError
+from service.fleet import Fleet, Member
 from service.logs import logger
 from service.metrics import Metrics, RequestRecorder
 
@@ -72,18 +73,21 @@ class EngineClient:
         self._on_load_failure = on_load_failure
         self._state: State = "new"
         self._is_draining = False
+        window = limits.batch_window_seconds
         self._thread = EngineThread(
-            self, load, clock, max_batch=limits.max_num_seqs, window_seconds=limits.batch_window_seconds
+            self, lambda: Fleet(load()), clock, max_batch=limits.max_num_seqs, window_seconds=window
         )
         self._pool = ThreadPoolExecutor(
             limits.preprocess_workers, thread_name_prefix="dve-prepare", initializer=on_pool_thread
         )
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._engine: Engine | None = None
+        self._engine: Fleet | None = None
         self._token_text: Callable[[int], tuple[str, list[int]]] | None = None
         self._streams: dict[str, asyncio.Queue[TokenEvent]] = {}
         self._num_admitted = 0
         self.num_preparing = 0
+        #: Called when a member's admitted request has ended, however it did.
+        self.on_left: Callable[[Member], None] = lambda _: None
         self._idle = asyncio.Event()
         self._idle.set()
         self._settled = asyncio.Event()
@@ -121,6 +125,10 @@ class EngineClient:
     # What a probe asks
 
     @property
+    def base(self) -> Member:
+        return self._ready_engine().base
+
+    @property
     def info(self) -> ModelInfo:
         return self._ready_engine().info
 
@@ -152,7 +160,7 @@ class EngineClient:
             raise NotReadyError("the model is not loaded", value=self._state)
         return self._token_text(token_id)
 
-    def _ready_engine(self) -> Engine:
+    def _ready_engine(self) -> Fleet:
         if self._state == "dead":
             raise EngineDeadError("the engine has stopped")
         if self._engine is None or self._state != "ready":
@@ -178,19 +186,23 @@ class EngineClient:
             raise
 
     @contextmanager
-    def admit(self, num_places: int = 1) -> Iterator[Admission]:
+    def admit(self, num_places: int = 1, member: Member | None = None) -> Iterator[Admission]:
         """Places for one request's sequences, counted before anything is decoded. Its deadline begins here.
 
-        Raises OverloadedError, NotReadyError, DrainingError, EngineDeadError; InvalidRequestError if so many
-        places can never be had.
+        `member`: the model that answers; none: the base. Raises OverloadedError, NotReadyError, DrainingError,
+        EngineDeadError; InvalidRequestError if so many places can never be had.
         """
         self.check_room(num_places)
+        member = member or self.base
         self._num_admitted += num_places
+        member.num_active += num_places
         self._idle.clear()
         try:
-            yield Admission(self, asyncio.get_running_loop().time() + self._limits.request_timeout_seconds)
+            yield Admission(self, member, asyncio.get_running_loop().time() + self._limits.request_timeout_seconds)
         finally:
             self._num_admitted -= num_places
+            member.num_active -= num_places
+            self.on_left(member)
             if self._num_admitted == 0:
                 self._idle.set()
 
@@ -231,9 +243,9 @@ class EngineClient:
                 loop.call_soon_threadsafe(function, *args)
 
     def on_loaded(self, engine: Engine) -> None:
-        self._engine = engine
+        self._engine = cast(Fleet, engine)  # what the thread was given to load
         self._token_text = lru_cache(_NUM_TOKEN_TEXTS)(engine.token_text)
-        self._metrics.set_model(engine.info)
+        self._metrics.set_models([engine.info])
         if self._state == "loading":
             self._state = "ready"
         logger.info("ready: %s on %s (%s)", engine.info.model_id, engine.info.device, engine.info.dtype)
@@ -269,9 +281,13 @@ class EngineClient:
 class Admission:
     """One admitted request, or a family of them that shares a place and a deadline (a comparison)."""
 
-    def __init__(self, client: EngineClient, deadline: float) -> None:
-        self._client, self._deadline = client, deadline
+    def __init__(self, client: EngineClient, member: Member, deadline: float) -> None:
+        self._client, self.member, self._deadline = client, member, deadline
         self._fetch_seconds = 0.0
+
+    async def wait(self, work: Awaitable[T]) -> T:
+        """Await anything else within the request's time."""
+        return await self._before_deadline(work)
 
     async def fetch(self, work: Awaitable[T]) -> T:
         """Await what the request needs from elsewhere; the time counts as the preprocessing of its first sequence."""
@@ -334,12 +350,10 @@ class Admission:
                 recorder.finish(failure)
 
     async def _prepare(self, request: GenerationRequest) -> Any:
-        engine = self._client._ready_engine()
-        return await self.in_pool(partial(engine.prepare, self._until_deadline(request)))
+        return await self.in_pool(partial(self.member.prepare, self._until_deadline(request)))
 
     async def _fork(self, prepared: Any, request: GenerationRequest) -> Any:
-        engine = self._client._ready_engine()
-        return await self.in_pool(partial(engine.fork, prepared, self._until_deadline(request)))
+        return await self.in_pool(partial(self.member.fork, prepared, self._until_deadline(request)))
 
     def _until_deadline(self, request: GenerationRequest) -> GenerationRequest:
         # The engine gets the deadline too: what has run out of time while it queued is not computed.

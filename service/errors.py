@@ -18,6 +18,7 @@ a rule with a fixed message hides `str(error)`, and whatever has no rule is a pl
     `-- EngineError
         |-- NotReadyError               the model is still loading, or failed to load
         |-- DrainingError               the server is going down
+        |-- ModelTooLargeError          a variant that the memory for variants can't hold
         |-- StalledError                work waits and nothing moves
         |-- RequestTimeoutError         the request's deadline passed
         `-- ClientDisconnectedError     nobody is left to answer
@@ -76,6 +77,10 @@ class NotReadyError(core.EngineError):
 
 class DrainingError(core.EngineError):
     code = "server_draining"
+
+
+class ModelTooLargeError(core.EngineError):
+    code = "model_too_large"
 
 
 class StalledError(core.EngineError):
@@ -155,6 +160,9 @@ TABLE: Mapping[type[BaseException], Rule] = {
     ImageDownloadError: Rule(400, _INVALID, "failed_to_download_image"),
     NotReadyError: Rule(503, _SERVER, "model_loading", "The model is not loaded yet.", may_retry=True),
     DrainingError: Rule(503, _SERVER, "server_draining", "The server is shutting down.", may_retry=True),
+    ModelTooLargeError: Rule(
+        503, _SERVER, "model_too_large", "This model needs more memory than this server gives to fine-tuned models."
+    ),
     StalledError: Rule(503, _SERVER, "engine_stalled", "Work waits and the engine does not move."),
     RequestTimeoutError: Rule(504, _SERVER, "timeout", "The request did not finish within its time limit."),
     ClientDisconnectedError: Rule(499, _SERVER, "client_disconnected", "The client closed the connection."),

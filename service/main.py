@@ -9,9 +9,12 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -20,13 +23,64 @@ from model_core.errors import ConfigError, DualVisionError
 from model_core.types import Engine
 from service.app import create_app
 from service.engine_client import EngineClient, EngineLimits
+from service.errors import NotReadyError
+from service.hot_models import KV_SHARE, HotModels, LoadedEngine, NoVariants, VariantLoader
 from service.logs import configure_logs, logger
 from service.metrics import Metrics
+from service.registry import FolderRegistry
 from service.settings import Settings
 
+if TYPE_CHECKING:
+    from model_core.encoder import DualVisionEncoder
 
-def load_engine(settings: Settings) -> Engine:
-    """Build and warm up the model that the settings name. Runs in the engine's thread; takes a while."""
+#: Memory for variants on a CPU, unless the settings say otherwise.
+_CPU_VARIANT_BYTES = 2 * 2**30
+
+
+class ModelLoader:
+    """Loads the model that the settings name, and variants of it beside it (hot_models.py)."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._encoder: DualVisionEncoder | None = None
+        self._gpu_budget: int | None = None
+
+    def load_base(self) -> Engine:
+        """Runs in the engine's thread; takes a while."""
+        self._encoder = load_encoder(self._settings)
+        engine: Engine = self._encoder.engine
+        return engine
+
+    def budget_bytes(self) -> int:
+        import torch  # noqa: PLC0415  as in load_encoder
+
+        asked = self._settings.variant_memory_bytes
+        if asked is not None or self._encoder is None:
+            return asked or 0
+        device = self._encoder.model.device
+        if device.type != "cuda":
+            return _CPU_VARIANT_BYTES
+        if self._gpu_budget is None:
+            # Half of what the base leaves, about the eighth that it kept back (EngineConfig.variant_bytes).
+            self._gpu_budget = int(torch.cuda.mem_get_info(device)[0]) // 2
+        return self._gpu_budget
+
+    def load(self, folder: Path, model_id: str, kv_cache_bytes: int) -> LoadedEngine:
+        """Raises CheckpointError, OutOfDeviceMemoryError."""
+        encoder = self._encoder
+        if encoder is None:
+            raise NotReadyError("the model is not loaded", value=model_id)
+        sizes = replace(
+            encoder.engine.config,
+            kv_cache_bytes=kv_cache_bytes,
+            encoder_cache_bytes=encoder.engine.config.encoder_cache_bytes // KV_SHARE,
+        )
+        made = encoder.beside(folder, model_id, sizes)
+        return LoadedEngine(made.engine, made.bytes_beside(encoder))
+
+
+def load_encoder(settings: Settings) -> DualVisionEncoder:
+    """Build and warm up the model that the settings name."""
     # Here and not above: importing torch takes seconds, and the port should answer before that.
     from model_core.checkpoint import quiet_unless_terminal  # noqa: PLC0415
     from model_core.encoder import DualVisionEncoder  # noqa: PLC0415
@@ -45,6 +99,7 @@ def load_engine(settings: Settings) -> Engine:
             kv_cache_bytes=settings.kv_cache_bytes,
             encoder_cache_bytes=settings.encoder_cache_bytes,
             enable_prefix_caching=settings.enable_prefix_caching,
+            variant_bytes=settings.variant_memory_bytes,
         ),
     }
     if settings.model is not None:
@@ -60,8 +115,7 @@ def load_engine(settings: Settings) -> Engine:
             max_visual_tokens=settings.max_visual_tokens,
         )
     )
-    engine: Engine = encoder.engine
-    return engine
+    return encoder
 
 
 _torch_default = threading.Lock()
@@ -98,12 +152,17 @@ def build_app(
     load: Callable[[], Engine],
     on_load_failure: Callable[[BaseException], None] | None = None,
     on_pool_thread: Callable[[], None] | None = None,
+    *,
+    variants: VariantLoader | None = None,
 ) -> tuple[FastAPI, EngineClient]:
+    """`variants`: none serves the base alone."""
     metrics = Metrics()
     client = EngineClient(
         load, metrics, engine_limits(settings), on_load_failure=on_load_failure, on_pool_thread=on_pool_thread
     )
-    return create_app(settings, client, metrics), client
+    registry = FolderRegistry(settings.data_dir / "models", time.time)
+    models = HotModels(registry, client, variants or NoVariants(), metrics)
+    return create_app(settings, client, metrics, models), client
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -150,7 +209,10 @@ def serve(settings: Settings, load: Callable[[], Engine] | None = None) -> int:
 
     # A stand-in for the engine needs no torch, and importing it takes seconds.
     on_pool_thread = use_one_torch_thread if load is None else None
-    app, client = build_app(settings, load or (lambda: load_engine(settings)), give_up, on_pool_thread)
+    loader = ModelLoader(settings)
+    app, client = build_app(
+        settings, load or loader.load_base, give_up, on_pool_thread, variants=loader if load is None else None
+    )
     listening = open_socket(settings.host, settings.port)
     config = uvicorn.Config(
         app,

@@ -9,9 +9,10 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model_core.errors import ConfigError
@@ -28,6 +29,7 @@ class Settings(BaseSettings):
     qwen_model_name: str | None = Field(None, min_length=1, description="hub id or folder of a Qwen2.5-VL")
     dinov2_model_name: str | None = Field(None, min_length=1, description="hub id or folder of a DINOv2")
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
+    data_dir: Path = Field(Path("data"), description="folder of what the server keeps: keys, files, jobs")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's own")
@@ -47,6 +49,9 @@ class Settings(BaseSettings):
     kv_cache_bytes: int | None = Field(
         None, ge=1, description="KV cache; none: 1 GiB on a CPU, 85 % of what a GPU has free"
     )
+    variant_memory_bytes: int | None = Field(
+        None, ge=0, description="fine-tuned models in memory beside the base; none: 2 GiB, or an eighth of a free GPU"
+    )
     encoder_cache_bytes: int = Field(256 * _MIB, ge=0, description="features of pictures seen before; 0: none are kept")
     enable_prefix_caching: bool = Field(True, description="keep keys and values of prompts for those that begin alike")
     max_body_bytes: int = Field(48 * _MIB, ge=1024, description="largest request body")
@@ -63,6 +68,13 @@ class Settings(BaseSettings):
     batch_window_seconds: float = Field(0.005, ge=0, le=1, description="an idle engine waits so long for company")
     log_format: Literal["json", "plain"] = Field("plain", description="one JSON object a line, or plain text")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line written")
+
+    @field_validator("data_dir", mode="before")
+    @classmethod
+    def _refuse_no_folder(cls, value: object) -> object:
+        if value == "":  # as a path it would be the current folder
+            raise ValueError("must name a folder")
+        return value
 
     @model_validator(mode="after")
     def _check_contradictions(self) -> Self:

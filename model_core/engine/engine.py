@@ -127,6 +127,13 @@ class ContinuousEngine:
         self.blocks.reset_cache()
         self.runner.features.clear()
 
+    @property
+    def cache_bytes(self) -> int:
+        """Of keys and values when full, and of kept features."""
+        tokens = self.blocks.num_blocks * BLOCK_SIZE
+        features = self.config.encoder_cache_bytes if self.runner.owns_features else 0
+        return tokens * self.runner.decoder.cache_shape.token_bytes + features
+
     def has_work(self) -> bool:
         return bool(self._known)
 

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from model_core.types import FusionWeights, ModelInfo, TokenEvent, TokenLogprob, Usage
+from service.fleet import Member
 from service.fusion_history import Served
 from service.logs import request_id_var
 from service.protocol.body import header_list, parse_body
@@ -47,14 +48,18 @@ class _Chat:
     parts: AppParts
     body: ChatCompletionRequest
     plan: ChatPlan
-    info: ModelInfo
+    member: Member
     waiting_body: WaitingBody
     completion_id: str
     created: int
 
+    @property
+    def info(self) -> ModelInfo:
+        return self.member.info
+
     async def events(self) -> AsyncGenerator[Indexed, None]:
         """Of all choices as they come; the error of one ends all."""
-        with self.parts.client.admit(self.plan.num_choices) as admission:
+        with self.parts.client.admit(self.plan.num_choices, self.member) as admission:
             messages = await self.parts.read_messages(admission, self.body.messages, self.waiting_body)
             requests = to_requests(self.plan, messages, self.completion_id)
             index_of = {request.request_id: index for index, request in enumerate(requests)}
@@ -84,10 +89,11 @@ async def create_chat_completion(request: Request, parts: Parts) -> Response:
     # Before the body is read: a full server refuses cheaply.
     parts.client.check_room()
     body = parse_body(ChatCompletionRequest, await request.body(), request.headers.get("content-type"))
-    info = parts.client.info
-    plan = plan_chat(body, info)
+    # Before anything in the body is decoded: whether there is such a model.
+    member = await parts.find_model(request, body.model)
+    plan = plan_chat(body, member.info)
     completion_id = f"chatcmpl-{uuid.uuid4().hex}"
-    chat = _Chat(parts, body, plan, info, request.state.waiting_body, completion_id, int(parts.now()))
+    chat = _Chat(parts, body, plan, member, request.state.waiting_body, completion_id, int(parts.now()))
     request.state.log_fields = {"completion_id": chat.completion_id, "model": plan.model, "user": plan.user}
     if plan.is_stream:
         return await _stream(request, chat)

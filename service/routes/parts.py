@@ -10,12 +10,15 @@ from fastapi import Depends, Request
 
 from model_core.types import ChatMessage
 from service.engine_client import Admission, EngineClient
+from service.fleet import Member
 from service.fusion_history import FusionHistory
+from service.hot_models import HotModels
 from service.media import MediaSource, is_remote
 from service.messages import image_references, to_messages
 from service.metrics import Metrics
 from service.protocol.content import Message
 from service.settings import Settings
+from service.streaming import until_disconnect
 from service.waiting import WaitingBody, WaitingBytes
 
 
@@ -25,11 +28,23 @@ class AppParts:
 
     settings: Settings
     client: EngineClient
+    models: HotModels
     metrics: Metrics
     history: FusionHistory
     waiting_bytes: WaitingBytes
     media: MediaSource
     now: Callable[[], float]
+
+    async def find_model(self, request: Request, name: str | None) -> Member:
+        """Who answers under this name. A model that is not in memory is loaded, within an admission of its own.
+
+        Raises ModelNotFoundError, CheckpointError, ModelTooLargeError, OverloadedError, RequestTimeoutError.
+        """
+        found = self.models.find(name)
+        if isinstance(found, Member):
+            return found
+        with self.client.admit() as admission:
+            return await until_disconnect(request, admission.wait(self.models.load(found)))
 
     async def read_messages(
         self, admission: Admission, messages: Sequence[Message], body: WaitingBody
@@ -43,7 +58,7 @@ class AppParts:
         downloads: dict[str, bytes] = {}
         if any(map(is_remote, references)):
             downloads = await admission.fetch(self.media.download(references, body.add))
-        info = self.client.info
+        info = admission.member.info
         return await admission.in_pool(lambda: to_messages(messages, lambda r: self.media.read(r, downloads), info))
 
 

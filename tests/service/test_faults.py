@@ -11,6 +11,7 @@ from model_core.errors import CheckpointIncompleteError, EngineDeadError, Reques
 from model_core.types import ChatMessage, GenerationRequest, TextPart
 from service.engine_client import Admission, EngineClient, EngineLimits
 from service.errors import DrainingError, RequestTimeoutError, StalledError
+from service.fleet import Member
 from service.metrics import Metrics
 from tests.service.conftest import LiveServer, ask
 from tests.service.fakes import INFO, FakeEngine
@@ -333,7 +334,7 @@ def test_a_deadline_that_the_engine_sees_first_is_a_timeout(left_seconds: float,
 
     async def main() -> None:
         client = make_client(FakeEngine())
-        admission = Admission(client, asyncio.get_running_loop().time() + left_seconds)
+        admission = Admission(client, Member(FakeEngine()), asyncio.get_running_loop().time() + left_seconds)
         assert type(admission._in_time(RequestFailedError("the request ran out of time"))) is kind
 
     asyncio.run(main())

@@ -187,6 +187,7 @@ def test_openapi_documents_bodies_and_paths(shared: LiveServer):
     document = shared.http.get("/openapi.json").json()
     assert set(document["paths"]) == {
         "/v1/chat/completions", "/fusion-weights", ANALYZE, COMPARE, "/v1/models", "/v1/models/{model_id}",
+        "/v1/models/{model_id}/load", "/v1/models/{model_id}/unload", "/v1/models/{model_id}/rollback",
         "/health", "/health/live", "/health/ready", "/metrics",
     }  # fmt: skip
     body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]

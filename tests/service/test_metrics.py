@@ -35,6 +35,7 @@ DECLARED = {
     "kv_cache_usage_ratio": ("gauge", ()),
     "media_rejected": ("counter", ("reason",)),
     "model_info": ("gauge", ("model", "fusion", "device", "dtype")),
+    "model_swaps": ("counter", ("outcome",)),
     "num_preemptions": ("counter", ()),
     "num_requests_running": ("gauge", ()),
     "num_requests_waiting": ("gauge", ()),
