@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
+from weakref import WeakSet
 
 from model_core.errors import RequestFailedError
 from model_core.types import Engine, EngineStats, GenerationRequest, ModelInfo, TokenEvent
@@ -32,7 +33,7 @@ class Routed:
     prepared: Any
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Member:
     """One model in memory. Whoever holds it may use it, also after it was taken off the list of models.
 
@@ -66,6 +67,7 @@ class Fleet:
         self.base = Member(base)
         self._turns: deque[Member] = deque()  # those with work, the next in turn first
         self._member_of: dict[str, Member] = {}
+        self._members: WeakSet[Member] = WeakSet()  # all that ever had work and are still held by somebody
         self._others = _NOTHING  # counters of all variants, whether in memory or not
 
     def prepare(self, request: GenerationRequest) -> Routed:
@@ -81,6 +83,7 @@ class Fleet:
         member.engine.add_request(prepared.prepared)
         member._ids.add(request_id)
         self._member_of[request_id] = member
+        self._members.add(member)
         if member not in self._turns:
             self._turns.append(member)
 
@@ -129,7 +132,7 @@ class Fleet:
         return lost
 
     def reset_caches(self) -> None:
-        for member in {self.base, *self._turns}:
+        for member in {self.base, *self._members}:
             member.engine.reset_caches()
 
     def token_text(self, token_id: int) -> tuple[str, list[int]]:

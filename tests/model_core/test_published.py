@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import pytest
 from model_core.errors import CheckpointError, InvalidRequestError, ModelNotFoundError
 from model_core.published import (
     STATE_NAME,
-    VariantRecord,
     folder_name,
     mark_deleted,
     model_id_of,
@@ -22,29 +20,9 @@ from model_core.published import (
     remove,
     roll_back,
 )
+from tests.model_core.versions import add_version
 
 ROOT = Path(__file__).parents[2]
-RECORD = VariantRecord(
-    base="tiny",
-    base_fingerprint="ba5e",
-    fingerprint="",
-    created_unix=1_700_000_000,
-    num_tensors=1,
-    num_bytes=4,
-    components=("fusion",),
-    fusion="gated",
-    fusion_trained=True,
-    encoders=("qwen", "dinov2"),
-    num_parameters=42,
-    max_context_tokens=100,
-    dtype="float32",
-)
-
-
-def add_version(out: Path, version: str) -> str:
-    (out / version).mkdir(parents=True)
-    (out / version / "variant.json").write_text(replace(RECORD, fingerprint=version).to_json())
-    return version
 
 
 @pytest.fixture

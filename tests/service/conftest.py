@@ -15,6 +15,7 @@ import pytest
 import uvicorn
 
 from service.engine_client import EngineClient
+from service.hot_models import VariantLoader
 from service.main import build_app, open_socket
 from service.remote import RemoteImages
 from service.settings import Settings
@@ -55,10 +56,13 @@ def run_server(
     engine: FakeEngine,
     load: Callable[[], FakeEngine] | None = None,
     remote: RemoteImages | None = None,
+    variants: VariantLoader | None = None,
     **settings,
 ) -> Iterator[LiveServer]:
     """`remote`: instead of the settings' own, one that may reach loopback."""
-    app, client = build_app(Settings(**{"shutdown_timeout_seconds": 0.0, **settings}), load or (lambda: engine))
+    # A checkout's own data folder is none of a test's.
+    settings = {"shutdown_timeout_seconds": 0.0, "data_dir": "/nonexistent", **settings}
+    app, client = build_app(Settings(**settings), load or (lambda: engine), variants=variants)
     if remote is not None:
         app.state.parts = replace(app.state.parts, media=replace(app.state.parts.media, remote=remote))
     listening = open_socket("127.0.0.1", 0)
