@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -331,7 +332,7 @@ def _as_corrupt(work: Callable[[], Any]) -> Any:
         raise CheckpointError(
             error.what, value=error.value, allowed=error.allowed, fix=error.fix, param=error.param
         ) from error
-    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, OSError) as error:
+    except (SafetensorError, StrictDataclassError, KeyError, ValueError, TypeError, RuntimeError, OSError) as error:
         if isinstance(error, torch.OutOfMemoryError) or is_disk_full(error):
             raise
         why = (str(error) or type(error).__name__).splitlines()[0]

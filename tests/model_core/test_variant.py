@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from model_core.checkpoint import Loaded, load_checkpoint, save_checkpoint
 from model_core.encoder import DualVisionEncoder
 from model_core.engine.config import EngineConfig
 from model_core.errors import CheckpointError, ConfigError
+from model_core.manifest import write_folder
 from model_core.probe import check_model
 from model_core.published import (
     VariantRecord,
@@ -39,6 +43,13 @@ MOVES = {
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     return save_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def version(base: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good one, not to be changed."""
+    root = tmp_path_factory.mktemp("version")
+    return publish(base, train(base, root / "run"), root / "m")[1]
 
 
 def publish(base: Loaded, run: Path, out: Path) -> tuple[VariantRecord, Path]:
@@ -195,6 +206,81 @@ def test_a_gate_whose_weights_are_no_shares_fails_its_load_test(base: Loaded, mo
     monkeypatch.setattr(gate, "fuse", doubled)
     with pytest.raises(CheckpointError, match="no shares"):
         check_model(base)
+
+
+def rewrite(folder: Path, edit: Callable[[Path], None]) -> None:
+    """Change a version as somebody who also keeps its manifest right."""
+    (folder / "manifest.json").unlink()
+    edit(folder)
+    kept = {file.name: file.read_bytes() for file in folder.iterdir()}
+    shutil.rmtree(folder)
+
+    def write(target: Path) -> None:
+        for name, content in kept.items():
+            (target / name).write_bytes(content)
+
+    write_folder(folder, write, extra={})
+
+
+def edit_tensors(edit: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (file,) = folder.glob("*.safetensors")
+        tensors = load_file(file)
+        edit(tensors)
+        save_file(tensors, file)
+
+    return change
+
+
+BIAS = "model.fusion.output_projector.bias"
+REWRITES = {
+    "another shape": edit_tensors(lambda t: t.update({BIAS: torch.zeros(3)})),
+    "another name": edit_tensors(lambda t: t.update({"model.nobody": t.pop(BIAS)})),
+    "a tensor less": edit_tensors(lambda t: t.pop(BIAS)),
+    "not a number": edit_tensors(lambda t: t[BIAS].fill_(float("nan"))),
+    "infinite inside": edit_tensors(lambda t: t["model.fusion.output_projector.weight"].fill_(3e38)),
+    "no config": lambda folder: (folder / "config.json").unlink(),
+    "another architecture": lambda folder: (folder / "config.json").write_text(
+        (folder / "config.json").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 1')
+    ),
+    "no record": lambda folder: (folder / "variant.json").unlink(),
+    "half a record": lambda folder: (folder / "variant.json").write_text('{"format": "dve-variant"}'),
+    "no weights": lambda folder: next(folder.glob("*.safetensors")).unlink(),
+}
+
+
+@pytest.mark.parametrize("how", REWRITES)
+def test_what_a_manifest_can_not_tell_is_found_all_the_same(base: Loaded, version: Path, tmp_path: Path, how: str):
+    folder = tmp_path / "damaged"
+    shutil.copytree(version, folder)
+    rewrite(folder, REWRITES[how])
+    with pytest.raises(CheckpointError) as caught:
+        check_model(load_variant(folder, base))
+    assert caught.value.code == "checkpoint_corrupt"
+
+
+HEADER = struct.pack("<Q", 2**60)
+DAMAGES = {
+    "truncated": lambda data: data[: len(data) // 2],
+    "a header of 2^60 bytes": lambda data: HEADER + data[8:],
+    "one bit": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+    "a pickle": lambda data: b"\x80\x04." + bytes(len(data) - 3),
+    "empty": lambda data: b"",
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("keeps_manifest", [True, False])
+def test_a_damaged_version_is_refused(base: Loaded, version: Path, tmp_path: Path, how: str, keeps_manifest: bool):
+    folder = tmp_path / "damaged"
+    shutil.copytree(version, folder)
+    (file,) = folder.glob("*.safetensors")
+    file.write_bytes(DAMAGES[how](file.read_bytes()))
+    if not keeps_manifest:
+        (folder / "manifest.json").unlink()
+    with pytest.raises(CheckpointError) as caught:
+        load_variant(folder, base)
+    assert caught.value.code == "checkpoint_corrupt"
 
 
 def test_moving_moves(base: Loaded) -> None:

@@ -106,6 +106,12 @@ def another_config(run: Path) -> None:
     (run / "config.json").write_text('{"model_type": "dinov2"}')
 
 
+def contradict_the_config(run: Path) -> None:
+    """Once this came through as the configuration library's own error."""
+    file = run / "config.json"
+    file.write_text(file.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 1'))
+
+
 def become_a_pickle(run: Path) -> None:
     (run / "model.safetensors").write_bytes(b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R.")
 
@@ -121,7 +127,7 @@ def vanish(run: Path) -> None:
 
 
 DAMAGE = [
-    truncate, claim_a_huge_header, reshape, lose_a_tensor, break_numbers, lose_the_config, another_config,
+    truncate, claim_a_huge_header, reshape, lose_a_tensor, break_numbers, lose_the_config, another_config, contradict_the_config,
     become_a_pickle, become_a_torch_file, vanish,
 ]  # fmt: skip
 
