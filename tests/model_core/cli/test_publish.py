@@ -127,8 +127,8 @@ def vanish(run: Path) -> None:
 
 
 DAMAGE = [
-    truncate, claim_a_huge_header, reshape, lose_a_tensor, break_numbers, lose_the_config, another_config, contradict_the_config,
-    become_a_pickle, become_a_torch_file, vanish,
+    truncate, claim_a_huge_header, reshape, lose_a_tensor, break_numbers, lose_the_config, another_config,
+    contradict_the_config, become_a_pickle, become_a_torch_file, vanish,
 ]  # fmt: skip
 
 
