@@ -29,7 +29,6 @@ from model_core.engine.config import EngineConfig
 from model_core.engine.engine import ContinuousEngine
 from model_core.errors import ConfigError, InvalidRequestError
 from model_core.fusion.attribution import dominant, entropy
-from model_core.probe import check_model
 from model_core.processing.batch import InputFormat
 from model_core.processing.images import ImageLimits, PatchSpec
 from model_core.types import (
@@ -141,7 +140,6 @@ class DualVisionEncoder:
         """
         base = Loaded(self.model, self.processor, self.info.fingerprint.removeprefix("fp_"))
         loaded = load_variant(Path(folder), base)
-        check_model(loaded)
         made = type(self).__new__(type(self))
         made._set_up(loaded, model_id, engine_config, beside=self.engine)
         made.configure(self.format.limits)

@@ -89,8 +89,9 @@ def _compare(base: Loaded, run: Path, base_name: str, created_unix: int) -> tupl
 
 
 def load_variant(folder: Path, base: Loaded) -> Loaded:
-    """The whole model of a version, sharing the base's memory where nothing changed. The base stays as it is.
+    """The whole model of a version, load-tested, sharing the base's memory where nothing changed.
 
+    The base stays as it is, and may be at work in another thread.
     Raises:
         CheckpointError: with the code `checkpoint_corrupt`, for whatever is wrong, another base included.
     """
@@ -104,7 +105,9 @@ def load_variant(folder: Path, base: Loaded) -> Loaded:
                 "the version was made from another base", value=record.base_fingerprint, allowed=base.fingerprint,
                 fix="Serve the base that it was trained from",
             )  # fmt: skip
-        return _assemble(folder, base, record)
+        loaded = _assemble(folder, base, record)
+        check_model(loaded)
+        return loaded
 
     return _as_corrupt(load)
 
@@ -207,9 +210,8 @@ def _shards(own: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
 def _assemble(folder: Path, base: Loaded, record: VariantRecord) -> Loaded:
     config = DualVisionConfig.from_pretrained(folder)
     _check_architecture(base.model.config, config)
-    config.dtype, config._attn_implementation = base.model.dtype, base.model.config._attn_implementation
-    with torch.device("meta"):
-        model = DualVisionModel(config)
+    config._attn_implementation = base.model.config._attn_implementation
+    model = _empty_model(config, base.model.dtype)
     own = _read_own(folder, model, base.model, record)
     for paths in _components(model).values():
         if any(_is_in(name, paths) for name in own):
@@ -227,6 +229,19 @@ def _assemble(folder: Path, base: Loaded, record: VariantRecord) -> Loaded:
         processor = type(processor)(processor.image_processor, processor.tokenizer)
         processor.tokens_per_cell = model.fusion.tokens_per_cell
     return Loaded(model.eval(), processor, record.fingerprint, record.created_unix)
+
+
+def _empty_model(config: DualVisionConfig, dtype: torch.dtype) -> DualVisionModel:
+    """On `meta`, for a model of this type. A server may be answering in another thread meanwhile."""
+    configs = [config, *(getattr(config, key) for key in config.sub_configs)]
+    # transformers builds a part under its own type by changing torch's default for all threads: float32 is no change.
+    for one in configs:
+        one.dtype = torch.float32
+    with torch.device("meta"):
+        model = DualVisionModel(config)
+    for one in configs:
+        one.dtype = dtype
+    return model
 
 
 def _read_own(folder: Path, model: nn.Module, base: nn.Module, record: VariantRecord) -> dict[str, Tensor]:

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from model_core.errors import (
     CheckpointError,
@@ -25,39 +24,20 @@ from model_core.errors import (
     ModelNotFoundError,
     OverloadedError,
 )
-from model_core.types import ARMS, Engine, ModelInfo
+from model_core.types import ARMS, ModelInfo
 from service.engine_client import EngineClient
 from service.errors import ModelTooLargeError
 from service.fleet import Member
 from service.logs import log_failure, logger
 from service.metrics import Metrics
 from service.registry import PublishedModel, Registry
+from service.variant_loader import KV_SHARE, VariantLoader
 
 ModelStatus = Literal["ready", "loading", "loaded", "failed"]
 
 #: How often models in memory are compared with the registry. Requests don't wait for it: each one looks itself.
 _WATCH_SECONDS = 1.0
-#: A variant's keys and values get so much of the budget, so that several fit beside each other.
-KV_SHARE = 8
 _MAX_NAMED = 20
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedEngine:
-    """num_bytes: what it takes beside the base: own weights, copies of them, keys and values."""
-
-    engine: Engine
-    num_bytes: int
-
-
-class VariantLoader(Protocol):
-    """Makes engines of versions. Called in one thread, while the base's engine is at work in another."""
-
-    def budget_bytes(self) -> int:
-        """For all variants together; the base is loaded."""
-
-    def load(self, folder: Path, model_id: str, kv_cache_bytes: int) -> LoadedEngine:
-        """Raises CheckpointError, OutOfDeviceMemoryError."""
 
 
 @dataclass(slots=True, eq=False)
@@ -92,13 +72,15 @@ class HotModels:
         metrics: Metrics,
         *,
         watch_seconds: float = _WATCH_SECONDS,
+        on_pool_thread: Callable[[], None] | None = None,
     ) -> None:
+        """`on_pool_thread` is called once in the loader's thread, before its first work."""
         self._registry, self._client, self._loader, self._metrics = registry, client, loader, metrics
         self._watch_seconds = watch_seconds
         self._models: dict[str, _Model] = {}
         self._ticks = itertools.count()
         self._room = asyncio.Lock()  # one load at a time, or two would count on the same room
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="dve-load")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="dve-load", initializer=on_pool_thread)
         self._watching: asyncio.Task[None] | None = None
         client.on_left = self._on_left
 
@@ -386,13 +368,3 @@ def name_without_arm(name: str) -> str:
 def _again(error: DualVisionError) -> DualVisionError:
     """An error object of one's own: raising one in many requests would grow its traceback."""
     return type(error)(error.what, value=error.value, allowed=error.allowed, fix=error.fix, param=error.param)
-
-
-class NoVariants:
-    """A `VariantLoader` for servers that serve their base alone."""
-
-    def budget_bytes(self) -> int:
-        return 0
-
-    def load(self, folder: Path, model_id: str, kv_cache_bytes: int) -> LoadedEngine:  # noqa: ARG002
-        raise ModelTooLargeError("this server loads no variants", value=model_id)

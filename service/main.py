@@ -23,12 +23,13 @@ from model_core.errors import ConfigError, DualVisionError
 from model_core.types import Engine
 from service.app import create_app
 from service.engine_client import EngineClient, EngineLimits
-from service.errors import NotReadyError
-from service.hot_models import KV_SHARE, HotModels, LoadedEngine, NoVariants, VariantLoader
+from service.errors import ModelTooLargeError, NotReadyError
+from service.hot_models import HotModels
 from service.logs import configure_logs, logger
 from service.metrics import Metrics
 from service.registry import FolderRegistry
 from service.settings import Settings
+from service.variant_loader import KV_SHARE, LoadedEngine, NoVariants, VariantLoader
 
 if TYPE_CHECKING:
     from model_core.encoder import DualVisionEncoder
@@ -66,7 +67,9 @@ class ModelLoader:
         return self._gpu_budget
 
     def load(self, folder: Path, model_id: str, kv_cache_bytes: int) -> LoadedEngine:
-        """Raises CheckpointError, OutOfDeviceMemoryError."""
+        """Raises CheckpointError, ModelTooLargeError."""
+        import torch  # noqa: PLC0415  as in load_encoder
+
         encoder = self._encoder
         if encoder is None:
             raise NotReadyError("the model is not loaded", value=model_id)
@@ -75,7 +78,10 @@ class ModelLoader:
             kv_cache_bytes=kv_cache_bytes,
             encoder_cache_bytes=encoder.engine.config.encoder_cache_bytes // KV_SHARE,
         )
-        made = encoder.beside(folder, model_id, sizes)
+        try:
+            made = encoder.beside(folder, model_id, sizes)
+        except torch.OutOfMemoryError:
+            raise ModelTooLargeError("the model does not fit the device's memory", value=model_id) from None
         return LoadedEngine(made.engine, made.bytes_beside(encoder))
 
 
@@ -161,7 +167,7 @@ def build_app(
         load, metrics, engine_limits(settings), on_load_failure=on_load_failure, on_pool_thread=on_pool_thread
     )
     registry = FolderRegistry(settings.data_dir / "models", time.time)
-    models = HotModels(registry, client, variants or NoVariants(), metrics)
+    models = HotModels(registry, client, variants or NoVariants(), metrics, on_pool_thread=on_pool_thread)
     return create_app(settings, client, metrics, models), client
 
 

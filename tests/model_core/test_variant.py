@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import struct
 from collections.abc import Callable
@@ -78,6 +79,19 @@ def test_a_version_on_its_base_is_the_whole_model_to_the_bit(base: Loaded, tmp_p
     own = {name for file in folder.glob("*.safetensors") for name in load_file(file)}
     assert {name for name in own if not MOVES[moved](name)} == set()
     assert record.num_tensors == len(own)
+
+
+def test_loading_leaves_torchs_default_type_alone(base: Loaded, tmp_path: Path, monkeypatch) -> None:
+    """transformers sets it for all threads while it builds a part: an engine beside it would compute in bfloat16."""
+    half = Loaded(copy.deepcopy(base.model).to(torch.bfloat16), base.processor, base.fingerprint)
+    _, folder = publish(half, train(half, tmp_path / "run"), tmp_path / "m")
+    seen: list[torch.dtype] = []
+    monkeypatch.setattr(torch, "set_default_dtype", seen.append)
+    loaded = load_variant(folder, half)
+    assert set(seen) <= {torch.float32}
+    assert seen, "it would have noticed"
+    assert loaded.model.dtype == torch.bfloat16
+    assert loaded.model.fusion.means.qwen.dtype == torch.float32
 
 
 def test_only_what_changed_is_written_and_held(base: Loaded, tmp_path: Path) -> None:
@@ -162,7 +176,7 @@ def test_a_published_version_that_was_damaged_is_published_anew(base: Loaded, tm
     with pytest.raises(CheckpointError):
         load_variant(folder, base)
     publish(base, run, tmp_path / "m")
-    check_model(load_variant(folder, base))
+    load_variant(folder, base)
 
 
 def test_a_version_of_another_base_is_refused(base: Loaded, tmp_path: Path) -> None:
@@ -255,7 +269,7 @@ def test_what_a_manifest_can_not_tell_is_found_all_the_same(base: Loaded, versio
     shutil.copytree(version, folder)
     rewrite(folder, REWRITES[how])
     with pytest.raises(CheckpointError) as caught:
-        check_model(load_variant(folder, base))
+        load_variant(folder, base)
     assert caught.value.code == "checkpoint_corrupt"
 
 

@@ -15,10 +15,10 @@ import pytest
 import uvicorn
 
 from service.engine_client import EngineClient
-from service.hot_models import VariantLoader
 from service.main import build_app, open_socket
 from service.remote import RemoteImages
 from service.settings import Settings
+from service.variant_loader import VariantLoader
 from tests.service.fakes import PNG, FakeEngine
 
 

@@ -16,8 +16,8 @@ import pytest
 
 from model_core.errors import CheckpointIncompleteError
 from model_core.published import folder_name, promote, read_state
-from service.hot_models import LoadedEngine
 from service.registry import FolderRegistry
+from service.variant_loader import LoadedEngine
 from tests.model_core.versions import add_version
 from tests.service.conftest import LiveServer, ask, run_server
 from tests.service.fakes import INFO, FakeEngine
