@@ -8,7 +8,6 @@ the base's memory, and what comes out equals the whole model. No pickle. It refu
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import shutil
@@ -28,7 +27,7 @@ from model_core.errors import CheckpointError, CheckpointMismatchError, ConfigEr
 from model_core.manifest import verify_folder, write_folder
 from model_core.model import DualVisionModel
 from model_core.probe import check_model
-from model_core.published import RECORD_NAME, VariantRecord
+from model_core.published import RECORD_NAME, VariantRecord, is_disk_full
 
 SHARD_BYTES = 4 * 2**30
 #: Parts of the model that are shared whole, each with the modules that make it up. Tied weights stay in one part.
@@ -137,11 +136,6 @@ def own_bytes(model: nn.Module, base: nn.Module) -> int:
     shared = {_storage(tensor).data_ptr() for tensor in _tensors(base)}
     own = {_storage(tensor).data_ptr(): _storage(tensor).nbytes() for tensor in _tensors(model)}
     return sum(size for pointer, size in own.items() if pointer not in shared)
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Also as safetensors tells it."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

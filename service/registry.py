@@ -124,17 +124,18 @@ class FolderRegistry:
         published.mark_deleted(self._folder(model_id), int(self._now()))
 
     def purge(self, model_id: str) -> None:
-        published.remove(self._folder(model_id))
+        self._remove(self._folder(model_id))
 
     def purge_deleted(self) -> Sequence[str]:
-        removed = []
-        for folder in published.models_in(self._root):
-            try:
-                if published.remove(folder):
-                    removed.append(published.model_id_of(folder))
-            except CheckpointError as error:
-                logger.warning("a published model can't be looked at: %s", error)
-        return removed
+        published.clear_graves(self._root)
+        return [published.model_id_of(f) for f in published.models_in(self._root) if self._remove(f)]
+
+    def _remove(self, folder: Path) -> bool:
+        try:
+            return published.remove(folder)
+        except CheckpointError as error:
+            logger.warning("a published model can't be looked at, and stays: %s", error)
+            return False
 
     def _must_find(self, model_id: str) -> PublishedModel:
         model = self.find(model_id)

@@ -15,8 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from model_core.errors import CheckpointError, DualVisionError
-from model_core.published import folder_name, model_id_of, promote
+from model_core.published import folder_name, is_disk_full, model_id_of, promote
 
 BAD_RESULT = 78
 RETRY = 1
@@ -45,8 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         told = _publish(args)
     except DualVisionError as error:
         return _refuse(error.code, str(error), BAD_RESULT)
-    except OSError as error:
-        return _refuse("storage_full", f"the version can't be written ({error.strerror or error})", RETRY)
+    except (OSError, SafetensorError) as error:
+        code = "storage_full" if is_disk_full(error) else "internal_error"
+        return _refuse(code, f"the version can't be written ({error})", RETRY)
     print(json.dumps({**told, "seconds": round(time.perf_counter() - begin, 3)}))
     return 0
 

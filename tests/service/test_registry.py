@@ -119,4 +119,6 @@ def test_purging_takes_nothing_but_what_was_deleted(registry: FolderRegistry, ro
     registry.delete(RED)
     registry.purge(RED)
     registry.purge(RED)
+    (root / ".half.deleted" / "one").mkdir(parents=True)
+    assert registry.purge_deleted() == []
     assert list(root.iterdir()) == []

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from model_core.checkpoint import Loaded, load_checkpoint
@@ -157,11 +158,17 @@ def test_a_wrong_call_is_told(base_folder: Path, run: Path, tmp_path: Path, caps
     assert json.loads(capsys.readouterr().out)["error"]["code"] in ("checkpoint_incomplete", "invalid_value")
 
 
-def test_a_full_disk_may_be_tried_again(base_folder: Path, run: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+FULL = "I/O error: No space left on device (os error 28)"  # as safetensors tells it
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError(FULL)])
+def test_a_full_disk_may_be_tried_again(
+    base_folder: Path, run: Path, tmp_path: Path, capsys, monkeypatch, error
+) -> None:
     from model_core import variant
 
     def full(*_, **__):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(variant, "save_file", full)
     assert main(publish(base_folder, run, tmp_path / "models")) == 1
