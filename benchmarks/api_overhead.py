@@ -219,8 +219,9 @@ def load(port: int, streams: int, tokens: int) -> tuple[int, float]:
 
 def read_streams(port: int, streams: int, tokens: int) -> tuple[int, float]:
     body = chat_body(400, max_tokens=tokens, stream=True)
-    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: close\r\n"
-    request = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+    lines = ("POST /v1/chat/completions HTTP/1.1", "host: localhost", "content-type: application/json",
+             "connection: close", f"content-length: {len(body)}", "", "")  # fmt: skip
+    request = "\r\n".join(lines).encode() + body
     ready, events, begin = selectors.DefaultSelector(), 0, time.perf_counter()
     for _ in range(streams):
         connection = socket.create_connection(("127.0.0.1", port))

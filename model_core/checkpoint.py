@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
@@ -292,7 +292,7 @@ def _guarded(load: Callable[[], Any], name: str | Path, param: str) -> Any:
         return load()
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError, StrictDataclassError) as error:
         if Path(name).is_dir() or isinstance(error, SafetensorError):  # the latter: damaged in the hub's cache
             why = (str(error) or type(error).__name__).splitlines()[0]
             raise CheckpointIncompleteError(

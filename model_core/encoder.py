@@ -26,6 +26,7 @@ from model_core.demo_model import demo_folder
 from model_core.encoders.base import PixelSpec
 from model_core.engine.build import build_engine
 from model_core.engine.config import EngineConfig
+from model_core.engine.engine import ContinuousEngine
 from model_core.errors import ConfigError, InvalidRequestError
 from model_core.fusion.attribution import dominant, entropy
 from model_core.processing.batch import InputFormat
@@ -42,6 +43,7 @@ from model_core.types import (
     VideoPart,
     messages_from_dicts,
 )
+from model_core.variant import load_variant, own_bytes
 
 Key = TypeVar("Key")
 Messages = Sequence[Any]  # of dictionaries in Qwen's format, or of ChatMessage
@@ -128,7 +130,37 @@ class DualVisionEncoder:
         self._set_up(loaded, model_id, engine_config)
         return self
 
-    def _set_up(self, loaded: Loaded, model_id: str, engine_config: EngineConfig | None) -> None:
+    def beside(self, folder: str | Path, model_id: str, engine_config: EngineConfig | None = None) -> DualVisionEncoder:
+        """A published version of this model (variant.py) with an engine of its own, load-tested.
+
+        What the two have in common is in memory once. Both belong to one thread; making the second may happen in
+        another one while the first is at work.
+        Raises:
+            CheckpointError: the version is damaged, of another base, or computes no numbers.
+        """
+        base = Loaded(self.model, self.processor, self.info.fingerprint.removeprefix("fp_"))
+        loaded = load_variant(Path(folder), base)
+        made = type(self).__new__(type(self))
+        made._set_up(loaded, model_id, engine_config, beside=self.engine)
+        made.configure(self.format.limits)
+        return made
+
+    def bytes_beside(self, base: DualVisionEncoder) -> int:
+        """Memory that this model and its engine take, or may take, beside the base's."""
+        sizes = own_bytes(self.model, base.model) + self.engine.cache_bytes
+        decoder = self.engine.runner.decoder
+        if decoder is not base.engine.runner.decoder:
+            sizes += decoder.copied_bytes
+        return sizes
+
+    def _set_up(
+        self,
+        loaded: Loaded,
+        model_id: str,
+        engine_config: EngineConfig | None,
+        *,
+        beside: ContinuousEngine | None = None,
+    ) -> None:
         self.model, self.processor = loaded.model.eval(), loaded.processor
         processor, config = loaded.processor, loaded.model.config
         _check_pixels(processor.patch_spec, PixelSpec.from_config(config))
@@ -146,7 +178,7 @@ class DualVisionEncoder:
             created_unix=loaded.created_unix,
         )
         sizes, eos = engine_config or EngineConfig(), _eos_ids(loaded)
-        self.engine = build_engine(self.model, self.format, info, eos, sizes, time.perf_counter)
+        self.engine = build_engine(self.model, self.format, info, eos, sizes, time.perf_counter, beside=beside)
         self.info = self.engine.info
         self._ids = itertools.count()
         self._inbox: dict[str, deque[TokenEvent]] = {}

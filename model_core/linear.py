@@ -21,7 +21,9 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Product(Protocol):
-    """x (..., K) by one weight (N, K)."""
+    """x (..., K) by one weight (N, K). copied_bytes: what it holds beside the weight."""
+
+    copied_bytes: int
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., N)."""
@@ -32,6 +34,8 @@ class Product(Protocol):
 
 class PlainProduct:
     """torch's own, over the weight itself: right for every device and type."""
+
+    copied_bytes = 0
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
@@ -50,6 +54,7 @@ class PackedProduct:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TYPICAL_ROWS)
         self._bias = bias
+        self.copied_bytes = weight.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")

@@ -8,6 +8,7 @@ may do all that at once. It refuses to know weights, requests and databases. No 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -26,6 +27,7 @@ RECORD_NAME = "variant.json"
 FORMAT = "dve-variant"
 FORMAT_VERSION = 1
 _LOCK_NAME = ".lock"
+_GRAVE = ".deleted"
 _MAX_NAME_BYTES = 255
 #: Versions that stay on disk beside the one that is served, for a roll-back.
 KEPT_VERSIONS = 2
@@ -175,7 +177,7 @@ def remove(folder: Path) -> bool:
     if state is None or state.deleted_unix is None:
         return False
     # Under another name first: whoever lists the models meanwhile sees it whole or not at all.
-    grave = folder.with_name(f".{folder.name[:200]}.deleted")
+    grave = folder.with_name(f".{folder.name[:200]}{_GRAVE}")
     try:
         os.rename(folder, grave)
     except OSError:
@@ -184,6 +186,12 @@ def remove(folder: Path) -> bool:
         return not folder.exists()
     shutil.rmtree(grave, ignore_errors=True)
     return True
+
+
+def clear_graves(root: Path) -> None:
+    """What a removal that was killed has left."""
+    for grave in root.glob(f".*{_GRAVE}"):
+        shutil.rmtree(grave, ignore_errors=True)
 
 
 def models_in(root: Path) -> Iterator[Path]:
@@ -206,6 +214,11 @@ def _changing(folder: Path) -> Iterator[ModelState]:
         if state.deleted_unix is not None:
             raise _unknown(state.id)
         yield state
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Also as safetensors tells it."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
 
 
 def _unknown(model_id: str) -> ModelNotFoundError:

@@ -16,8 +16,9 @@ from typing import Any, Protocol, TypeVar
 
 from model_core.analysis.compare import collect_answer
 from model_core.errors import DualVisionError, RequestFailedError
-from model_core.types import Engine, GenerationRequest, TokenEvent
+from model_core.types import GenerationRequest, TokenEvent
 from service.deadline import Deadline, late
+from service.fleet import Member
 from service.inbox import Inbox
 from service.metrics import Metrics, RequestRecorder
 
@@ -33,7 +34,7 @@ class AdmissionHost(Protocol):
     pool: ThreadPoolExecutor
     num_preparing: int
 
-    def ready_engine(self) -> Engine: ...
+    def ready_engine(self) -> object: ...
 
     def submit(self, request_id: str, prepared: object, inbox: Inbox) -> None: ...
 
@@ -43,9 +44,14 @@ class AdmissionHost(Protocol):
 class Admission:
     """One admitted request, or a family of them that shares a place and a deadline (a comparison)."""
 
-    def __init__(self, host: AdmissionHost, deadline: Deadline) -> None:
-        self._host, self._deadline = host, deadline
+    def __init__(self, host: AdmissionHost, member: Member, deadline: Deadline) -> None:
+        """member: the model that answers."""
+        self._host, self.member, self._deadline = host, member, deadline
         self._fetch_seconds = 0.0
+
+    async def wait(self, work: Awaitable[T]) -> T:
+        """Await anything else within the request's time."""
+        return await self._deadline.bound(work)
 
     async def fetch(self, work: Awaitable[T]) -> T:
         """Await what the request needs from elsewhere; the time counts as the preprocessing of its first sequence."""
@@ -122,12 +128,11 @@ class Admission:
                 recorder.finish(failure)
 
     async def _prepare(self, request: GenerationRequest) -> Any:
-        engine = self._host.ready_engine()
-        return await self.in_pool(partial(engine.prepare, self._until_deadline(request)))
+        self._host.ready_engine()  # or what became of it
+        return await self.in_pool(partial(self.member.prepare, self._until_deadline(request)))
 
     async def _fork(self, prepared: Any, request: GenerationRequest) -> Any:
-        engine = self._host.ready_engine()
-        return await self.in_pool(partial(engine.fork, prepared, self._until_deadline(request)))
+        return await self.in_pool(partial(self.member.fork, prepared, self._until_deadline(request)))
 
     def _recorder(self, request: GenerationRequest, *, is_copy: bool) -> RequestRecorder:
         is_fused = request.arm == "fused" and request.score_token_ids is None

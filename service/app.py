@@ -33,6 +33,7 @@ from service.errors import (
     rule_for,
 )
 from service.fusion_history import FusionHistory
+from service.hot_models import HotModels
 from service.housekeeping import keep_house
 from service.job_desk import JobDesk
 from service.jobs.files import FileFolder
@@ -75,6 +76,7 @@ def create_app(
     metrics: Metrics,
     keys: KeyRing,
     store: Store,
+    hot_models: HotModels,
     *,
     now: Callable[[], float] = time.time,
     clock: Callable[[], float] = time.monotonic,
@@ -90,9 +92,11 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         client.start()
+        hot_models.start()
         async with _kept_in_order(store, folder, settings.event_retention_days):
             yield
             await client.stop()
+            await hot_models.stop()
 
     app = FastAPI(
         title="Dual Vision Encoder",
@@ -104,7 +108,7 @@ def create_app(
     waiting = WaitingBytes(settings.max_waiting_bytes)
     desk = JobDesk(settings, store, folder, Preflight(settings.device))
     media = _media(settings, folder, now)
-    app.state.parts = AppParts(settings, client, metrics, FusionHistory(), waiting, media, desk, now)
+    app.state.parts = AppParts(settings, client, hot_models, metrics, FusionHistory(), waiting, media, desk, now)
     # The last one added is the outermost.
     sizes = {"max_body_bytes": settings.max_body_bytes, "max_upload_bytes": settings.max_upload_bytes}
     app.add_middleware(BodyLimit, **sizes, waiting=waiting, metrics=metrics, body_seconds=body_seconds)

@@ -30,6 +30,7 @@ MOUNTED: Mapping[str, tuple[str, str]] = {
     "fit": ("model_core.cli.fit", "say whether serving and each training mode fit the memory"),
     "worker": ("service.worker_commands", "train the jobs that the server was given"),
     "up": ("service.together", "serve and worker together"),
+    "publish": ("model_core.cli.publish", "make a trained model one that the server finds"),
     "bench": ("model_core.cli.bench", "time the engine or the encoders"),
     "bench serve": ("service.bench", "time an endpoint under load, beside another one if wanted"),
 }

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 from model_core.errors import (
     DualVisionError,
@@ -34,6 +34,7 @@ from service.admission import Admission
 from service.deadline import Deadline
 from service.engine_thread import Abort, Add, EngineThread, Stop
 from service.errors import DrainingError, NotReadyError, StalledError
+from service.fleet import Fleet, Member
 from service.inbox import Inbox
 from service.logs import logger
 from service.metrics import Metrics
@@ -80,14 +81,15 @@ class EngineClient:
         self._on_load_failure = on_load_failure
         self._state: State = "new"
         self._is_draining = False
+        window = limits.batch_window_seconds
         self._thread = EngineThread(
-            self, load, clock, max_batch=limits.max_num_seqs, window_seconds=limits.batch_window_seconds
+            self, lambda: Fleet(load()), clock, max_batch=limits.max_num_seqs, window_seconds=window
         )
         self.pool = ThreadPoolExecutor(
             limits.preprocess_workers, thread_name_prefix="dve-prepare", initializer=on_pool_thread
         )
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._engine: Engine | None = None
+        self._engine: Fleet | None = None
         self._token_text: Callable[[int], tuple[str, list[int]]] | None = None
         self._streams: dict[str, Inbox] = {}
         self._num_admitted = 0
@@ -95,6 +97,8 @@ class EngineClient:
         self._deadlines: set[Deadline] = set()
         self._drain_until = 0.0
         self.num_preparing = 0
+        #: Called when a member's admitted request has ended, however it did.
+        self.on_left: Callable[[Member], None] = lambda _: None
         self._idle = asyncio.Event()
         self._idle.set()
         self._settled = asyncio.Event()
@@ -154,6 +158,10 @@ class EngineClient:
     # What a probe asks
 
     @property
+    def base(self) -> Member:
+        return self.ready_engine().base
+
+    @property
     def info(self) -> ModelInfo:
         return self.ready_engine().info
 
@@ -185,7 +193,7 @@ class EngineClient:
             raise NotReadyError("the model is not loaded", value=self._state)
         return self._token_text(token_id)
 
-    def ready_engine(self) -> Engine:
+    def ready_engine(self) -> Fleet:
         if self._state == "dead":
             raise EngineDeadError("the engine has stopped")
         if self._engine is None or self._state != "ready":
@@ -231,23 +239,27 @@ class EngineClient:
             give_back()
 
     @contextmanager
-    def admit(self, num_places: int = 1) -> Iterator[Admission]:
+    def admit(self, num_places: int = 1, member: Member | None = None) -> Iterator[Admission]:
         """Places for one request's sequences, counted before anything is decoded. Its deadline begins here.
 
-        Raises OverloadedError, NotReadyError, DrainingError, EngineDeadError; InvalidRequestError if so many
-        places can never be had.
+        `member`: the model that answers; none: the base. Raises OverloadedError, NotReadyError, DrainingError,
+        EngineDeadError; InvalidRequestError if so many places can never be had.
         """
         self.check_room(num_places)
+        member = member or self.base
         deadline = Deadline(asyncio.get_running_loop().time() + self._limits.request_timeout_seconds)
         self._num_admitted += num_places
+        member.num_active += num_places
         self._deadlines.add(deadline)
         self._idle.clear()
         try:
-            yield Admission(self, deadline)
+            yield Admission(self, member, deadline)
         finally:
             deadline.close()
             self._deadlines.discard(deadline)
             self._num_admitted -= num_places
+            member.num_active -= num_places
+            self.on_left(member)
             if self._num_admitted == 0:
                 self._idle.set()
 
@@ -277,9 +289,9 @@ class EngineClient:
                 loop.call_soon_threadsafe(function, *args)
 
     def on_loaded(self, engine: Engine) -> None:
-        self._engine = engine
+        self._engine = cast(Fleet, engine)  # what the thread was given to load
         self._token_text = lru_cache(_NUM_TOKEN_TEXTS)(engine.token_text)
-        self.metrics.set_model(engine.info)
+        self.metrics.set_models([engine.info])
         if self._state == "loading":
             self._state = "ready"
         logger.info("ready: %s on %s (%s)", engine.info.model_id, engine.info.device, engine.info.dtype)

@@ -33,6 +33,7 @@ a rule with a fixed message hides `str(error)`, and whatever has no rule is a pl
     `-- EngineError
         |-- NotReadyError               the model is still loading, or failed to load
         |-- DrainingError               the server is going down
+        |-- ModelTooLargeError          a variant that the memory for variants can't hold
         |-- StalledError                work waits and nothing moves
         |-- StoreUnavailableError       the database of jobs does not answer
         |-- StorageFullError            the disk is full
@@ -163,6 +164,10 @@ class DrainingError(core.EngineError):
     code = "server_draining"
 
 
+class ModelTooLargeError(core.EngineError):
+    code = "model_too_large"
+
+
 class StalledError(core.EngineError):
     code = "engine_stalled"
 
@@ -275,6 +280,9 @@ TABLE: Mapping[type[BaseException], Rule] = {
     ImageDownloadError: Rule(400, _INVALID, "failed_to_download_image"),
     NotReadyError: Rule(503, _SERVER, "model_loading", "The model is not loaded yet.", may_retry=True),
     DrainingError: Rule(503, _SERVER, "server_draining", "The server is shutting down.", may_retry=True),
+    ModelTooLargeError: Rule(
+        503, _SERVER, "model_too_large", "This model needs more memory than this server gives to fine-tuned models."
+    ),
     StalledError: Rule(503, _SERVER, "engine_stalled", "Work waits and the engine does not move."),
     StoreUnavailableError: Rule(
         503, _SERVER, "store_unavailable", "The store of jobs does not answer.", may_retry=True

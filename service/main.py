@@ -14,8 +14,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -25,19 +27,76 @@ from model_core.types import Engine
 from service.app import create_app
 from service.edge import EdgeLimits, protocol_class
 from service.engine_client import EngineClient, EngineLimits
+from service.errors import ModelTooLargeError, NotReadyError
+from service.hot_models import HotModels
 from service.jobs.store import store_of
 from service.keys import load_keys
 from service.logs import configure_logs, logger
 from service.metrics import Metrics
+from service.registry import FolderRegistry
 from service.settings import Settings
+from service.variant_loader import KV_SHARE, LoadedEngine, NoVariants, VariantLoader
+
+if TYPE_CHECKING:
+    from model_core.encoder import DualVisionEncoder
+
+#: Memory for variants on a CPU, unless the settings say otherwise.
+_CPU_VARIANT_BYTES = 2 * 2**30
 
 #: From the second signal to the end, whatever happens; `_GOING_SECONDS`, for connections to close after the drain.
 _LAST_SECONDS = 1.8
 _GOING_SECONDS = 5
 
 
-def load_engine(settings: Settings) -> Engine:
-    """Build and warm up the model that the settings name. Runs in the engine's thread; takes a while."""
+class ModelLoader:
+    """Loads the model that the settings name, and variants of it beside it (hot_models.py)."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._encoder: DualVisionEncoder | None = None
+        self._gpu_budget: int | None = None
+
+    def load_base(self) -> Engine:
+        """Runs in the engine's thread; takes a while."""
+        self._encoder = load_encoder(self._settings)
+        engine: Engine = self._encoder.engine
+        return engine
+
+    def budget_bytes(self) -> int:
+        import torch  # noqa: PLC0415  as in load_encoder
+
+        asked = self._settings.variant_memory_bytes
+        if asked is not None or self._encoder is None:
+            return asked or 0
+        device = self._encoder.model.device
+        if device.type != "cuda":
+            return _CPU_VARIANT_BYTES
+        if self._gpu_budget is None:
+            # Half of what the base leaves, about the eighth that it kept back (EngineConfig.variant_bytes).
+            self._gpu_budget = int(torch.cuda.mem_get_info(device)[0]) // 2
+        return self._gpu_budget
+
+    def load(self, folder: Path, model_id: str, kv_cache_bytes: int) -> LoadedEngine:
+        """Raises CheckpointError, ModelTooLargeError."""
+        import torch  # noqa: PLC0415  as in load_encoder
+
+        encoder = self._encoder
+        if encoder is None:
+            raise NotReadyError("the model is not loaded", value=model_id)
+        sizes = replace(
+            encoder.engine.config,
+            kv_cache_bytes=kv_cache_bytes,
+            encoder_cache_bytes=encoder.engine.config.encoder_cache_bytes // KV_SHARE,
+        )
+        try:
+            made = encoder.beside(folder, model_id, sizes)
+        except torch.OutOfMemoryError:
+            raise ModelTooLargeError("the model does not fit the device's memory", value=model_id) from None
+        return LoadedEngine(made.engine, made.bytes_beside(encoder))
+
+
+def load_encoder(settings: Settings) -> DualVisionEncoder:
+    """Build and warm up the model that the settings name."""
     # Here and not above: importing torch takes seconds, and the port should answer before that.
     from model_core.checkpoint import quiet_unless_terminal  # noqa: PLC0415
     from model_core.encoder import DualVisionEncoder  # noqa: PLC0415
@@ -56,6 +115,7 @@ def load_engine(settings: Settings) -> Engine:
             kv_cache_bytes=settings.kv_cache_bytes,
             encoder_cache_bytes=settings.encoder_cache_bytes,
             enable_prefix_caching=settings.enable_prefix_caching,
+            variant_bytes=settings.variant_memory_bytes,
         ),
     }
     if settings.model is not None:
@@ -71,8 +131,7 @@ def load_engine(settings: Settings) -> Engine:
             max_visual_tokens=settings.max_visual_tokens,
         )
     )
-    engine: Engine = encoder.engine
-    return engine
+    return encoder
 
 
 _torch_default = threading.Lock()
@@ -112,14 +171,22 @@ def build_app(
     *,
     clock: Callable[[], float] = time.monotonic,
     body_seconds: float = 10.0,
+    variants: VariantLoader | None = None,
 ) -> tuple[FastAPI, EngineClient]:
-    """The app with its parts, its store opened and brought up to date. Raises ConfigError, StoreUnavailableError."""
+    """The app with its parts, its store opened and brought up to date. `variants`: none serves the base alone.
+
+    Raises ConfigError, StoreUnavailableError.
+    """
     keys, metrics = load_keys(settings), Metrics()
     client = EngineClient(
         load, metrics, engine_limits(settings), on_load_failure=on_load_failure, on_pool_thread=on_pool_thread
     )
-    store = store_of(settings)
-    return create_app(settings, client, metrics, keys, store, clock=clock, body_seconds=body_seconds), client
+    registry = FolderRegistry(settings.data_dir / "models", time.time)
+    models = HotModels(registry, client, variants or NoVariants(), metrics, on_pool_thread=on_pool_thread)
+    app = create_app(
+        settings, client, metrics, keys, store_of(settings), models, clock=clock, body_seconds=body_seconds
+    )
+    return app, client
 
 
 def server_config(
@@ -199,7 +266,10 @@ def serve(settings: Settings, load: Callable[[], Engine] | None = None) -> int:
 
     # A stand-in for the engine needs no torch, and importing it takes seconds.
     on_pool_thread = use_one_torch_thread if load is None else None
-    app, client = build_app(settings, load or (lambda: load_engine(settings)), give_up, on_pool_thread)
+    loader = ModelLoader(settings)
+    app, client = build_app(
+        settings, load or loader.load_base, give_up, on_pool_thread, variants=loader if load is None else None
+    )
     listening = open_socket(settings.host, settings.port)
     servers.append(_Server(server_config(app), client))
     host, port = listening.getsockname()[:2]

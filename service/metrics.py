@@ -64,7 +64,8 @@ class Metrics:
         self.preemptions = self._counter("num_preemptions", "Sequences put back to be computed again.")
         self.batch_size = self._histogram("batch_size", "Requests of one engine step, by stage.", _COUNTS, "stage")
         self.iteration_tokens = self._histogram("iteration_tokens", "Tokens that one engine step gave out.", _COUNTS)
-        self.model_info = self._gauge("model_info", "The loaded model.", "model", "fusion", "device", "dtype")
+        self.model_info = self._gauge("model_info", "The loaded models.", "model", "fusion", "device", "dtype")
+        self.model_swaps = self._counter("model_swaps", "Variants that came into memory or left it.", "outcome")
 
     def _declare_vision(self) -> None:
         self.fusion_weight = self._histogram("fusion_weight", "Gate weight, per image.", _RATIO, "encoder")
@@ -98,8 +99,11 @@ class Metrics:
     def exposition(self) -> bytes:
         return generate_latest(self.registry)
 
-    def set_model(self, info: ModelInfo) -> None:
-        self.model_info.labels(info.model_id, info.fusion, info.device, info.dtype).set(1)
+    def set_models(self, infos: Sequence[ModelInfo]) -> None:
+        """The models in memory; those that left it have no sample any more, so that labels stay bounded."""
+        self.model_info.clear()
+        for info in infos:
+            self.model_info.labels(info.model_id, info.fusion, info.device, info.dtype).set(1)
 
     def set_waiting(self, stats: EngineStats, num_preparing: int, num_bytes: int) -> None:
         """Gauges of a scrape: who is at which stage. `num_preparing`: what the preprocess pool holds."""

@@ -77,6 +77,9 @@ class Settings(BaseSettings):
     kv_cache_bytes: int | None = Field(
         None, ge=1, description="KV cache; none: 1 GiB on a CPU, 85 % of what a GPU has free"
     )
+    variant_memory_bytes: int | None = Field(
+        None, ge=0, description="fine-tuned models in memory beside the base; none: 2 GiB, or an eighth of a free GPU"
+    )
     encoder_cache_bytes: int = Field(256 * _MIB, ge=0, description="features of pictures seen before; 0: none are kept")
     enable_prefix_caching: bool = Field(True, description="keep keys and values of prompts for those that begin alike")
     max_body_bytes: int = Field(48 * _MIB, ge=1024, description="largest request body")

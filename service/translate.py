@@ -256,8 +256,8 @@ def clamped_max_tokens(plan: ChatPlan, info: ModelInfo, usage: Usage | None) -> 
     return left if asked is not None and asked > left else None
 
 
-def model_cards(info: ModelInfo) -> list[ModelCard]:
-    """The model itself first, then one virtual id for each arm."""
+def model_cards(info: ModelInfo, **more: Any) -> list[ModelCard]:
+    """The model itself first, then one virtual id for each arm. `more`: other fields of the card."""
     return [
         ModelCard(
             id=info.model_id if arm == "fused" else f"{info.model_id}@{arm}",
@@ -267,6 +267,7 @@ def model_cards(info: ModelInfo) -> list[ModelCard]:
             fusion=ModelFusion(
                 arm=arm, strategy=info.fusion, trained=info.fusion_trained, encoders=list(info.encoders)
             ),
+            **{"system_fingerprint": info.fingerprint, **more},
         )
         for arm in ARMS
     ]

@@ -86,6 +86,8 @@ def _is_final(error: DualVisionError) -> bool:
 def _run(args: argparse.Namespace, pipe: EventPipe) -> int:
     config = load_config(args.config, args.overrides)
     config = config.with_freeze(args.training_mode, {name: True for flag, name in FLAGS.items() if getattr(args, flag)})
+    control = Control(args.control_fd)
+    control.start()
     # torch is imported from here on: a wrong recipe is told at once.
     from model_core.checkpoint import quiet_unless_terminal
     from model_core.training.data.source import build_source
@@ -101,7 +103,7 @@ def _run(args: argparse.Namespace, pipe: EventPipe) -> int:
         print(trainer.table.render())
         print(f"{trainer.curriculum.total_steps} steps in {len(trainer.curriculum.stages)} stages; nothing was trained")
         return DONE
-    Control(args.control_fd, trainer).start()
+    control.attach(trainer)
     with _stops_on_signals(trainer), display:
         if args.resume is not None:
             trainer.resume(args.resume)

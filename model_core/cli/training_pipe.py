@@ -18,6 +18,7 @@ import select
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from model_core.training.events import Event
@@ -56,13 +57,31 @@ class EventPipe:
 class Control:
     """Reads commands in a thread of its own, so that a deadline holds inside a long step too."""
 
-    def __init__(self, descriptor: int | None, trainer: DualVisionTrainer) -> None:
-        self._descriptor, self._trainer = descriptor, trainer
+    def __init__(self, descriptor: int | None) -> None:
+        self._descriptor = descriptor
+        self._trainer: DualVisionTrainer | None = None
+        self._early: list[Callable[[DualVisionTrainer], None]] = []
+        self._lock = threading.Lock()
         self._deadline: float | None = None
 
     def start(self) -> None:
+        """Before the model is loaded, which may outlast a deadline."""
         if self._descriptor is not None:
             threading.Thread(target=self._watch, name="dve-control", daemon=True).start()
+
+    def attach(self, trainer: DualVisionTrainer) -> None:
+        """Who obeys from now on, also to what has come already."""
+        with self._lock:
+            self._trainer = trainer
+            for order in self._early:
+                order(trainer)
+
+    def _ask(self, order: Callable[[DualVisionTrainer], None]) -> None:
+        with self._lock:
+            if self._trainer is None:
+                self._early.append(order)
+            else:
+                order(self._trainer)
 
     def _watch(self) -> None:
         buffer = b""
@@ -85,9 +104,10 @@ class Control:
             if command == "deadline":
                 self._deadline = time.monotonic() + float(order["seconds"])
             elif command == "freeze":
-                self._trainer.request_freeze(order["freeze"])
+                freeze = dict(order["freeze"])
+                self._ask(lambda trainer: trainer.request_freeze(freeze))
             elif command == "checkpoint":
-                self._trainer.request_checkpoint()
+                self._ask(lambda trainer: trainer.request_checkpoint())
             else:
                 raise ValueError(command)
         except (ValueError, KeyError, TypeError) as error:

@@ -30,13 +30,18 @@ def build_engine(
     eos_ids: frozenset[int],
     config: EngineConfig,
     clock: Callable[[], float],
+    *,
+    beside: ContinuousEngine | None = None,
 ) -> ContinuousEngine:
     """The engine's own `info` says the context that it can hold: the model's, or the whole cache if that is less.
 
+    Args:
+        beside: an engine that the same thread will turn. What the two models have in common is not made twice: the
+            decoder over one language model, the features of one pair of encoders, the grammars of one tokenizer.
     Raises:
         ConfigError: settings that contradict each other or the device, with both numbers.
     """
-    decoder = Decoder(model.model.language_model, model.lm_head, joins_weights=config.joins_weights)
+    decoder = _decoder_of(model, beside, joins_weights=config.joins_weights)
     shape = decoder.cache_shape
     free = torch.cuda.mem_get_info(shape.device)[0] if shape.device.type == "cuda" else None
     num_blocks = config.num_blocks(shape, free, info.max_context_tokens)
@@ -60,8 +65,30 @@ def build_engine(
     LOG.info("keys and values in %s", reason)
     if shape.device.type == "cuda":
         LOG.info("decode graphs: %s", graphs.refusal or num_graphs)
-    features = EncoderCache(config.encoder_cache_bytes)
-    runner = ModelRunner(
-        model, decoder, fmt, clock, store=store, features=features, graphs=graphs if graphs.is_available else None
+    shares_encoders = beside is not None and all(
+        model.model.encoder_module(name) is beside.runner.model.model.encoder_module(name)
+        for name in model.model.encoders
     )
-    return ContinuousEngine(runner, info, eos_ids, blocks, config)
+    runner = ModelRunner(
+        model,
+        decoder,
+        fmt,
+        clock,
+        store=store,
+        features=beside.runner.features if shares_encoders else EncoderCache(config.encoder_cache_bytes),
+        graphs=graphs if graphs.is_available else None,
+        owns_features=not shares_encoders,
+    )
+    grammars = beside.grammars if beside is not None and beside.runner.fmt.tokenizer is fmt.tokenizer else None
+    return ContinuousEngine(runner, info, eos_ids, blocks, config, grammars=grammars)
+
+
+def _decoder_of(model: DualVisionModel, beside: ContinuousEngine | None, *, joins_weights: bool) -> Decoder:
+    language_model, lm_head = model.model.language_model, model.lm_head
+    if (
+        beside is not None
+        and beside.runner.decoder.model is language_model
+        and beside.runner.decoder.lm_head is lm_head
+    ):
+        return beside.runner.decoder
+    return Decoder(language_model, lm_head, joins_weights=joins_weights)

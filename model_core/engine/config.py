@@ -20,6 +20,7 @@ class EngineConfig:
     encode_window_seconds: how long a picture may wait for company while others are being answered.
     kv_cache_bytes: None derives it from the device. encoder_cache_bytes: 0 keeps no features.
     joins_weights: the decoder's products joined, its parameters becoming views of larger ones; False leaves them alone.
+    variant_bytes: left free on a GPU for variants beside this model; None is an eighth of what is free.
     """
 
     max_num_seqs: int = 16
@@ -30,6 +31,7 @@ class EngineConfig:
     encoder_cache_bytes: int = 256 * 2**20
     enable_prefix_caching: bool = True
     joins_weights: bool = True
+    variant_bytes: int | None = 0
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_encode_tokens"):
@@ -54,7 +56,7 @@ class EngineConfig:
         """
         budget = self.kv_cache_bytes
         if budget is None:
-            budget = _CPU_CACHE_BYTES if free_device_bytes is None else int(free_device_bytes * 0.85)
+            budget = _CPU_CACHE_BYTES if free_device_bytes is None else self._share_of(free_device_bytes)
         block_bytes = shape.token_bytes * BLOCK_SIZE
         blocks = min(budget // block_bytes, self.max_num_seqs * -(-max_context_tokens // BLOCK_SIZE))
         if blocks < 1:
@@ -65,3 +67,7 @@ class EngineConfig:
                 fix="Raise kv_cache_bytes, or free memory on the device",
             )
         return blocks
+
+    def _share_of(self, free_bytes: int) -> int:
+        kept_back = free_bytes // 8 if self.variant_bytes is None else self.variant_bytes
+        return int(max(free_bytes - kept_back, 0) * 0.85)

@@ -18,6 +18,7 @@ from torch import Tensor
 from model_core.engine.block_manager import BlockManager
 from model_core.engine.config import BLOCK_SIZE, EngineConfig
 from model_core.engine.detokenizer import Detokenizer, bytes_of, text_of
+from model_core.engine.encoder_cache import EncoderCache
 from model_core.engine.grammar import GrammarCompiler, GrammarMatcher
 from model_core.engine.model_runner import ModelRunner
 from model_core.engine.prefix_hash import PrefixHasher, prefix_root
@@ -30,6 +31,7 @@ from model_core.types import EngineStats, FinishReason, GenerationRequest, Model
 
 #: What one row may do wrong without taking the others with it.
 ROW_ERRORS = (RuntimeError, ValueError, MemoryError, DualVisionError)
+_NO_FEATURES = EncoderCache(0)
 
 
 class ContinuousEngine:
@@ -42,6 +44,8 @@ class ContinuousEngine:
         eos_ids: frozenset[int],
         blocks: BlockManager,
         config: EngineConfig | None = None,
+        *,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         config = config or EngineConfig()
         self.runner, self.info, self.config, self.blocks = runner, info, config, blocks
@@ -50,7 +54,7 @@ class ContinuousEngine:
         )
         self._eos_ids = eos_ids
         self._vocab_size = runner.decoder.config.vocab_size
-        self._grammars = GrammarCompiler(runner.fmt.tokenizer, self._vocab_size, eos_ids)
+        self.grammars = grammars or GrammarCompiler(runner.fmt.tokenizer, self._vocab_size, eos_ids)
         self._arrivals = itertools.count()
         self._known: dict[str, Sequence] = {}
         self._to_encode: OrderedDict[str, Sequence] = OrderedDict()
@@ -86,7 +90,7 @@ class ContinuousEngine:
     def _start_grammar(self, sampling: SamplingParams) -> GrammarMatcher | None:
         check_params(sampling, self._vocab_size)
         wanted = sampling.response_format
-        return None if wanted is None else self._grammars.matcher(wanted)
+        return None if wanted is None else self.grammars.matcher(wanted)
 
     def _sequence(self, request: GenerationRequest, inputs: ModelInputs, grammar: GrammarMatcher | None) -> Sequence:
         sampling, most = request.sampling, self.info.max_context_tokens
@@ -123,6 +127,13 @@ class ContinuousEngine:
         self.blocks.reset_cache()
         self.runner.features.clear()
 
+    @property
+    def cache_bytes(self) -> int:
+        """Of keys and values when full, and of kept features."""
+        tokens = self.blocks.num_blocks * BLOCK_SIZE
+        features = self.config.encoder_cache_bytes if self.runner.owns_features else 0
+        return tokens * self.runner.decoder.cache_shape.token_bytes + features
+
     def has_work(self) -> bool:
         return bool(self._known)
 
@@ -132,7 +143,9 @@ class ContinuousEngine:
         return text_of(tokenizer, token_id), bytes_of(tokenizer, token_id)
 
     def stats(self) -> EngineStats:
-        scheduler, cache = self.scheduler, self.runner.features
+        scheduler = self.scheduler
+        # A cache that two engines share is counted by the one that made it.
+        cache = self.runner.features if self.runner.owns_features else _NO_FEATURES
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting) + len(self._to_encode),

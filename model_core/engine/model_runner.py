@@ -43,7 +43,10 @@ class ModelRunner:
         store: KVStore,
         features: EncoderCache,
         graphs: DecodeGraphs | None = None,
+        owns_features: bool = True,
     ) -> None:
+        """owns_features: False where another engine's runner holds them too, and counts them."""
+        self.owns_features = owns_features
         self.model, self.decoder, self.fmt, self.clock = model, decoder, fmt, clock
         self.store, self.features, self.graphs = store, features, graphs
         self.device = model.device

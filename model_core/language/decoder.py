@@ -45,6 +45,12 @@ class Decoder:
             config.num_hidden_layers, config.num_key_value_heads, self.head_dim, weight.device, weight.dtype
         )
 
+    @property
+    def copied_bytes(self) -> int:
+        """Of copies in another layout than the weights have (linear.py)."""
+        joined = 0 if self._fused is None else self._fused.copied_bytes
+        return joined + (0 if self._head is None else self._head.copied_bytes)
+
     def embed(self, token_ids: Tensor) -> Tensor:
         """(S,) -> (S, D)."""
         return self.model.embed_tokens(token_ids)

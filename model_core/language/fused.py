@@ -59,6 +59,14 @@ class FusedLayers:
             layers = [_join(layer, product) for layer in model.layers]
         return cls(model, layers, [_Watched.of(layer) for layer in model.layers])
 
+    @property
+    def copied_bytes(self) -> int:
+        return sum(
+            product.copied_bytes
+            for layer in self._layers
+            for product in (layer.qkv, layer.out, layer.gate_up, layer.down)
+        )
+
     def is_current(self) -> bool:
         """Do the joined weights still stand for the model's? False after a cast, a move, LoRA or a new hook."""
         return not any(self._hooks) and all(one.is_unchanged() for one in self._watched)
@@ -128,6 +136,10 @@ class JoinedHead:
             return None
         with torch.inference_mode(mode=False), torch.no_grad():
             return cls(lm_head)
+
+    @property
+    def copied_bytes(self) -> int:
+        return self._product.copied_bytes
 
     def is_current(self) -> bool:
         weight = self._module.weight

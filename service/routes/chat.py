@@ -13,6 +13,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from model_core.types import FusionWeights, ModelInfo, TokenEvent, TokenLogprob, Usage
+from service.fleet import Member
 from service.fusion_history import Served
 from service.keys import Caller
 from service.logs import request_id_var
@@ -50,7 +51,7 @@ class _Chat:
     parts: AppParts
     body: ChatCompletionRequest
     plan: ChatPlan
-    info: ModelInfo
+    member: Member
     waiting_body: WaitingBody
     give_back: Callable[[], None]
     caller: Caller
@@ -59,10 +60,14 @@ class _Chat:
     #: What each choice says, where the log is to hold it.
     said: dict[int, str] | None
 
+    @property
+    def info(self) -> ModelInfo:
+        return self.member.info
+
     async def batches(self) -> AsyncGenerator[Batch, None]:
         """Events of all choices as they come; the error of one ends all."""
         self.give_back()
-        with self.parts.client.admit(self.plan.num_choices) as admission:
+        with self.parts.client.admit(self.plan.num_choices, self.member) as admission:
             messages = await self.parts.read_messages(admission, self.body.messages, self.waiting_body, self.caller)
             requests = to_requests(self.plan, messages, self.completion_id)
             index_of = {request.request_id: index for index, request in enumerate(requests)}
@@ -99,26 +104,17 @@ async def create_chat_completion(request: Request) -> Response:
     # Before the body is read: a full server refuses cheaply.
     with parts.client.arrive() as give_back:
         body = parse_body(ChatCompletionRequest, await request.body(), request.headers.get("content-type"))
-        info = parts.client.info
-        plan = plan_chat(body, info)
+        # Before anything in the body is decoded: whether there is such a model.
+        member = await parts.find_model(request, body.model, give_back)
+        plan = plan_chat(body, member.info)
         completion_id = f"chatcmpl-{uuid.uuid4().hex}"
         request.state.log_fields = {"completion_id": completion_id, "model": plan.model, "user": plan.user}
         said: dict[int, str] | None = None
         if parts.settings.log_content:
             said = {}
             request.state.log_fields |= {"messages": transcript(body.messages), "answers": said}
-        chat = _Chat(
-            parts,
-            body,
-            plan,
-            info,
-            request.state.waiting_body,
-            give_back,
-            caller,
-            completion_id,
-            int(parts.now()),
-            said,
-        )
+        waiting_body, created = request.state.waiting_body, int(parts.now())
+        chat = _Chat(parts, body, plan, member, waiting_body, give_back, caller, completion_id, created, said)
         if plan.is_stream:
             return await _stream(request, chat)
         return await until_disconnect(request, _complete(chat))

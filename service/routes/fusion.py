@@ -17,6 +17,7 @@ from model_core.errors import ImageError, InvalidRequestError
 from model_core.types import Arm, ChatMessage, FusionWeights, GenerationRequest, SamplingParams, TokenEvent
 from service.admission import Admission
 from service.errors import InvalidBodyError, RecordNotFoundError
+from service.fleet import Member
 from service.fusion_history import weight_statistics
 from service.keys import Caller
 from service.logs import request_id_var
@@ -70,7 +71,7 @@ async def get_fusion_weights(
     if file_id is not None:
         record, data = parts.media.uploads.get(file_id, caller.key_id)
         upload = _Upload(record, upload_messages(data, _DEFAULT_QUESTION), None)
-        return await until_disconnect(request, _analyze(parts, info.model_id, "fused", upload))
+        return await until_disconnect(request, _analyze(parts, parts.client.base, (info.model_id, "fused"), upload))
     by_model: dict[str, list[FusionWeights]] = defaultdict(list)
     for model, weights in parts.history.recent_images(window):
         by_model[model].append(weights)
@@ -111,16 +112,17 @@ def _one_request(parts: AppParts, caller: Caller, request_id: str) -> dict[str, 
 async def analyze_fusion(request: Request, parts: Parts, caller: CallerOf) -> dict[str, Any]:
     """Weights, contribution and relative update of each image: JSON messages, or an uploaded `file`."""
     parts.client.check_room()
-    info = parts.client.info
+    given: _Body | _Upload
     if _is_form(request):
-        upload = await _read_form(request, parts, caller)
-        model, arm = resolve_model(info, upload.model)
-        return await until_disconnect(request, _analyze(parts, model, arm, upload))
-    body = parse_body(AnalyzeRequest, await request.body(), request.headers.get("content-type"))
-    model, arm = resolve_model(info, body.model)
-    require_images(body.messages)
-    given = _Body(body.messages, request.state.waiting_body, caller)
-    return await until_disconnect(request, _analyze(parts, model, arm, given))
+        given = await _read_form(request, parts, caller)
+        name = given.model
+    else:
+        body = parse_body(AnalyzeRequest, await request.body(), request.headers.get("content-type"))
+        given, name = _Body(body.messages, request.state.waiting_body, caller), body.model
+    member = await parts.find_model(request, name)
+    if isinstance(given, _Body):
+        require_images(given.messages)
+    return await until_disconnect(request, _analyze(parts, member, resolve_model(member.info, name), given))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +155,9 @@ def _file_id(given: _Body | _Upload) -> dict[str, str]:
     return {"file_id": given.record.id} if isinstance(given, _Upload) else {}
 
 
-async def _analyze(parts: AppParts, model: str, arm: Arm, given: _Body | _Upload) -> dict[str, Any]:
-    encoders = parts.client.info.encoders
-    with parts.client.admit() as admission, _blaming(given):
+async def _analyze(parts: AppParts, member: Member, asked: tuple[str, Arm], given: _Body | _Upload) -> dict[str, Any]:
+    (model, arm), encoders = asked, member.info.encoders
+    with parts.client.admit(member=member) as admission, _blaming(given):
         messages = await _messages(parts, admission, given)
         request = GenerationRequest(f"analyze-{uuid.uuid4().hex}", messages, arm=arm, encode_only=True)
         images = (await admission.answer(request)).fusion or ()
@@ -205,35 +207,35 @@ async def compare_encoders(request: Request, parts: Parts, caller: CallerOf) -> 
     given: _Body | _Upload
     if _is_form(request):
         given = await _read_form(request, parts, caller)
-        name, sampling = given.model, compare_sampling(None, parts.client.info)
+        name, asked = given.model, None
     else:
-        body = parse_body(CompareRequest, await request.body(), request.headers.get("content-type"))
-        given = _Body(body.messages, request.state.waiting_body, caller)
-        name, sampling = body.model, compare_sampling(body, parts.client.info)
-    model, arm = resolve_model(parts.client.info, name)
+        asked = parse_body(CompareRequest, await request.body(), request.headers.get("content-type"))
+        given, name = _Body(asked.messages, request.state.waiting_body, caller), asked.model
+    member = await parts.find_model(request, name)
+    model, arm = resolve_model(member.info, name)
     if arm != "fused":
         raise InvalidRequestError(
             "a comparison runs every arm by itself",
             value=model,
-            allowed=f"'{parts.client.info.model_id}', or no model",
+            allowed=f"'{member.info.model_id}', or no model",
             param="model",
         )
     if isinstance(given, _Body):
         require_images(given.messages)
-    return await until_disconnect(request, _compare(parts, given, sampling, model))
+    return await until_disconnect(request, _compare(parts, member, given, compare_sampling(asked, member.info)))
 
 
-async def _compare(parts: AppParts, given: _Body | _Upload, sampling: SamplingParams, model: str) -> dict[str, Any]:
-    info = parts.client.info
+async def _compare(parts: AppParts, member: Member, given: _Body | _Upload, sampling: SamplingParams) -> dict[str, Any]:
+    info = member.info
     prefix = f"compare-{uuid.uuid4().hex}"
-    with parts.client.admit() as admission, _blaming(given):
+    with parts.client.admit(member=member) as admission, _blaming(given):
         messages = await _messages(parts, admission, given)
         answers = await _answer_in_turn(admission, answer_requests(prefix, messages, sampling))
         scores = await admission.answer_all(score_requests(prefix, messages, answers["fused"].token_ids))
     return {
         "object": "encoders.comparison",
         "request_id": request_id_var.get(),
-        "model": model,
+        "model": info.model_id,
         **_file_id(given),
         "fusion_trained": info.fusion_trained,
         **to_comparison(summarise(answers, scores), info.encoders),

@@ -11,7 +11,9 @@ from fastapi import Depends, Request
 from model_core.types import ChatMessage
 from service.admission import Admission
 from service.engine_client import EngineClient
+from service.fleet import Member
 from service.fusion_history import FusionHistory
+from service.hot_models import HotModels
 from service.job_desk import JobDesk
 from service.keys import Caller
 from service.media import MediaSource, is_remote
@@ -19,6 +21,7 @@ from service.messages import image_references, to_messages
 from service.metrics import Metrics
 from service.protocol.content import Message
 from service.settings import Settings
+from service.streaming import until_disconnect
 from service.waiting import WaitingBody, WaitingBytes
 
 #: Base64 that takes a quarter of a millisecond.
@@ -31,12 +34,28 @@ class AppParts:
 
     settings: Settings
     client: EngineClient
+    models: HotModels
     metrics: Metrics
     history: FusionHistory
     waiting_bytes: WaitingBytes
     media: MediaSource
     desk: JobDesk
     now: Callable[[], float]
+
+    async def find_model(
+        self, request: Request, name: str | None, give_back: Callable[[], None] = lambda: None
+    ) -> Member:
+        """Who answers under this name. A model that is not in memory is loaded, within an admission of its own.
+
+        `give_back`: the place that was kept while the body came; a load takes one itself.
+        Raises ModelNotFoundError, CheckpointError, ModelTooLargeError, OverloadedError, RequestTimeoutError.
+        """
+        found = self.models.find(name)
+        if isinstance(found, Member):
+            return found
+        give_back()
+        with self.client.admit() as admission:
+            return await until_disconnect(request, admission.wait(self.models.load(found)))
 
     async def read_messages(
         self, admission: Admission, messages: Sequence[Message], body: WaitingBody, caller: Caller
@@ -52,7 +71,7 @@ class AppParts:
         downloads: dict[str, bytes] = {}
         if any(map(is_remote, references)):
             downloads = await admission.fetch(media.download(references, body.add))
-        info = self.client.info
+        info = admission.member.info
 
         def read() -> tuple[ChatMessage, ...]:
             return to_messages(messages, lambda reference: media.read(reference, downloads), info)

@@ -13,6 +13,7 @@ from service.admission import Admission
 from service.deadline import Deadline
 from service.engine_client import EngineClient, EngineLimits
 from service.errors import DrainingError, RequestTimeoutError, StalledError
+from service.fleet import Member
 from service.metrics import Metrics
 from tests.service.conftest import LiveServer, ask
 from tests.service.fakes import INFO, FakeEngine
@@ -336,7 +337,8 @@ def test_a_deadline_that_the_engine_sees_first_is_a_timeout(left_seconds: float,
 
     async def main() -> None:
         client = make_client(FakeEngine())
-        admission = Admission(client, Deadline(asyncio.get_running_loop().time() + left_seconds))
+        deadline = Deadline(asyncio.get_running_loop().time() + left_seconds)
+        admission = Admission(client, Member(FakeEngine()), deadline)
         assert type(admission._in_time(RequestFailedError("the request ran out of time"))) is kind
 
     asyncio.run(main())

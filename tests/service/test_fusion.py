@@ -193,6 +193,7 @@ def test_openapi_documents_bodies_and_paths(shared: LiveServer):
         "/v1/files/{file_id}/content", JOBS, f"{JOBS}/validate", f"{JOBS}/{{job_id}}",
         *(f"{JOBS}/{{job_id}}/{verb}" for verb in ("cancel", "pause", "resume", "events", "checkpoints")),
         *(f"{JOBS}/{{job_id}}/{part}" for part in ("freeze", "fusion")),
+        "/v1/models/{model_id}/load", "/v1/models/{model_id}/unload", "/v1/models/{model_id}/rollback",
     }  # fmt: skip
     body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     schema = document["components"]["schemas"][body["$ref"].rpartition("/")[2]]

@@ -35,6 +35,7 @@ DECLARED = {
     "kv_cache_usage_ratio": ("gauge", ()),
     "media_rejected": ("counter", ("reason",)),
     "model_info": ("gauge", ("model", "fusion", "device", "dtype")),
+    "model_swaps": ("counter", ("outcome",)),
     "num_preemptions": ("counter", ()),
     "num_requests_running": ("gauge", ()),
     "num_requests_waiting": ("gauge", ()),
@@ -96,8 +97,8 @@ def test_every_metric_is_fed(start):
         for name, family in found.items()
         if not name.endswith("_created") and not any(sample.value for sample in family.samples)
     ]
-    # Gauges that are rightly at zero when nothing runs.
-    assert set(unfed) == {"dve_num_requests_running", "dve_waiting_body_bytes"}
+    # Gauges that are rightly at zero when nothing runs; and a base alone swaps nothing (test_hot_models.py).
+    assert set(unfed) == {"dve_num_requests_running", "dve_waiting_body_bytes", "dve_model_swaps"}
 
 
 def test_what_the_engine_counts(start):

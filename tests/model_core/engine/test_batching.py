@@ -236,3 +236,15 @@ def test_settings_that_contradict_each_other_are_refused_with_both_numbers() -> 
     with pytest.raises(ConfigError, match=r"100 bytes.*8192 bytes"):
         EngineConfig(kv_cache_bytes=100).num_blocks(shape, None, 2048)
     assert EngineConfig().num_blocks(shape, None, 160) == 16 * 10, "never more than all sequences could fill"
+
+
+@pytest.mark.parametrize(("variant_bytes", "left"), [(0, 1.0), (None, 7 / 8), (2**29, 0.5), (2**40, 0.0)])
+def test_room_for_variants_is_kept_free_on_a_gpu(variant_bytes: int | None, left: float) -> None:
+    shape = CacheShape(2, 2, 16, torch.device("cpu"), torch.float32)
+    config = EngineConfig(variant_bytes=variant_bytes)
+    most = int(2**30 * left * 0.85) // (shape.token_bytes * 16)
+    if most:
+        assert config.num_blocks(shape, 2**30, 2**30) == most
+    else:
+        with pytest.raises(ConfigError):
+            config.num_blocks(shape, 2**30, 2**30)
