@@ -2,7 +2,7 @@
 
 Encoders first, on dense labels (which thing, colour and letter is in which cell); then fusion and the
 language model on their features; then everything together. Training all of it from scratch on answers
-alone does not take off in the time there is (ARCHITECTURE.md, decisions).
+alone does not take off in the time there is (DECISIONS.md).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from model_core.training.config import TrainConfig
 from model_core.training.freeze import component_of
 
 IGNORE = -100
-#: What kept the demo model's gate open (ARCHITECTURE.md, 2026-11-23); a tenth of it did not hold a gate in trials.
+#: What kept the demo model's gate open (DECISIONS.md, 2026-11-23); a tenth of it did not hold a gate in trials.
 DEFAULT_DIVERSITY_LOSS_WEIGHT = 1.0
 #: Above this many logits they are never all in memory at once.
 _CHUNK_ABOVE_LOGITS = 1 << 26

@@ -89,7 +89,7 @@ def test_a_typo_in_the_environment_is_an_error(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_settings_are_few_and_frozen():
-    # ARCHITECTURE.md, Decisions, says why not 30.
+    # DECISIONS.md says why not 30.
     assert len(Settings.model_fields) <= 48
     with pytest.raises(ValueError, match="frozen"):
         load_settings().port = 1
