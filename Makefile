@@ -50,7 +50,7 @@ up: $(VENV)/.runtime ## serve and worker together, in one data folder [HOST=] [P
 	  $(call flag,DEVICES,--devices) $(call flag,CONCURRENCY,--concurrency)
 
 test: $(VENV)/.dev ## the default tests [ARGS="-k name"]
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-heavy: $(VENV)/.dev ## the long proofs
 	@$(BIN)/python -m pytest -m heavy --timeout 3600 $(ARGS)
