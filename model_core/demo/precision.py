@@ -1,8 +1,8 @@
 """Which precision the demo's build multiplies in, and Muon in that precision.
 
-In: a device. bfloat16 where there are units for it; on a processor without them its products are emulated and a tenth
-to a thirtieth as fast as float32's. torch's Muon makes a gradient orthogonal in bfloat16 whatever the machine, which
-was two thirds of a step there.
+In: a device. bfloat16 where there are units for it; on a processor without them its products are emulated and ran at a
+twentieth of float32's speed and less. torch's Muon makes a gradient orthogonal in bfloat16 whatever the machine, which
+there was two thirds of a step whose other products were in float32.
 """
 
 from __future__ import annotations
