@@ -25,6 +25,7 @@ from model_core.demo.artwork import Artwork
 from model_core.demo.batches import Batch, SceneBatches
 from model_core.demo.labels import MAX_COUNT, MAX_SPOT
 from model_core.demo.lookup import Lookup
+from model_core.demo.precision import Muon, working_dtype
 from model_core.demo.recipe import Recipe, Stage, build_config
 from model_core.demo.scenes import CLASS_NAMES, COLOUR_NAMES
 from model_core.demo.tokenizer import build_tokenizer
@@ -97,7 +98,7 @@ def _weighted(logits: Tensor, target: Tensor, background: float = 0.1) -> Tensor
 class Optimizers:
     """Muon for the matrices inside blocks, AdamW for everything else; both at one learning rate."""
 
-    def __init__(self, named: dict[str, nn.Parameter], learning_rate: float) -> None:
+    def __init__(self, named: dict[str, nn.Parameter], learning_rate: float, dtype: torch.dtype) -> None:
         def is_matrix(name: str, p: nn.Parameter) -> bool:
             inside = any(key in name for key in (".blocks.", ".layers.", ".layer.", ".merger.mlp."))
             return p.ndim == 2 and inside
@@ -111,8 +112,7 @@ class Optimizers:
             torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
         ]
         if matrices:
-            muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
-            self.parts.append(muon)
+            self.parts.append(Muon(matrices, learning_rate, weight_decay=0.05, dtype=dtype))
 
     def step(self, scale: float) -> None:
         for part in self.parts:
@@ -161,6 +161,7 @@ class DemoBuilder:
     def __init__(self, recipe: Recipe, artwork: Artwork, work: Path, device: str = "cpu") -> None:
         self.recipe, self.artwork, self.work = recipe, artwork, work
         self.device = torch.device(device)
+        self.dtype = working_dtype(self.device)
         self.tokenizer = build_tokenizer()
         torch.manual_seed(recipe.seed)
         self.model = DualVisionModel(build_config(recipe, self.tokenizer)).to(self.device)
@@ -203,7 +204,8 @@ class DemoBuilder:
         for name, parameter in named.items():
             parameter.requires_grad_(is_trained(name, stage))
         if self.optimizers is None:
-            self.optimizers = Optimizers({n: p for n, p in named.items() if p.requires_grad}, stage.learning_rate)
+            trained = {n: p for n, p in named.items() if p.requires_grad}
+            self.optimizers = Optimizers(trained, stage.learning_rate, self.dtype)
             if self.step and self.resume_folder is not None:
                 self.optimizers.load_state(load_file(self.resume_folder / "optimizer.safetensors"))
         self.model.train()
@@ -223,7 +225,7 @@ class DemoBuilder:
         backbone, scores = self.model.model, {}
         total = torch.zeros((), device=self.device)
         names = [n for n in backbone.encoders if stage.answer_weight or "encoders" in stage.trains or n in stage.trains]
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             with torch.set_grad_enabled(bool({"encoders", "qwen"} & set(stage.trains))):
                 features = backbone.encode_images(pixel_values, grid, names)
             if stage.dense_weight:

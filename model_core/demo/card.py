@@ -95,9 +95,9 @@ The dense loss asks each encoder, cell by cell, which thing and colour is there 
 tower also which letter, and which of its word; DINOv2 how many such objects there are. So one eye reads and the other
 counts, as one was taught to read in life and the other was not. In the answering stages a fused token is drawn towards
 the words for what it shows; one attention head of the first layer is taught to look from a noun to its cells, and
-another to look evenly at the first token and at each thing's middle cell, which is how it counts.
-Optimizer: Muon for the matrices inside blocks, AdamW for the rest, bfloat16 autocast. The gate learns at a twentieth
-of the rate and has a marginal KL loss.
+another to look evenly at the first token and at each thing's middle cell, from which a number can be read.
+Optimizer: Muon for the matrices inside blocks, AdamW for the rest; bfloat16 products where the machine has units for
+it. The gate learns at a twentieth of the rate and has a marginal KL loss.
 
 Data: scenes composed from emoji artwork ({styles}) on varied backgrounds, plain shapes, and words in
 several fonts; every question is generated from the scene. See NOTICE for the artwork's licences.

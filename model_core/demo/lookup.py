@@ -11,6 +11,7 @@ Guided attention as in Liu et al. 2016 (1605.09553), for single heads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,14 +37,11 @@ class Lookup:
         self.num_heads = config.num_attention_heads
         self.group = config.num_attention_heads // config.num_key_value_heads
         nouns = {name: [name] for name in CLASS_NAMES[1:]} | {"shape": list(SHAPES)}
-        self.class_of = torch.zeros(len(tokenizer), dtype=torch.long, device=device)
         #: (nouns + 1, classes): which classes of cells noun number n means; row 0 is no noun.
         self.means = torch.zeros(len(nouns) + 1, len(CLASS_NAMES), dtype=torch.bool, device=device)
-        for index, (noun, names) in enumerate(nouns.items(), start=1):
+        for index, names in enumerate(nouns.values(), start=1):
             self.means[index, [CLASS_NAMES.index(name) for name in names]] = True
-            for phrase in (f" {noun}", f" {plural_of(noun)}"):
-                # A name of several tokens is known at its last one.
-                self.class_of[tokenizer.encode(phrase, add_special_tokens=False)[-1]] = index
+        self.phrases = _phrases(tokenizer, list(nouns))
         self._seen: tuple[Tensor, Tensor, Tensor] | None = None
 
     @contextmanager
@@ -58,6 +56,18 @@ class Lookup:
         finally:
             handle.remove()
 
+    def nouns(self, input_ids: Tensor) -> Tensor:
+        """(B, T) -> the number of the noun that a token stands for, else 0. Of two that fit, the longer is meant."""
+        found = [[0] * input_ids.shape[1] for _ in range(len(input_ids))]
+        for ids, numbers in zip(input_ids.tolist(), found, strict=True):
+            at = 0
+            while at < len(ids):
+                fits = (one for one in self.phrases.get(ids[at], ()) if tuple(ids[at : at + len(one[0])]) == one[0])
+                phrase, number, offset = next(fits, ((0,), 0, 0))
+                numbers[at + offset] = number
+                at += len(phrase)
+        return torch.tensor(found, device=input_ids.device)
+
     def loss(
         self, input_ids: Tensor, is_image: Tensor, cells: dict[str, Tensor], may_attend: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -66,7 +76,7 @@ class Lookup:
         input_ids, is_image: (B, T); cells: class and middles of (B, gh, gw), in the order of the image tokens;
         may_attend: (B, 1, T, T).
         """
-        noun = self.class_of[input_ids].masked_fill(is_image, 0)  # (B, T)
+        noun = self.nouns(input_ids)  # (B, T)
         row, place = noun.nonzero(as_tuple=True)
         allowed = may_attend[row, 0, place]  # (N, T)
         shows, middles = (
@@ -97,3 +107,33 @@ class Lookup:
         # All pairs, then each noun's row once: a gather of keys would add up its gradient in no fixed order.
         scores = (query[:, 0] @ key[:, 0].transpose(1, 2) * self.head_dim**-0.5)[row, place]
         return scores.masked_fill(~allowed, float("-inf"))
+
+
+def _phrases(tokenizer: Any, nouns: Sequence[str]) -> dict[int, list[tuple[tuple[int, ...], int, int]]]:
+    """By first token, the longest first: a phrase's tokens, its noun's number, and which token stands for it.
+
+    The first layer sees a token alone, not those before it, so it must be one that tells the noun: of "horse|s" the
+    first ("s" is half of all plurals' last), of "hot| dog" the first. The fewest nouns have it; then the last such.
+    """
+    encoded = [
+        (tuple(tokenizer.encode(f" {form}", add_special_tokens=False)), number)
+        for number, noun in enumerate(nouns, start=1)
+        for form in dict.fromkeys((noun, plural_of(noun)))
+    ]
+    owners: dict[int, set[int]] = {}
+    for ids, number in encoded:
+        for token in ids:
+            owners.setdefault(token, set()).add(number)
+    by_first: dict[int, list[tuple[tuple[int, ...], int, int]]] = {}
+    for ids, number in encoded:
+        vague = [_how_vague(tokenizer, owners, ids, at) for at in range(len(ids))]
+        by_first.setdefault(ids[0], []).append((ids, number, vague.index(min(vague))))
+    for found in by_first.values():
+        found.sort(key=lambda one: -len(one[0]))
+    return by_first
+
+
+def _how_vague(tokenizer: Any, owners: dict[int, set[int]], ids: tuple[int, ...], at: int) -> tuple[bool, int, int]:
+    """Pieces of a letter or two also spell other words."""
+    is_piece = len(tokenizer.convert_ids_to_tokens(ids[at])) < 3
+    return is_piece, len(owners[ids[at]]), -at
