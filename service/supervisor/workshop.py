@@ -172,8 +172,11 @@ def _named_files(recipe: TrainConfig) -> list[tuple[Any, str]]:
 
 
 def _on_device(lock: DeviceLock) -> dict[str, str]:
-    visible = "" if lock.device.gpu is None else str(lock.device.gpu)
-    return child_environment(CUDA_VISIBLE_DEVICES=visible, CUDA_DEVICE_ORDER="PCI_BUS_ID")
+    if lock.device.gpu is None:
+        # On processors a trainer always has company, if only the server's: threads that spin while they wait for each
+        # other then lose most of the time (DECISIONS.md, 2026-11-25).
+        return child_environment(CUDA_VISIBLE_DEVICES="", OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0")
+    return child_environment(CUDA_VISIBLE_DEVICES=str(lock.device.gpu), CUDA_DEVICE_ORDER="PCI_BUS_ID")
 
 
 async def _output_of(command: tuple[str, ...]) -> tuple[int, bytes]:
