@@ -16,6 +16,7 @@ import asyncio
 import base64
 import json
 import logging
+import math
 import os
 import selectors
 import socket
@@ -49,7 +50,7 @@ class FreeEngine:
 
     info = INFO
 
-    def __init__(self, rate: float) -> None:
+    def __init__(self, rate: float = math.inf) -> None:
         self._rate, self._due = rate, 0.0
         self._left: dict[str, int] = {}
         self._total: dict[str, int] = {}

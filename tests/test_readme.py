@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,9 +25,24 @@ def test_the_first_snippet_runs_as_it_stands(
 
 
 def test_the_other_snippets_are_python() -> None:
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 5
     for snippet in SNIPPETS:
         compile(snippet, "README.md", "exec")
+
+
+def test_the_training_snippet_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a data set of two rows where the reader has his own."""
+    turns = [{"role": "user", "content": "what is this?"}, {"role": "assistant", "content": "a dog"}]
+    shutil.copy(ROOT / "examples/dog.png", tmp_path)
+    (tmp_path / "train.json").write_text(json.dumps([{"image_path": "dog.png", "conversations": turns}] * 2))
+    monkeypatch.chdir(tmp_path)
+    snippet = next(one for one in SNIPPETS if "DualVisionTrainer" in one)
+    exec(compile(snippet, "README.md", "exec"), {})
+    events = [json.loads(line) for line in (tmp_path / "outputs/events.jsonl").read_text().splitlines()]
+    assert [event["kind"] for event in events].count("step") == 1
+    freeze = next(event["data"]["freeze"] for event in events if event["kind"] == "freeze")
+    assert freeze["mode"] == "encoders_only", "switched before the first step"
+    assert (tmp_path / "outputs/final/model.safetensors").is_file()
 
 
 def test_the_readme_opens_with_the_two_commands() -> None:

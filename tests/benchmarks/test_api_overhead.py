@@ -11,7 +11,7 @@ def test_it_prints_its_four_figures(capsys):
     api_overhead.main(["--requests", "3", "--streams", "4", "--tokens", "5"])
     printed = capsys.readouterr().out
     assert "200 KB request, p50" in printed
-    assert "stream events, 4 streams, wall" in printed
+    assert "events, 4 streams, wall" in printed
 
 
 def test_an_event_is_counted_for_every_token(tmp_path):

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 NEEDS_AN_EVENT = {
     "dve_request_failure_total", "dve_admission_rejections_total", "dve_num_preemptions_total",
     "dve_encoder_cache_evictions_total", "dve_media_rejected_total", "dve:http_error_ratio:rate5m",
+    "dve_model_swaps_total", "dve_train_", "dve_job",  # a second model; a worker
 }  # fmt: skip
 
 pytestmark = [

@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 from prometheus_client import CollectorRegistry
 
-from service.metrics import Metrics
+from service.metrics import Metrics, TrainingMetrics
 
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "deploy/prometheus/rules.yml"
@@ -39,7 +39,8 @@ def declared(registry: CollectorRegistry) -> set[str]:
 
 
 def unknown(expressions: list[str]) -> set[str]:
-    return {name for expr in expressions for name in NAME.findall(expr)} - declared(Metrics().registry)
+    known = declared(Metrics().registry) | declared(TrainingMetrics().registry)
+    return {name for expr in expressions for name in NAME.findall(expr)} - known
 
 
 def expressions_of(board: dict) -> list[str]:
@@ -65,7 +66,8 @@ def test_every_panel_asks_for_declared_metrics_and_explains_itself() -> None:
 
 def test_every_declared_metric_is_on_a_dashboard_or_in_a_rule() -> None:
     shown = RULES.read_text() + "".join(p.read_text() for p in (ROOT / "deploy/grafana/dashboards").glob("*.json"))
-    unseen = {m.name for m in Metrics().registry.collect() if m.name not in shown}
+    registries = (Metrics().registry, TrainingMetrics().registry)
+    unseen = {m.name for registry in registries for m in registry.collect() if m.name not in shown}
     assert unseen == set()
 
 

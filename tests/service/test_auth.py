@@ -29,7 +29,6 @@ KEYS = ",".join(
     hashed_line(key, scope) for key, scope in ((INFERENCE, "inference"), (SECOND, "inference"), (TRAINING, "training"))
 )
 PUBLIC = ("/metrics", "/openapi.json")
-
 #: What each route of the app takes. A new route breaks the test below until somebody has said it here.
 EXPECTED = {
     ("GET", "/health"): None,
@@ -393,10 +392,8 @@ def test_so_are_the_weights_of_a_served_request(keyed: LiveServer) -> None:
 def test_keys_of_a_file_hold_in_the_running_program(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text(KEYS.replace(",", "\n"))
-    with (
-        running_program(f"data_dir={tmp_path}", f"api_keys=@{path}") as (_, url),
-        openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as client,
-    ):
+    program = running_program(f"data_dir={tmp_path}", f"api_keys=@{path}")
+    with program as (_, url), openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as client:
         with pytest.raises(openai.AuthenticationError):
             client.models.list()
         assert client.with_options(api_key=INFERENCE).models.list().data[0].id == "fake/model:1"

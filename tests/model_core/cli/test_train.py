@@ -85,7 +85,7 @@ def test_flags_go_over_the_recipe(corpus: Path, tmp_path: Path, capsys: pytest.C
     [
         (["--set", "learning_rat=1"], "learning_rate"),
         (["--set", "train_data_path=nowhere.json"], "nowhere.json"),
-        (["--set", "model=nowhere"], "nowhere"),
+        (["--set", "model=./nowhere"], "nowhere"),
         (["--resume", "outputs/checkpoint_latest.pth"], "pickle"),
         (["--training-mode", "llm_only", "--freeze-llm"], "nothing is left to train"),
         (["--set", "early_stopping.metric=val_accuracy", "--set", "evaluation.num_answers=0"], "num_answers"),
