@@ -131,7 +131,7 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
     ),
     "Training": (
         Panel("Jobs", "short", "By status, of all workers of one store.", gauge("dve_jobs", "status")),
-        Panel("Oldest lease", "s", "Since a running job's worker last spoke. Past the lease another takes the job over.",
+        Panel("Oldest lease", "s", "Since a running job's worker spoke. Past the lease another takes the job over.",
               gauge("dve_job_heartbeat_age_seconds")),
         Panel("Attempts", "short", "Trainers that ended, by how.", rate("dve_job_attempts_total", "end")),
         Panel("Loss", "none", "Of the last step, per label token.", gauge("dve_train_loss")),

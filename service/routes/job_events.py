@@ -13,7 +13,7 @@ from service.job_desk import JobDesk
 from service.job_objects import checkpoint_object, event_object, list_object
 from service.logs import request_id_var
 from service.routes.parts import Parts
-from service.streaming import SseResponse, to_frame
+from service.streaming import DONE, SseResponse, to_frame
 
 router = APIRouter()
 
@@ -57,6 +57,7 @@ async def _frames(desk: JobDesk, job_id: str, seq: int) -> AsyncGenerator[bytes,
         if events:
             last = clock()
         elif job.is_terminal:
+            yield DONE
             return
         else:
             if clock() - last >= _QUIET_SECONDS:

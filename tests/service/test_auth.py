@@ -31,15 +31,13 @@ KEYS = ",".join(
 PUBLIC = ("/metrics", "/openapi.json")
 #: What each route of the app takes. A new route breaks the test below until somebody has said it here.
 EXPECTED = {
-    ("GET", "/health"): None,
-    ("GET", "/health/live"): None,
-    ("GET", "/health/ready"): None,
-    ("GET", "/metrics"): None,
-    ("GET", "/openapi.json"): None,
+    **{("GET", path): None for path in ("/health", "/health/live", "/health/ready", "/metrics", "/openapi.json")},
     ("HEAD", "/openapi.json"): None,
     ("POST", "/v1/chat/completions"): "inference",
     ("GET", "/v1/models"): "inference",
     ("GET", "/v1/models/{model_id:path}"): "inference",
+    ("DELETE", "/v1/models/{model_id:path}"): "training",
+    **{("POST", f"/v1/models/{{model_id:path}}/{verb}"): "training" for verb in ("load", "unload", "rollback")},
     ("GET", "/fusion-weights"): "inference",
     ("POST", "/v1/fusion/analyze"): "inference",
     ("POST", "/v1/encoders/compare"): "inference",

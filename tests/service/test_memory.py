@@ -30,10 +30,8 @@ def leave_early(url: str, is_stream: bool) -> None:
     body = json.dumps(ask("forever", stream=is_stream)).encode()
     where = urlsplit(url)
     with closing(socket.create_connection((where.hostname, where.port), timeout=20)) as connection:
-        head = (
-            f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-        )
-        connection.sendall(head.encode() + body)
+        head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
 
 
 def send(client: httpx.Client, number: int) -> None:

@@ -109,7 +109,7 @@ def test_half_a_request_keeps_its_place_for_a_moment_only(start):
     """A place is kept while a body comes, but not from those whose body has come."""
     live = start(max_num_seqs=1, max_waiting=0)
     where = urlsplit(live.url)
-    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{{"
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{{"
     with closing(socket.create_connection((where.hostname, where.port), timeout=20)) as connection:
         connection.sendall(head.encode())
         while live.metric("dve_waiting_body_bytes") == 0:
@@ -127,7 +127,7 @@ def test_a_thousand_at_once_from_another_process(start, caplog: pytest.LogCaptur
     live = start(FakeEngine(), max_num_seqs=NUM_SEQS, max_waiting=NUM_WAITING)
     room, count = NUM_SEQS + NUM_WAITING, 1000
     body = json.dumps(ask("what?", images=2, stream=True)).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n"
     request = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
     command = [sys.executable, "-c", CLIENT, str(urlsplit(live.url).port), str(count)]
     live.engine.hold()

@@ -171,7 +171,9 @@ def test_a_stalled_worker_is_fenced_out_and_its_child_dead_before_the_other_star
 
     bench.until(is_taken_over)
     assert seen_together == []
-    bench.until(lambda: bench.job(job_id).attempt == 2 and f":{other.pid}:" in (bench.job(job_id).lease_owner or ""))
+    bench.until(
+        lambda: bench.job(job_id).attempt > held.attempt and f":{other.pid}:" in (bench.job(job_id).lease_owner or "")
+    )
     assert stale is not None
     with pytest.raises(LeaseLostError):
         bench.store.leases.append_events(Lease(job_id, held.attempt, stale, LEASE), [])
