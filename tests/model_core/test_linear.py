@@ -34,7 +34,7 @@ def test_products_agree(rows: int, dtype: torch.dtype, has_bias: bool) -> None:
 
 
 def test_a_processor_without_a_types_units_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without units for bfloat16 oneDNN's reordering raised while a bfloat16 model was loaded: it could not be served."""
+    """Without units for bfloat16 oneDNN raised while a bfloat16 model was loaded: it could not be served."""
 
     def refuse(*_: object) -> None:
         raise RuntimeError("bf16 path needs the cpu support")
