@@ -252,9 +252,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     logging.disable(logging.INFO)
     table = Table("what", "measured", "bar")
-    for measure in (in_process, through_sockets):
-        for row in asyncio.run(measure(args)):
-            table.add_row(*row)
+    try:
+        for measure in (in_process, through_sockets):
+            for row in asyncio.run(measure(args)):
+                table.add_row(*row)
+    finally:
+        logging.disable(logging.NOTSET)
     Console().print(table)
 
 
