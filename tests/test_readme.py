@@ -25,7 +25,7 @@ def test_the_first_snippet_runs_as_it_stands(
 
 
 def test_the_other_snippets_are_python() -> None:
-    assert len(SNIPPETS) == 5
+    assert len(SNIPPETS) == 6
     for snippet in SNIPPETS:
         compile(snippet, "README.md", "exec")
 
