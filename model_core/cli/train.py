@@ -98,6 +98,10 @@ def _run(args: argparse.Namespace, pipe: EventPipe) -> int:
     from model_core.training.trainer import DualVisionTrainer
 
     quiet_unless_terminal()
+    if args.verdict:
+        from model_core.cli.verdict import require_floor
+
+        require_floor(config)
     loaded = load_for_training(config)
     fmt = _input_format(loaded)
     source = build_source(config, fmt, split="train")

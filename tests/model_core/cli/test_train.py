@@ -55,7 +55,14 @@ def test_a_recipe_becomes_a_model(corpus: Path, tmp_path: Path, capsys: pytest.C
     out = tmp_path / "run"
     assert run(corpus, out, "--training-mode", "fusion_only", "--verdict") == 0
     said = capsys.readouterr().out
-    for text in ("PARAMETER FREEZE STATUS", "Gating Network", "step 4/4: loss", "val_accuracy", "verdict: ", "cost: "):
+    for text in (
+        "PARAMETER FREEZE STATUS",
+        "Gating Network",
+        "step 4/4: loss",
+        "val_accuracy",
+        "verdict: ",
+        "an answer",
+    ):
         assert text in said
     assert load_checkpoint(out / "final").model.fusion.is_trained
     with Image.open(out / "curves.png") as drawn:
@@ -63,6 +70,7 @@ def test_a_recipe_becomes_a_model(corpus: Path, tmp_path: Path, capsys: pytest.C
     assert list((out / "tensorboard").glob("events.out*"))
     verdict = json.loads((out / "verdict.json").read_text())
     assert verdict["num_samples"] == 4 and verdict["num_answers"] == 2
+    assert verdict["seconds_per_answer"] > 0 and verdict["unfused_seconds_per_answer"] > 0
     assert verdict["loss"]["low"] <= verdict["loss"]["value"] <= verdict["loss"]["high"]
     start = next(e for e in read_events(out) if e.kind == "evaluation")
     assert start.global_step == 0 and start.data["val_loss"] == pytest.approx(start.data["unfused_loss"], rel=1e-6)
@@ -88,6 +96,8 @@ def test_flags_go_over_the_recipe(corpus: Path, tmp_path: Path, capsys: pytest.C
         (["--set", "model=./nowhere"], "nowhere"),
         (["--resume", "outputs/checkpoint_latest.pth"], "pickle"),
         (["--training-mode", "llm_only", "--freeze-llm"], "nothing is left to train"),
+        (["--verdict", "--set", "val_data_path=null"], "a verdict compares"),
+        (["--set", "batch_size=9"], "a batch is larger than the data"),
         (["--set", "early_stopping.metric=val_accuracy", "--set", "evaluation.num_answers=0"], "num_answers"),
     ],
 )  # fmt: skip
