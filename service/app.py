@@ -88,12 +88,13 @@ def create_app(
     The client must not have been started; the store is closed at the end. Raises ConfigError.
     """
     folder = FileFolder(settings.data_dir)
+    metrics.store.watch_disk(settings.data_dir)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         client.start()
         hot_models.start()
-        async with _kept_in_order(store, folder, settings.event_retention_days):
+        async with _kept_in_order(store, folder, settings.event_retention_days, metrics):
             yield
             await client.stop()
             await hot_models.stop()
@@ -132,9 +133,11 @@ def create_app(
 
 
 @asynccontextmanager
-async def _kept_in_order(store: Store, folder: FileFolder, event_retention_days: float) -> AsyncGenerator[None, None]:
+async def _kept_in_order(
+    store: Store, folder: FileFolder, event_retention_days: float, metrics: Metrics
+) -> AsyncGenerator[None, None]:
     """Housekeeping beside the server; at the end the store is closed."""
-    keeping = asyncio.create_task(keep_house(store, folder, event_retention_days * 24 * 3600))
+    keeping = asyncio.create_task(keep_house(store, folder, event_retention_days * 24 * 3600, metrics))
     try:
         yield
     finally:

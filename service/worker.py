@@ -48,6 +48,7 @@ def work(
         lease_seconds=settings.job_lease_seconds, max_attempts=settings.job_max_attempts,
     )  # fmt: skip
     metrics = TrainingMetrics()
+    metrics.store.watch_disk(data_dir)
     _show_metrics(settings, metrics)
     with ThreadPoolExecutor(_THREADS_PER_DEVICE * (len(devices) + 1), "store") as pool:
         call = StoreThreads(pool)
