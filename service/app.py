@@ -52,6 +52,7 @@ from service.remote import RemoteImages
 from service.routes import chat, files, fine_tuning, fusion, health, job_events, models
 from service.routes.parts import AppParts, parts_of
 from service.settings import Settings
+from service.tracing.span import Tracer
 from service.uploads import UploadStore
 from service.waiting import WaitingBytes
 
@@ -78,12 +79,13 @@ def create_app(
     store: Store,
     hot_models: HotModels,
     *,
+    tracer: Tracer | None = None,
     now: Callable[[], float] = time.time,
     clock: Callable[[], float] = time.monotonic,
     body_seconds: float = 10.0,
 ) -> FastAPI:
-    """`now`: the wall clock of `created` fields. `clock`: that of the limits. `body_seconds`: what a small request
-    body may take.
+    """`tracer`: none records nothing. `now`: the wall clock of `created` fields. `clock`: that of the limits.
+    `body_seconds`: what a small request body may take.
 
     The client must not have been started; the store is closed at the end. Raises ConfigError.
     """
@@ -106,9 +108,8 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
     )
-    waiting = WaitingBytes(settings.max_waiting_bytes)
+    waiting, media = WaitingBytes(settings.max_waiting_bytes), _media(settings, folder, now)
     desk = JobDesk(settings, store, folder, Preflight(settings.device))
-    media = _media(settings, folder, now)
     app.state.parts = AppParts(settings, client, hot_models, metrics, FusionHistory(), waiting, media, desk, now)
     # The last one added is the outermost.
     sizes = {"max_body_bytes": settings.max_body_bytes, "max_upload_bytes": settings.max_upload_bytes}
@@ -124,7 +125,7 @@ def create_app(
         host_name=settings.host,
         routes=[route for router in routers for route in router.routes],
     )
-    app.add_middleware(RequestScope, metrics=metrics)
+    app.add_middleware(RequestScope, metrics=metrics, tracer=tracer)
     for router in routers:
         app.include_router(router)
     _shape_errors(app)

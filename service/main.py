@@ -34,7 +34,9 @@ from service.keys import load_keys
 from service.logs import configure_logs, logger
 from service.metrics import Metrics
 from service.registry import FolderRegistry
-from service.settings import Settings
+from service.settings import Settings, wants_tracing
+from service.tracing.choose import open_tracer
+from service.tracing.span import Tracer
 from service.variant_loader import KV_SHARE, LoadedEngine, NoVariants, VariantLoader
 
 if TYPE_CHECKING:
@@ -172,6 +174,7 @@ def build_app(
     clock: Callable[[], float] = time.monotonic,
     body_seconds: float = 10.0,
     variants: VariantLoader | None = None,
+    tracer: Tracer | None = None,
 ) -> tuple[FastAPI, EngineClient]:
     """The app with its parts, its store opened and brought up to date. `variants`: none serves the base alone.
 
@@ -184,8 +187,9 @@ def build_app(
     registry = FolderRegistry(settings.data_dir / "models", time.time)
     models = HotModels(registry, client, variants or NoVariants(), metrics, on_pool_thread=on_pool_thread)
     app = create_app(
-        settings, client, metrics, keys, store_of(settings), models, clock=clock, body_seconds=body_seconds
-    )
+        settings, client, metrics, keys, store_of(settings), models, tracer=tracer, clock=clock,
+        body_seconds=body_seconds,
+    )  # fmt: skip
     return app, client
 
 
@@ -258,6 +262,7 @@ class _Server(uvicorn.Server):
 def serve(settings: Settings, load: Callable[[], Engine] | None = None) -> int:
     """Run until a signal. `load` stands in for the real engine in tests. Raises ConfigError."""
     configure_logs(settings.log_format, settings.log_level)
+    tracer = open_tracer("dve-server", is_wanted=wants_tracing())
     servers: list[_Server] = []
 
     def give_up(_: BaseException) -> None:
@@ -268,13 +273,15 @@ def serve(settings: Settings, load: Callable[[], Engine] | None = None) -> int:
     on_pool_thread = use_one_torch_thread if load is None else None
     loader = ModelLoader(settings)
     app, client = build_app(
-        settings, load or loader.load_base, give_up, on_pool_thread, variants=loader if load is None else None
-    )
+        settings, load or loader.load_base, give_up, on_pool_thread, variants=loader if load is None else None,
+        tracer=tracer,
+    )  # fmt: skip
     listening = open_socket(settings.host, settings.port)
     servers.append(_Server(server_config(app), client))
     host, port = listening.getsockname()[:2]
     logger.info("listening on http://%s:%d, loading the model", f"[{host}]" if ":" in host else host, port)
     asyncio.run(servers[0].serve(sockets=[listening]))
+    tracer.close()
     code = 1 if servers[0].num_signals > 1 else 0
     if client.load_error is not None:
         code = 2 if isinstance(client.load_error, DualVisionError) else 1

@@ -183,6 +183,26 @@ def load_settings(flags: Mapping[str, object] | None = None, assignments: Sequen
         raise ConfigError("; ".join(_line(e["loc"], e["msg"], e["input"]) for e in error.errors())) from None
 
 
+def wants_tracing() -> bool:
+    """Whether OpenTelemetry's own variables say where traces go. Raises ConfigError for a way that is not built in."""
+    given = os.environ.get
+    endpoints = (given("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"), given("OTEL_EXPORTER_OTLP_ENDPOINT"))
+    if not any(endpoints) or (given("OTEL_SDK_DISABLED") or "").strip().lower() == "true":
+        return False
+    exporter = given("OTEL_TRACES_EXPORTER") or "otlp"
+    if exporter == "none":
+        return False
+    protocols = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+    ways = [("OTEL_TRACES_EXPORTER", exporter, "otlp"), *((name, given(name), "http/protobuf") for name in protocols)]
+    for name, value, allowed in ways:
+        if value and value != allowed:
+            raise ConfigError(
+                f"{name} asks for a way that this program does not send traces", value=value, allowed=allowed,
+                fix="Leave it out, or set OTEL_SDK_DISABLED=true for no traces",
+            )  # fmt: skip
+    return True
+
+
 def client_access() -> tuple[str, str | None]:
     """For programs that ask a server (`dve jobs`): its URL, and the key to show it. Raises ConfigError."""
     _refuse_unknown_names(os.environ)

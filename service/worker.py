@@ -14,13 +14,14 @@ from prometheus_client import start_http_server
 from service.jobs.store import open_store
 from service.logs import configure_logs, logger
 from service.metrics import TrainingMetrics
-from service.settings import Settings
+from service.settings import Settings, wants_tracing
 from service.supervisor.devices import Device, LockFolder, parse_devices
 from service.supervisor.job_run import RunContext, RunLimits
 from service.supervisor.lease_keeper import StoreThreads
 from service.supervisor.warm_reader import WarmReader
 from service.supervisor.worker_loop import LoopLimits, WorkerLoop
 from service.supervisor.workshop import Programs, Workshop
+from service.tracing.choose import open_tracer
 
 _THREADS_PER_DEVICE = 6
 #: What reads a training file, and what that imports only once it is called.
@@ -39,7 +40,8 @@ def work(
     Raises:
         ConfigError: devices that are not there, a store that can't be opened.
     """
-    configure_logs(settings.log_format, settings.log_level)
+    configure_logs(settings.log_format, settings.log_level, process="worker")
+    tracer = open_tracer("dve-worker", is_wanted=wants_tracing())
     devices = parse_devices(settings.worker_devices, settings.worker_concurrency)
     data_dir = settings.data_dir.absolute()
     url = settings.database_url
@@ -59,8 +61,9 @@ def work(
             niceness=_niceness(settings, devices),
         )  # fmt: skip
         context = RunContext(
-            store, call, workshop, metrics, data_dir / "jobs", max_attempts=settings.job_max_attempts, limits=limits
-        )
+            store, call, workshop, metrics, data_dir / "jobs", max_attempts=settings.job_max_attempts, limits=limits,
+            tracer=tracer,
+        )  # fmt: skip
         # A worker that ends with its work needs nobody who waits for more.
         warm = None if once else WarmReader(_READER, limits.niceness)
         loop = WorkerLoop(
@@ -70,6 +73,7 @@ def work(
             return asyncio.run(loop.run())
         finally:
             store.close()
+            tracer.close()
 
 
 def _show_metrics(settings: Settings, metrics: TrainingMetrics) -> None:

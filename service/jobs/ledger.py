@@ -72,7 +72,7 @@ class Ledger:
     def _row(self, new: NewJob) -> dict[str, Any]:
         names = (
             "owner", "model", "training_file", "validation_file", "suffix", "seed", "priority", "num_gpus",
-            "is_dry_run", "resume_from", "body_hash",
+            "is_dry_run", "resume_from", "body_hash", "request_id", "traceparent",
         )  # fmt: skip
         return {name: getattr(new, name) for name in names} | {
             "created_at": db_now(),

@@ -24,6 +24,7 @@ from service.engine_client import EngineClient
 from service.main import build_app, open_socket, server_config
 from service.remote import RemoteImages
 from service.settings import Settings
+from service.tracing.span import Tracer
 from service.variant_loader import VariantLoader
 from tests.service.fakes import PNG, FakeEngine
 
@@ -66,12 +67,15 @@ def run_server(
     edge: EdgeLimits | None = None,
     body_seconds: float = 10.0,
     variants: VariantLoader | None = None,
+    tracer: Tracer | None = None,
     **settings,
 ) -> Iterator[LiveServer]:
     """`remote`: instead of the settings' own, one that may reach loopback. `clock`: that of the keys' limits."""
     data_dir = tempfile.mkdtemp()  # not the checkout's own: there may be keys and jobs in it
     chosen = Settings(**{"shutdown_timeout_seconds": 0.0, "data_dir": data_dir} | settings)
-    app, client = build_app(chosen, load or (lambda: engine), clock=clock, body_seconds=body_seconds, variants=variants)
+    app, client = build_app(
+        chosen, load or (lambda: engine), clock=clock, body_seconds=body_seconds, variants=variants, tracer=tracer
+    )
     if remote is not None:
         app.state.parts = replace(app.state.parts, media=replace(app.state.parts.media, remote=remote))
     listening = open_socket("127.0.0.1", 0)
