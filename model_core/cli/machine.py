@@ -13,6 +13,7 @@ import json
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "versions": _told(lambda: versions("torch", "transformers", "flash-attn")),
         "device": _told(lambda: device_facts(args.device)),
         "flash_attention": _told(flash_attention_facts),
-        "models": [_told(lambda name=name: model_facts(name, deep=args.deep)) for name in names],
+        "models": [_told(partial(model_facts, name, deep=args.deep)) for name in names],
         "config": _told(lambda: config_facts(names)),
         "memory": _told(lambda: memory_facts(args, names)),
     }

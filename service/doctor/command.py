@@ -19,7 +19,7 @@ from service.doctor import host
 from service.doctor.finding import Finding, of_error, ok
 from service.doctor.jobs import look_at_jobs
 from service.doctor.machine import ask_machine, machine_findings
-from service.settings import Settings, load_settings
+from service.settings import JobSettings, Settings, WorkerSettings, load_all_settings
 
 _SECONDS = 300.0
 
@@ -28,12 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0: nothing failed; warnings do not count."""
     args = build_parser().parse_args(argv)
     try:
-        settings = load_settings({}, args.set)
+        settings = load_all_settings(args.set)
     except ConfigError as error:
         # In the words of the start; of what contradicts itself nothing else can be said.
         findings = [host.python(), of_error("settings", error, "Change the setting that it names")]
     else:
-        findings = diagnose(settings, deep=args.deep, seconds=args.seconds)
+        findings = diagnose(*settings, deep=args.deep, seconds=args.seconds)
     sys.stdout.write(to_json(findings) + "\n") if args.json else show(findings)
     return int(any(finding.state == "fail" for finding in findings))
 
@@ -53,18 +53,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def diagnose(settings: Settings, *, deep: bool = False, seconds: float = _SECONDS) -> list[Finding]:
+def diagnose(
+    settings: Settings, jobs: JobSettings, worker: WorkerSettings, *, deep: bool = False, seconds: float = _SECONDS
+) -> list[Finding]:
     """Every line, in the order of a start."""
-    jobs, skew = look_at_jobs(settings)
+    of_jobs, skew = look_at_jobs(jobs)
     return [
         ok("settings", "none contradicts another"),
         host.python(),
         host.packages(),
         *machine_findings(ask_machine(settings, deep=deep, seconds=seconds)),
-        host.data_folder(settings),
-        host.disk(settings),
-        *jobs,
-        *host.ports(settings),
+        host.data_folder(settings.data_dir),
+        host.disk(settings.data_dir),
+        *of_jobs,
+        *host.ports(settings, worker),
         host.keys(settings),
         host.clock(skew),
         host.tracing(),

@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from model_core.errors import ConfigError
 from service.doctor.finding import Finding, fail, of_error, ok, warn
 from service.keys import is_loopback, parse_keys, read_keys
-from service.settings import Settings, wants_tracing
+from service.settings import Settings, WorkerSettings, wants_tracing
 
 _DISTRIBUTION = "dual-vision-encoder"
 _LOW_BYTES, _LOW_RATIO = 10 * 2**30, 0.1
@@ -64,12 +64,12 @@ def _misfit(requirement: Requirement) -> str:
     return "" if fits else f"{requirement.name} {found}, allowed {requirement.specifier}"
 
 
-def ports(settings: Settings) -> list[Finding]:
+def ports(settings: Settings, worker: WorkerSettings) -> list[Finding]:
     """The server's, and the worker's for its metrics, which it can do without."""
     found = [_port("port", settings.host, settings.port, fail, "Stop what listens there, or set DVE_PORT")]
-    if settings.worker_metrics_port:
+    if worker.worker_metrics_port:
         remedy = "Set DVE_WORKER_METRICS_PORT; without it the worker runs and shows no metrics"
-        found.append(_port("worker port", settings.host, settings.worker_metrics_port, warn, remedy))
+        found.append(_port("worker port", worker.host, worker.worker_metrics_port, warn, remedy))
     return found
 
 
@@ -85,9 +85,9 @@ def _port(name: str, host: str, port: int, judge: Callable[[str, str, str], Find
     return ok(name, f"{shown} is free")
 
 
-def data_folder(settings: Settings) -> Finding:
+def data_folder(data_dir: Path) -> Finding:
     """Whether a file can be written where jobs, keys and models go."""
-    folder = settings.data_dir.absolute()
+    folder = data_dir.absolute()
     place = next(path for path in (folder, *folder.parents) if path.exists())
     remedy = f"Give it to this user ({os.geteuid()}), free some room, or set DVE_DATA_DIR"
     if not place.is_dir():
@@ -102,9 +102,9 @@ def data_folder(settings: Settings) -> Finding:
     return ok("data folder", f"{folder} can be written" if place == folder else f"{folder} will be made in {place}")
 
 
-def disk(settings: Settings, usage: tuple[int, int] | None = None) -> Finding:
+def disk(data_dir: Path, usage: tuple[int, int] | None = None) -> Finding:
     """`usage`: (total, free) bytes, of a test."""
-    folder = settings.data_dir.absolute()
+    folder = data_dir.absolute()
     place = next(path for path in (folder, *folder.parents) if path.exists())
     total, free = usage or (shutil.disk_usage(place).total, shutil.disk_usage(place).free)
     ratio = free / max(total, 1)

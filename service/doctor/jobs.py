@@ -12,12 +12,12 @@ from service.doctor.finding import Finding, fail, of_error, ok, warn
 from service.jobs.database import SQLITE_NAME, Database, open_database, refuse_network_file_system
 from service.jobs.job import TERMINAL
 from service.jobs.store import Store
-from service.settings import Settings
+from service.settings import JobSettings
 
 _ALIVE_SECONDS = 30.0
 
 
-def look_at_jobs(settings: Settings) -> tuple[list[Finding], float | None]:
+def look_at_jobs(settings: JobSettings) -> tuple[list[Finding], float | None]:
     """Store and workers; and the store's clock less ours, None where they are one."""
     url = settings.database_url
     path = settings.data_dir.absolute() / SQLITE_NAME

@@ -12,7 +12,7 @@ import pytest
 from model_core.errors import ConfigError
 from service.doctor import command, host
 from service.keys import hashed_line, load_keys
-from service.settings import Settings
+from service.settings import Settings, WorkerSettings
 
 GIB = 2**30
 LINE = hashed_line("sk-dve-x", "training")
@@ -49,21 +49,24 @@ def test_a_program_that_is_not_installed_has_no_ranges(monkeypatch: pytest.Monke
 def test_ports(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         number = taken.getsockname()[1]
-        found = host.ports(settings(tmp_path, port=number, worker_metrics_port=number))
+        found = host.ports(settings(tmp_path, port=number), WorkerSettings(worker_metrics_port=number))
         assert [(one.name, one.state) for one in found] == [("port", "fail"), ("worker port", "warn")]
         assert "DVE_PORT" in found[0].remedy and f":{number}" in found[0].detail
-    assert [one.state for one in host.ports(settings(tmp_path, port=0, worker_metrics_port=0))] == ["ok"]
+    assert [one.state for one in host.ports(settings(tmp_path, port=0), WorkerSettings(worker_metrics_port=0))] == [
+        "ok"
+    ]
 
 
 def test_the_data_folder(tmp_path: Path) -> None:
-    assert "will be made" in host.data_folder(settings(tmp_path)).detail
-    (tmp_path / "data").mkdir()
-    assert host.data_folder(settings(tmp_path)).state == "ok"
+    folder = tmp_path / "data"
+    assert "will be made" in host.data_folder(folder).detail
+    folder.mkdir()
+    assert host.data_folder(folder).state == "ok"
     assert list((tmp_path / "data").iterdir()) == [], "it leaves nothing behind"
     (tmp_path / "file").touch()
-    assert host.data_folder(Settings(data_dir=tmp_path / "file" / "below")).state == "fail"
+    assert host.data_folder(tmp_path / "file" / "below").state == "fail"
     # What root can't write either.
-    found = host.data_folder(Settings(data_dir=Path("/proc/self/data")))
+    found = host.data_folder(Path("/proc/self/data"))
     assert found.state == "fail" and "DVE_DATA_DIR" in found.remedy
 
 
@@ -72,8 +75,8 @@ def test_the_data_folder(tmp_path: Path) -> None:
     [(100, 50, "ok"), (100, 9, "warn"), (20, 9, "ok"), (1000, 20, "ok"), (100, 0.5, "fail")],
 )
 def test_the_disk(tmp_path: Path, total: float, free: float, state: str) -> None:
-    assert host.disk(settings(tmp_path), (int(total * GIB), int(free * GIB))).state == state
-    assert host.disk(settings(tmp_path)).detail.endswith(str(tmp_path))
+    assert host.disk(tmp_path / "data", (int(total * GIB), int(free * GIB))).state == state
+    assert host.disk(tmp_path / "data").detail.endswith(str(tmp_path))
 
 
 def test_keys_that_are_configured(tmp_path: Path) -> None:

@@ -9,13 +9,13 @@ import pytest
 from service.doctor.jobs import look_at_jobs
 from service.jobs.database import open_database
 from service.jobs.store import open_store
-from service.settings import Settings
+from service.settings import JobSettings
 from tests.service.jobs.conftest import cluster, database_url  # noqa: F401
 from tests.service.jobs.player import add_file, new_job
 
 
 def look(folder: Path, url: str | None) -> dict[str, tuple[str, str]]:
-    found, skew = look_at_jobs(Settings(data_dir=folder, database_url=url))
+    found, skew = look_at_jobs(JobSettings(data_dir=folder, database_url=url))
     assert all(bool(one.remedy) == (one.state != "ok") for one in found)
     assert (skew is None) is (url is None) or len(found) == 1
     assert skew is None or abs(skew) < 60
