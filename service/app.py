@@ -53,6 +53,7 @@ from service.request_limits import RequestLimits
 from service.routes import chat, files, fine_tuning, fusion, health, job_events, models
 from service.routes.parts import AppParts, parts_of
 from service.settings import JobSettings, Settings
+from service.tracing.span import Tracer
 from service.uploads import UploadStore
 from service.waiting import WaitingBytes
 
@@ -74,27 +75,28 @@ _BODIES: Mapping[str, type[BaseModel]] = {
 def create_app(
     settings: Settings,
     client: EngineClient,
-    metrics: Metrics,
     keys: KeyRing,
     store: Store,
     hot_models: HotModels,
     *,
     jobs: JobSettings,
     request_limits: RequestLimits,
+    tracer: Tracer | None = None,
     now: Callable[[], float] = time.time,
     clock: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
-    """`now`: the wall clock of `created` fields. `clock`: that of the limits.
+    """`tracer`: none records nothing. `now`: the wall clock of `created` fields. `clock`: that of the limits.
 
     The client must not have been started; the store is closed at the end. Raises ConfigError.
     """
-    folder = FileFolder(jobs.data_dir)
+    folder, metrics = FileFolder(jobs.data_dir), client.metrics
+    metrics.store.watch_disk(jobs.data_dir)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         client.start()
         hot_models.start()
-        async with _kept_in_order(store, folder, jobs.event_retention_days):
+        async with _kept_in_order(store, folder, jobs.event_retention_days, metrics):
             yield
             await client.stop()
             await hot_models.stop()
@@ -106,9 +108,8 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
     )
-    waiting = WaitingBytes(request_limits.max_waiting_bytes)
+    waiting, media = WaitingBytes(request_limits.max_waiting_bytes), _media(settings, request_limits, folder, now)
     desk = JobDesk(settings, store, folder, Preflight(settings.device))
-    media = _media(settings, request_limits, folder, now)
     app.state.parts = AppParts(
         settings, request_limits, client, hot_models, metrics, FusionHistory(), waiting, media, desk, now
     )
@@ -125,7 +126,7 @@ def create_app(
         host_name=settings.host,
         routes=[route for router in routers for route in router.routes],
     )
-    app.add_middleware(RequestScope, metrics=metrics)
+    app.add_middleware(RequestScope, metrics=metrics, tracer=tracer)
     for router in routers:
         app.include_router(router)
     _shape_errors(app)
@@ -134,9 +135,11 @@ def create_app(
 
 
 @asynccontextmanager
-async def _kept_in_order(store: Store, folder: FileFolder, event_retention_days: float) -> AsyncGenerator[None, None]:
+async def _kept_in_order(
+    store: Store, folder: FileFolder, event_retention_days: float, metrics: Metrics
+) -> AsyncGenerator[None, None]:
     """Housekeeping beside the server; at the end the store is closed."""
-    keeping = asyncio.create_task(keep_house(store, folder, event_retention_days * 24 * 3600))
+    keeping = asyncio.create_task(keep_house(store, folder, event_retention_days * 24 * 3600, metrics))
     try:
         yield
     finally:

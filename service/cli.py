@@ -28,6 +28,7 @@ MOUNTED: Mapping[str, tuple[str, str]] = {
     "demo": ("model_core.cli.demo", "build or evaluate the demo model"),
     "jobs": ("service.job_commands", "training jobs of a server: list, show, watch, cancel, pause, resume"),
     "fit": ("model_core.cli.fit", "say whether serving and each training mode fit the memory"),
+    "doctor": ("service.doctor.command", "say whether server and worker would run here, and what to do where not"),
     "worker": ("service.worker_commands", "train the jobs that the server was given"),
     "up": ("service.together", "serve and worker together"),
     "publish": ("model_core.cli.publish", "make a trained model one that the server finds"),

@@ -1,7 +1,8 @@
 """Workers with the stand-in trainer in the place of the real one, forked from a process that has imported everything.
 
-Reads a JSON object a line: {"data_dir", "lease", "log", "flags", "once"} starts a worker and is answered with its pid,
-{"wait": pid} with its exit code. Importing takes seconds on a busy machine, and a kill matrix starts many workers.
+Reads a JSON object a line: {"data_dir", "lease", "log", "flags", "once", "environment"} starts a worker and is answered
+with its pid, {"wait": pid} with its exit code. Importing takes seconds on a busy machine, and a kill matrix starts many
+workers.
 """
 
 import json
@@ -44,6 +45,7 @@ def start(wanted: dict[str, Any]) -> int:
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
+    os.environ.update(wanted.get("environment") or {})
     code = 70
     try:
         code = run(wanted)
