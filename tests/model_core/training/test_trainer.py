@@ -118,6 +118,16 @@ def test_events_are_whole_lines_told_once(whole: Path) -> None:
     assert [e.global_step for e in events if e.kind == "evaluation"] == [0, 4, 8, 12, 16]
 
 
+def test_the_first_stage_is_applied_too(whole: Path) -> None:
+    """An earlier trainer began a curriculum with what the model happened to be, and applied its second stage first."""
+    events = read_events(whole)
+    modes = [event.data["freeze"]["mode"] for event in events if event.kind == "freeze"]
+    assert modes == ["fusion_only", "llm_only", "full"]
+    rows = next(event for event in events if event.kind == "verified" and event.global_step == 3).data["rows"]
+    changed = {row["component"] for row in rows if row["is_changed"]}
+    assert changed and changed <= {"projections", "gate", "output_projector"}
+
+
 def test_a_torn_checkpoint_falls_back_and_says_so(whole: Path, tmp_path: Path) -> None:
     config = recipe(curriculum_training=CURRICULUM, output_dir=str(tmp_path / "run"))
     seen: list[Event] = []
