@@ -7,6 +7,7 @@ It draws no data and prints nothing.
 
 from __future__ import annotations
 
+import gc
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,8 +16,8 @@ from typing import Any, Protocol
 import torch
 
 from model_core.analysis.flops import tower_flops
-from model_core.analysis.latency import alternate
 from model_core.analysis.training_memory import component_bytes, peak_bytes, reset_peak
+from model_core.errors import TrainingMemoryError
 from model_core.training.config import TrainConfig
 from model_core.training.events import Event
 from model_core.training.hooks import RunHooks
@@ -135,14 +136,16 @@ class OurTrainer:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One contender's rounds. memory: by component, where it is told."""
+    """One contender's rounds. memory: by component, where it is told. failure: why there are no rounds."""
 
     mode: str
     kind: str
     rounds: Sequence[TrainingRound]
     memory: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    failure: str | None = None
 
     def median(self, name: str) -> float:
+        """Of a figure over the rounds, of which there must be one."""
         return statistics.median(one.figures[name] for one in self.rounds)
 
     def peak_bytes(self) -> int | None:
@@ -151,21 +154,23 @@ class Measured:
 
     def utilisation(self, peak_flops_per_second: float | None) -> float | None:
         """MFU by the clock, data included; None where operations or the peak are not known."""
-        if not peak_flops_per_second or not all(one.flops for one in self.rounds):
+        if not peak_flops_per_second or not self.rounds or not all(one.flops for one in self.rounds):
             return None
         return statistics.median(one.flops / one.seconds / peak_flops_per_second for one in self.rounds)
 
-    def ratio(self, other: Measured, name: str = "tokens_per_second") -> float:
-        """This over the other, round by round; the median of those."""
+    def ratio(self, other: Measured, name: str = "tokens_per_second") -> float | None:
+        """This over the other, round by round; the median of those. None where one of them has no rounds."""
+        if not self.rounds or not other.rounds:
+            return None
         pairs = zip(self.rounds, other.rounds, strict=True)
         return statistics.median(mine.figures[name] / theirs.figures[name] for mine, theirs in pairs)
 
     def to_json(self) -> dict[str, Any]:
-        names = self.rounds[0].figures
+        names = self.rounds[0].figures if self.rounds else ()
         return {
             "mode": self.mode, "kind": self.kind, "rounds": [asdict(one) for one in self.rounds],
             "medians": {name: self.median(name) for name in names}, "peak_bytes": self.peak_bytes(),
-            "memory": {name: dict(part) for name, part in self.memory.items()},
+            "memory": {name: dict(part) for name, part in self.memory.items()}, "failure": self.failure,
         }  # fmt: skip
 
 
@@ -176,14 +181,35 @@ def measure(makers: Sequence[Callable[[], Contender]], num_rounds: int) -> Itera
         contenders.append(make())
         contenders[-1].warm_up()
     rounds: dict[int, list[TrainingRound]] = {number: [] for number in range(len(contenders))}
-    for number in alternate(range(len(contenders)), num_rounds):  # type: ignore[type-var]
+    for turn in range(num_rounds * len(contenders)):
+        number = turn % len(contenders)
         one = contenders[number].run()
         if one.peak_bytes is not None:
             one.peak_bytes -= sum(other.held_bytes for other in contenders if other is not contenders[number])
         rounds[number].append(one)
         if len(rounds[number]) == num_rounds:
-            memory = contenders[number].component_bytes() if isinstance(contenders[number], OurTrainer) else {}
-            yield Measured(contenders[number].mode, contenders[number].kind, rounds[number], memory)
+            yield _measured(contenders[number], rounds[number])
+
+
+def measure_apart(makers: Mapping[tuple[str, str], Callable[[], Contender]], num_rounds: int) -> Iterator[Measured]:
+    """One after the other, each alone in memory, for models whose optimizers don't fit side by side.
+
+    A contender that does not fit at all has no rounds, and says so.
+    """
+    for (mode, kind), make in makers.items():
+        try:
+            contender = make()
+            contender.warm_up()
+            yield _measured(contender, [contender.run() for _ in range(num_rounds)])
+        except (TrainingMemoryError, torch.OutOfMemoryError):
+            yield Measured(mode, kind, (), failure="out of memory")
+        contender = None
+        gc.collect()
+
+
+def _measured(contender: Contender, rounds: Sequence[TrainingRound]) -> Measured:
+    memory = contender.component_bytes() if isinstance(contender, OurTrainer) else {}
+    return Measured(contender.mode, contender.kind, rounds, memory)
 
 
 def _wait(device: torch.device) -> None:

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--recompute", type=_components, help="gradient_checkpointing: llm,qwen_vision,dinov2 or none")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:N")
     parser.add_argument("--peak-tflops", type=float, help="the device's dense peak, for MFU (default: by its name)")
+    parser.add_argument("--apart", action="store_true",
+                        help="one after the other, each alone in memory, not in turns (--gpu does)")  # fmt: skip
     parser.add_argument("--cpu-time", action="store_true",
                         help="count this process's processor time: on a machine with other work")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the data")
@@ -68,10 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0; what a user can put right is one line on stderr and 2."""
-    args = build_parser().parse_args(argv)
-    for name, value in (_GPU if args.gpu else _DEFAULTS).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    args = parse(argv)
     try:
         found = bench(args)
     except DualVisionError as error:
@@ -79,6 +79,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(json.dumps(found.to_json(), indent=2)) if args.json else show(found)
     return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Flags, with what nobody gave filled in: it depends on --gpu."""
+    args = build_parser().parse_args(argv)
+    args.apart = args.apart or args.gpu
+    for name, value in (_GPU if args.gpu else _DEFAULTS).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +133,7 @@ def bench(args: argparse.Namespace) -> Found:
             "a round must be whole steps", value=f"{args.samples} samples, {args.batch_size} a step",
             allowed="samples that the batch size divides", fix="Change --samples or --batch-size",
         )  # fmt: skip
-    from model_core.analysis.training_speed import measure
+    from model_core.analysis.training_speed import measure, measure_apart
     from model_core.checkpoint import quiet_unless_terminal
     from model_core.cli.train import load_for_training
 
@@ -133,7 +143,9 @@ def bench(args: argparse.Namespace) -> Found:
         data = load.write(Path(folder))
         loaded = load_for_training(recipe(args, data, "full", packed=True))
         machine = _machine(args.model, loaded)
-        measured = list(measure(_makers(args, data, loaded, _peak(args, machine)), args.rounds))
+        makers = _makers(args, data, loaded, _peak(args, machine))
+        rounds = measure_apart(makers, args.rounds) if args.apart else measure(list(makers.values()), args.rounds)
+        measured = list(rounds)
     order = [(mode, kind) for mode in args.modes for kind in ("packed", "unpacked", "Trainer")]
     measured.sort(key=lambda one: order.index((one.mode, one.kind)))
     shape = asdict(load) | {"batch_size": args.batch_size, "max_tokens": args.max_tokens, "recompute": args.recompute}
@@ -155,7 +167,9 @@ def recipe(args: argparse.Namespace, data: Path, mode: str, *, packed: bool) -> 
     )  # fmt: skip
 
 
-def _makers(args: argparse.Namespace, data: Path, loaded: Any, peak: float | None) -> list[Callable[[], Contender]]:
+def _makers(
+    args: argparse.Namespace, data: Path, loaded: Any, peak: float | None
+) -> dict[tuple[str, str], Callable[[], Contender]]:
     from model_core.analysis.training_speed import OurTrainer
     from model_core.processing.batch import InputFormat
     from model_core.training.data.source import build_source
@@ -179,13 +193,13 @@ def _makers(args: argparse.Namespace, data: Path, loaded: Any, peak: float | Non
         pad_id = loaded.processor.tokenizer.pad_token_id
         return HfTrainer(loaded.model, fmt, pad_id, dataset, config, table, clock, data.parent / "peer")
 
-    makers: list[Callable[[], Contender]] = []
+    makers: dict[tuple[str, str], Callable[[], Contender]] = {}
     for mode in args.modes:
-        makers.append(lambda mode=mode: ours(mode, "packed"))
+        makers[mode, "packed"] = partial(ours, mode, "packed")
         if args.unpacked:
-            makers.append(lambda mode=mode: ours(mode, "unpacked"))
+            makers[mode, "unpacked"] = partial(ours, mode, "unpacked")
         if args.trainer:
-            makers.append(lambda mode=mode: theirs(mode))
+            makers[mode, "Trainer"] = partial(theirs, mode)
     return makers
 
 
@@ -237,6 +251,8 @@ def show(found: Found) -> None:
 
 
 def _row(found: Found, one: Measured) -> list[str]:
+    if one.failure is not None:
+        return [f"{one.mode}, {one.kind}", one.failure, *[""] * 8]
     mfu, peak, ratios = one.utilisation(found.peak_flops_per_second), one.peak_bytes(), found.ratios(one)
     return [
         f"{one.mode}, {one.kind}",
@@ -253,7 +269,9 @@ def _row(found: Found, one: Measured) -> list[str]:
 
 def _show_memory(found: Found) -> None:
     """What each component holds in each mode: weights + gradients + optimizer."""
-    packed = [one for one in found.measured if one.kind == "packed"]
+    packed = [one for one in found.measured if one.kind == "packed" and one.memory]
+    if not packed:
+        return
     rows = []
     for component in packed[0].memory:
         parts = [one.memory[component] for one in packed]
