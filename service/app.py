@@ -90,13 +90,12 @@ def create_app(
     The client must not have been started; the store is closed at the end. Raises ConfigError.
     """
     folder, metrics = FileFolder(jobs.data_dir), client.metrics
-    metrics.store.watch_disk(jobs.data_dir)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         client.start()
         hot_models.start()
-        async with _kept_in_order(store, folder, jobs.event_retention_days, metrics):
+        async with _kept_in_order(store, folder, jobs.event_retention_days):
             yield
             await client.stop()
             await hot_models.stop()
@@ -135,11 +134,9 @@ def create_app(
 
 
 @asynccontextmanager
-async def _kept_in_order(
-    store: Store, folder: FileFolder, event_retention_days: float, metrics: Metrics
-) -> AsyncGenerator[None, None]:
+async def _kept_in_order(store: Store, folder: FileFolder, event_retention_days: float) -> AsyncGenerator[None, None]:
     """Housekeeping beside the server; at the end the store is closed."""
-    keeping = asyncio.create_task(keep_house(store, folder, event_retention_days * 24 * 3600, metrics))
+    keeping = asyncio.create_task(keep_house(store, folder, event_retention_days * 24 * 3600))
     try:
         yield
     finally:

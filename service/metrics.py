@@ -7,9 +7,7 @@ the route table, reasons and codes from the error table.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -38,13 +36,6 @@ class Metrics:
         self._declare_requests()
         self._declare_engine()
         self._declare_vision()
-        self.workers = self._gauge("workers", "Workers that were heard of lately.")
-        self.worker_heartbeat_age = self._gauge(
-            "worker_heartbeat_age_seconds",
-            "Since any worker was heard of; NaN where none is known, or all left orderly.",
-        )
-        self.worker_heartbeat_age.set(float("nan"))
-        self.store = StoreMetrics(self.registry)
 
     def _declare_requests(self) -> None:
         self.http_requests = self._counter("http_requests", "HTTP answers.", "route", "status")
@@ -239,35 +230,6 @@ class RequestRecorder:
             metrics._observe_timings(end.timings)
 
 
-class StoreMetrics:
-    """What a server and a worker both tell of the store that they share, and of the disk under their data folder."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.up = Gauge("dve_store_up", "1 while the store answers, 0 while it does not.", registry=registry)
-        self.jobs = Gauge("dve_jobs", "Jobs by status.", ("status",), registry=registry)
-        self.disk_free = Gauge("dve_disk_free_bytes", "Free where the data folder lies.", registry=registry)
-        self.disk_ratio = Gauge("dve_disk_free_ratio", "Free share of the data folder's disk.", registry=registry)
-
-    def watch_disk(self, folder: Path) -> None:
-        """Read at each scrape; NaN while the folder is not there."""
-        self.disk_free.set_function(lambda: _free(folder)[0])
-        self.disk_ratio.set_function(lambda: _free(folder)[1])
-
-    def set_counts(self, counts: Mapping[str, int]) -> None:
-        """All statuses are given, those without a job as 0: a status that is left must not keep its last count."""
-        self.up.set(1)
-        for status, count in counts.items():
-            self.jobs.labels(status).set(count)
-
-
-def _free(folder: Path) -> tuple[float, float]:
-    try:
-        usage = shutil.disk_usage(folder)
-    except OSError:
-        return float("nan"), float("nan")
-    return usage.free, usage.free / max(usage.total, 1)
-
-
 class TrainingMetrics:
     """What a worker shows of its jobs, on a registry of its own. Job ids are no labels: one trainer a device is usual,
     so the gauges of training are of whoever spoke last."""
@@ -282,7 +244,7 @@ class TrainingMetrics:
         self.samples = Counter("dve_train_samples", "Samples trained on.", ("dataset",), registry=self.registry)
         self.tokens_per_second = self._gauge("train_tokens_per_second", "Speed of the last step.")
         self.mfu = self._gauge("train_mfu_ratio", "Share of the device's peak.")
-        self.store = StoreMetrics(self.registry)
+        self.jobs = self._gauge("jobs", "Jobs by status.", "status")
         self.heartbeat_age = self._gauge("job_heartbeat_age_seconds", "Since the oldest lease was renewed.")
         self.attempts = Counter("dve_job_attempts", "Attempts by how they ended.", ("end",), registry=self.registry)
 
@@ -310,6 +272,10 @@ class TrainingMetrics:
             self.learning_rate.labels(_short(group)).set(rate)
         for dataset, count in (data.get("dataset_samples") or {"all": data.get("samples") or 0}).items():
             self.samples.labels(_short(dataset)).inc(count)
+
+    def set_counts(self, counts: Mapping[str, int]) -> None:
+        for status, count in counts.items():
+            self.jobs.labels(status).set(count)
 
     def exposition(self) -> bytes:
         return generate_latest(self.registry)

@@ -187,14 +187,12 @@ class WorkerLoop:
         while True:
             job_id = next((run.job_id for run in self._runs.values()), None)
             names = [device.name for device in self._devices]
-            try:
+            with contextlib.suppress(*PASSING):
                 await self._context.call(
                     workers.beat, self.worker_id, socket.gethostname(), os.getpid(), names, job_id=job_id
                 )
                 await self._context.call(workers.drop_unseen, _FORGET_WORKERS_SECONDS)
-                self._context.metrics.store.set_counts(await self._context.call(self._context.store.jobs.counts))
-            except PASSING:
-                self._context.metrics.store.up.set(0)
+                self._context.metrics.set_counts(await self._context.call(self._context.store.jobs.counts))
             await asyncio.sleep(_BEAT_SECONDS)
 
 

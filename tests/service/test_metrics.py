@@ -1,12 +1,8 @@
 """The exposition parses, every declared metric is fed by ordinary traffic, and labels stay bounded."""
 
-import math
-
-import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.housekeeping import observe
-from service.metrics import Metrics, TrainingMetrics
+from service.metrics import Metrics
 from tests.service.conftest import LiveServer, ask
 from tests.service.fakes import FakeEngine
 
@@ -20,12 +16,6 @@ def families(live: LiveServer) -> dict:
 #: Every metric with its type and labels: dashboards and `dve bench serve` read them by these names.
 DECLARED = {
     "admission_rejections": ("counter", ("reason",)),
-    "disk_free_bytes": ("gauge", ()),
-    "disk_free_ratio": ("gauge", ()),
-    "jobs": ("gauge", ("status",)),
-    "store_up": ("gauge", ()),
-    "worker_heartbeat_age_seconds": ("gauge", ()),
-    "workers": ("gauge", ()),
     "batch_size": ("histogram", ("stage",)),
     "e2e_request_latency_seconds": ("histogram", ()),
     "encoder_batch_images": ("histogram", ("encoder",)),
@@ -67,24 +57,6 @@ DECLARED = {
     "waiting_body_bytes": ("gauge", ()),
 }
 
-#: The worker's own; what it shares with the server is `StoreMetrics`.
-TRAINING = {
-    "disk_free_bytes": ("gauge", ()),
-    "disk_free_ratio": ("gauge", ()),
-    "job_attempts": ("counter", ("end",)),
-    "job_heartbeat_age_seconds": ("gauge", ()),
-    "jobs": ("gauge", ("status",)),
-    "store_up": ("gauge", ()),
-    "train_diversity_loss": ("gauge", ()),
-    "train_learning_rate": ("gauge", ("group",)),
-    "train_loss": ("gauge", ()),
-    "train_mfu_ratio": ("gauge", ()),
-    "train_samples": ("counter", ("dataset",)),
-    "train_stage": ("gauge", ()),
-    "train_tokens_per_second": ("gauge", ()),
-    "train_trainable_parameters": ("gauge", ("component",)),
-}
-
 #: Everything that the engine counts by itself.
 COUNTED = {
     "num_waiting": 5,
@@ -101,34 +73,13 @@ COUNTED = {
 }
 
 
-@pytest.mark.parametrize(("make", "declared"), [(Metrics, DECLARED), (TrainingMetrics, TRAINING)])
-def test_names_types_and_labels_are_pinned(make, declared):
+def test_names_types_and_labels_are_pinned():
+    metrics = Metrics()
     found = {
         metric._name.removeprefix("dve_"): (metric._type, metric._labelnames)
-        for metric in make().registry._collector_to_names
+        for metric in metrics.registry._collector_to_names
     }
-    assert found == declared
-
-
-def test_what_the_store_tells(start):
-    """The store's answers are metrics of the server too: they tell of the worker when it can't any more."""
-    live = start(job_lease_seconds=0.6)
-    metrics = live.app.state.parts.metrics
-    store = live.app.state.parts.desk.store
-    observe(store, metrics)
-    assert live.metric("dve_store_up") == 1
-    assert live.metric('dve_jobs{status="queued"}') == 0
-    assert math.isnan(live.metric("dve_worker_heartbeat_age_seconds"))
-    store.workers.beat("w", "host", 1)
-    observe(store, metrics)
-    assert live.metric("dve_workers") == 1
-    assert 0 <= live.metric("dve_worker_heartbeat_age_seconds") < 60
-    assert 0 < live.metric("dve_disk_free_ratio") <= 1
-    assert live.metric("dve_disk_free_bytes") > 0
-    store.workers.remove("w")
-    observe(store, metrics)
-    assert live.metric("dve_workers") == 0
-    assert math.isnan(live.metric("dve_worker_heartbeat_age_seconds"))
+    assert found == DECLARED
 
 
 def test_every_metric_is_fed(start):
@@ -147,10 +98,7 @@ def test_every_metric_is_fed(start):
         if not name.endswith("_created") and not any(sample.value for sample in family.samples)
     ]
     # Gauges that are rightly at zero when nothing runs; and a base alone swaps nothing (test_hot_models.py).
-    assert set(unfed) <= {
-        "dve_num_requests_running", "dve_waiting_body_bytes", "dve_model_swaps", "dve_workers", "dve_jobs",
-        "dve_store_up",  # set by the first round of housekeeping
-    }  # fmt: skip
+    assert set(unfed) == {"dve_num_requests_running", "dve_waiting_body_bytes", "dve_model_swaps"}
 
 
 def test_what_the_engine_counts(start):
