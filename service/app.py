@@ -52,6 +52,7 @@ from service.remote import RemoteImages
 from service.routes import chat, files, fine_tuning, fusion, health, job_events, models
 from service.routes.parts import AppParts, parts_of
 from service.settings import Settings
+from service.store_watch import StoreWatch
 from service.uploads import UploadStore
 from service.waiting import WaitingBytes
 
@@ -88,12 +89,13 @@ def create_app(
     The client must not have been started; the store is closed at the end. Raises ConfigError.
     """
     folder = FileFolder(settings.data_dir)
+    watch = StoreWatch(store, settings.data_dir, metrics.store)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         client.start()
         hot_models.start()
-        async with _kept_in_order(store, folder, settings.event_retention_days):
+        async with _kept_in_order(store, folder, watch, settings.event_retention_days):
             yield
             await client.stop()
             await hot_models.stop()
@@ -132,9 +134,11 @@ def create_app(
 
 
 @asynccontextmanager
-async def _kept_in_order(store: Store, folder: FileFolder, event_retention_days: float) -> AsyncGenerator[None, None]:
+async def _kept_in_order(
+    store: Store, folder: FileFolder, watch: StoreWatch, event_retention_days: float
+) -> AsyncGenerator[None, None]:
     """Housekeeping beside the server; at the end the store is closed."""
-    keeping = asyncio.create_task(keep_house(store, folder, event_retention_days * 24 * 3600))
+    keeping = asyncio.create_task(keep_house(store, folder, watch, event_retention_days * 24 * 3600))
     try:
         yield
     finally:
