@@ -259,6 +259,13 @@ class Ledger:
             rows = connection.execute(select(jobs.c.status, func.count()).group_by(jobs.c.status))
             return {status: count for status, count in rows}
 
+    def longest_silence(self) -> float:
+        """Seconds since the last step of that running job which has gone longest without one; 0 if none runs."""
+        since = func.coalesce(jobs.c.progress_at, jobs.c.attempt_at)
+        with self._database.read() as connection:
+            age = connection.execute(select(func.max(db_now() - since)).where(jobs.c.status == "running")).scalar_one()
+            return max(float(age or 0.0), 0.0)
+
     def purge_events(self, older_than_seconds: float) -> int:
         """Drop the events of jobs that ended longer ago; how many."""
         ended = select(jobs.c.id).where(jobs.c.finished_at < db_now() - older_than_seconds)
