@@ -42,7 +42,6 @@ from service.keys import KeyRing
 from service.limits import KeyLimits
 from service.logs import log_failure, request_id_var
 from service.media import MediaLimits, MediaSource
-from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestScope
 from service.preflight import Preflight
 from service.protocol.chat import ChatCompletionRequest
@@ -53,6 +52,7 @@ from service.request_limits import RequestLimits
 from service.routes import chat, files, fine_tuning, fusion, health, job_events, models
 from service.routes.parts import AppParts, parts_of
 from service.settings import JobSettings, Settings
+from service.store_watch import StoreWatch
 from service.tracing.span import Tracer
 from service.uploads import UploadStore
 from service.waiting import WaitingBytes
@@ -90,13 +90,13 @@ def create_app(
     The client must not have been started; the store is closed at the end. Raises ConfigError.
     """
     folder, metrics = FileFolder(jobs.data_dir), client.metrics
-    metrics.store.watch_disk(jobs.data_dir)
+    watch = StoreWatch(store, jobs.data_dir, metrics.store)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         client.start()
         hot_models.start()
-        async with _kept_in_order(store, folder, jobs.event_retention_days, metrics):
+        async with _kept_in_order(store, folder, watch, jobs.event_retention_days):
             yield
             await client.stop()
             await hot_models.stop()
@@ -136,10 +136,10 @@ def create_app(
 
 @asynccontextmanager
 async def _kept_in_order(
-    store: Store, folder: FileFolder, event_retention_days: float, metrics: Metrics
+    store: Store, folder: FileFolder, watch: StoreWatch, event_retention_days: float
 ) -> AsyncGenerator[None, None]:
     """Housekeeping beside the server; at the end the store is closed."""
-    keeping = asyncio.create_task(keep_house(store, folder, event_retention_days * 24 * 3600, metrics))
+    keeping = asyncio.create_task(keep_house(store, folder, watch, event_retention_days * 24 * 3600))
     try:
         yield
     finally:

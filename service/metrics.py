@@ -7,9 +7,8 @@ the route table, reasons and codes from the error table.
 
 from __future__ import annotations
 
-import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -38,12 +37,6 @@ class Metrics:
         self._declare_requests()
         self._declare_engine()
         self._declare_vision()
-        self.workers = self._gauge("workers", "Workers that were heard of lately.")
-        self.worker_heartbeat_age = self._gauge(
-            "worker_heartbeat_age_seconds",
-            "Since any worker was heard of; NaN where none is known, or all left orderly.",
-        )
-        self.worker_heartbeat_age.set(float("nan"))
         self.store = StoreMetrics(self.registry)
 
     def _declare_requests(self) -> None:
@@ -240,32 +233,26 @@ class RequestRecorder:
 
 
 class StoreMetrics:
-    """What a server and a worker both tell of the store that they share, and of the disk under their data folder."""
+    """What the store of jobs and its disk say, on the registry of whoever asks them: each server, each worker.
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.up = Gauge("dve_store_up", "1 while the store answers, 0 while it does not.", registry=registry)
-        self.jobs = Gauge("dve_jobs", "Jobs by status.", ("status",), registry=registry)
-        self.disk_free = Gauge("dve_disk_free_bytes", "Free where the data folder lies.", registry=registry)
-        self.disk_ratio = Gauge("dve_disk_free_ratio", "Free share of the data folder's disk.", registry=registry)
+    All of one store show the same figures, so dashboards take the largest and not the sum.
+    """
 
-    def watch_disk(self, folder: Path) -> None:
-        """Read at each scrape; NaN while the folder is not there."""
-        self.disk_free.set_function(lambda: _free(folder)[0])
-        self.disk_ratio.set_function(lambda: _free(folder)[1])
+    def __init__(self, registry: CollectorRegistry, clock: Callable[[], float] = time.monotonic) -> None:
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"dve_{name}", text, labels, registry=registry)
 
-    def set_counts(self, counts: Mapping[str, int]) -> None:
-        """All statuses are given, those without a job as 0: a status that is left must not keep its last count."""
-        self.up.set(1)
-        for status, count in counts.items():
-            self.jobs.labels(status).set(count)
+        self._clock, self._answered_at = clock, clock()
+        self.jobs = gauge("jobs", "Jobs by status.", "status")
+        self.workers = gauge("workers", "Workers that were seen within a minute.")
+        self.progress_age = gauge("job_progress_age_seconds", "Since the last step of the slowest running job.")
+        self.disk_free_bytes = gauge("data_disk_free_bytes", "Room left on the disk of the data folder.")
+        self.disk_free_ratio = gauge("data_disk_free_ratio", "Share of that disk that is free.")
+        silence = gauge("store_answer_age_seconds", "Since the store of jobs answered last.")
+        silence.set_function(lambda: self._clock() - self._answered_at)
 
-
-def _free(folder: Path) -> tuple[float, float]:
-    try:
-        usage = shutil.disk_usage(folder)
-    except OSError:
-        return float("nan"), float("nan")
-    return usage.free, usage.free / max(usage.total, 1)
+    def store_answered(self) -> None:
+        self._answered_at = self._clock()
 
 
 class TrainingMetrics:

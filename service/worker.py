@@ -46,7 +46,6 @@ def work(
     data_dir = jobs.data_dir.absolute()
     store = store_of(jobs)
     metrics = TrainingMetrics()
-    metrics.store.watch_disk(data_dir)
     _show_metrics(settings, metrics)
     with ThreadPoolExecutor(_THREADS_PER_DEVICE * (len(devices) + 1), "store") as pool:
         call = StoreThreads(pool)

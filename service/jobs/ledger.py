@@ -20,7 +20,7 @@ from service.errors import (
     QuotaExceededError,
 )
 from service.jobs.database import Database
-from service.jobs.job import STATUSES, TERMINAL, Action, Checkpoint, Job, JobEvent, NewJob, Status, Switch
+from service.jobs.job import TERMINAL, Action, Checkpoint, Job, JobEvent, NewJob, Status, Switch
 from service.jobs.moves import change, job_columns, lock, move, new_id, note, to_record
 from service.jobs.schema import checkpoints, db_now, events, files, idempotency, job_files, job_metadata, jobs, switches
 
@@ -254,10 +254,17 @@ class Ledger:
         return [s for s in found if from_step is None or s.applied_step is None or s.applied_step >= from_step]
 
     def counts(self) -> dict[str, int]:
-        """How many jobs there are by status, every status named."""
+        """How many jobs there are by status."""
         with self._database.read() as connection:
             rows = connection.execute(select(jobs.c.status, func.count()).group_by(jobs.c.status))
-            return dict.fromkeys(STATUSES, 0) | {status: count for status, count in rows}
+            return {status: count for status, count in rows}
+
+    def longest_silence(self) -> float:
+        """Seconds since the last step of that running job which has gone longest without one; 0 if none runs."""
+        since = func.coalesce(jobs.c.progress_at, jobs.c.attempt_at)
+        with self._database.read() as connection:
+            age = connection.execute(select(func.max(db_now() - since)).where(jobs.c.status == "running")).scalar_one()
+            return max(float(age or 0.0), 0.0)
 
     def purge_events(self, older_than_seconds: float) -> int:
         """Drop the events of jobs that ended longer ago; how many."""

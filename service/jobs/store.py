@@ -4,7 +4,8 @@ In: `open_store(database_url, data_dir)`, which brings the schema up to date und
 are safe to call from any thread and block (call them in a thread from asyncio). The interface, all of it:
 
     store.jobs      create, get, page, events, events_since, checkpoints, checkpoint, checkpoint_of_model,
-                    request (pause, cancel), resume, request_switch, switches, counts, purge_events       ledger.py
+                    request (pause, cancel), resume, request_switch, switches, counts, longest_silence,
+                    purge_events                                                                        ledger.py
     store.leases    has_work, claim, renew, append_events, add_checkpoint, forget_checkpoints, mark_switched,
                     validated, stopped, retry, succeed, fail, register_model, reap                        leases.py
     store.files     add, get, page, set_status, delete, take_expired                                      records.py
