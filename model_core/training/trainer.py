@@ -178,8 +178,8 @@ class DualVisionTrainer:
         if self._writes:
             point.run.tidy()
             self.run_folder.take_over(point, self.config)
-        data = self.train_source.fingerprint()
-        state, tensors = load_step(point.path, self.model, self.config, data, self.auxiliary)
+        data, own = self.train_source.fingerprint(), self.auxiliary
+        state, tensors = load_step(point.path, self.model, self.config, data, own)
         if (state.gate_loss is None) != (self.gate_loss is None):
             raise CheckpointMismatchError("the saved run had another gate loss", value=state.gate_loss, param="losses")
         self._state, self.position, self.scores = state, Position(**state.position), Scores(**state.scores)
@@ -338,8 +338,7 @@ class DualVisionTrainer:
     # Parts
 
     def _resolve(self, freeze: FreezeConfig) -> FreezeTable:
-        own = self.auxiliary is not None
-        return resolve_freeze(self.model, freeze, self._stage.learning_rates, has_own_loss=own)
+        return resolve_freeze(self.model, freeze, self._stage.learning_rates, has_own_loss=self.auxiliary is not None)
 
     def _use(self, table: FreezeTable) -> None:
         self.table = table
@@ -384,6 +383,7 @@ class DualVisionTrainer:
     def _end(self, reason: str) -> Outcome:
         best = self.run_folder.best() if self._writes else None
         if reason == "requested":
+            self._wants_stop = False  # the request is met: another `train()` goes on
             return Outcome(reason, self.position, self.scores.latest, best)
         if reason == "early_stopping":
             self._save("final")

@@ -4,7 +4,8 @@ In: `open_store(database_url, data_dir)`, which brings the schema up to date und
 are safe to call from any thread and block (call them in a thread from asyncio). The interface, all of it:
 
     store.jobs      create, get, page, events, events_since, checkpoints, checkpoint, checkpoint_of_model,
-                    request (pause, cancel), resume, request_switch, switches, counts, purge_events       ledger.py
+                    request (pause, cancel), resume, request_switch, switches, counts, longest_silence,
+                    purge_events                                                                        ledger.py
     store.leases    has_work, claim, renew, append_events, add_checkpoint, forget_checkpoints, mark_switched,
                     validated, stopped, retry, succeed, fail, register_model, reap                        leases.py
     store.files     add, get, page, set_status, delete, take_expired                                      records.py
@@ -26,7 +27,7 @@ from service.jobs.database import Database, open_database
 from service.jobs.leases import Leases
 from service.jobs.ledger import Ledger
 from service.jobs.records import FileRows, ModelRows, WorkerRows
-from service.settings import Settings
+from service.settings import JobSettings
 
 DEFAULT_LEASE_SECONDS = 30.0
 DEFAULT_MAX_ATTEMPTS = 3
@@ -57,8 +58,8 @@ class Store:
         self.database.close()
 
 
-def store_of(settings: Settings) -> Store:
-    """The store that a server's or a worker's settings name. Raises ConfigError, StoreUnavailableError."""
+def store_of(settings: JobSettings) -> Store:
+    """The store that the settings of the jobs name. Raises ConfigError, StoreUnavailableError."""
     url = settings.database_url
     return open_store(
         url.get_secret_value() if url else None,

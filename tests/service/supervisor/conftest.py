@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +89,16 @@ class Bench:
         new = NewJob("someone", "dve-demo", file_id, config, 0, is_dry_run=is_dry_run, priority=priority)
         return self.store.jobs.create(new)[0].id
 
-    def worker(self, *, lease: float = LEASE_SECONDS, once: bool = False, poll: float = 0.05, **flags: Any) -> Worker:
+    def worker(
+        self, *, lease: float = LEASE_SECONDS, once: bool = False, poll: float = 0.05,
+        environment: Mapping[str, str] | None = None, **flags: Any,
+    ) -> Worker:  # fmt: skip
         """A worker's process; its log lies beside the data."""
         log = str(self.folder / f"worker-{len(self.workers)}.log")
-        pid = self._nursery.ask(data_dir=str(self.data_dir), lease=lease, log=log, flags=flags, once=once, poll=poll)
+        pid = self._nursery.ask(
+            data_dir=str(self.data_dir), lease=lease, log=log, flags=flags, once=once, poll=poll,
+            environment=dict(environment or {}),
+        )  # fmt: skip
         self.workers.append(Worker(self._nursery, pid))
         return self.workers[-1]
 

@@ -1,7 +1,8 @@
 """Workers with the stand-in trainer in the place of the real one, forked from a process that has imported everything.
 
-Reads a JSON object a line: {"data_dir", "lease", "log", "flags", "once"} starts a worker and is answered with its pid,
-{"wait": pid} with its exit code. Importing takes seconds on a busy machine, and a kill matrix starts many workers.
+Reads a JSON object a line: {"data_dir", "lease", "log", "flags", "once", "environment"} starts a worker and is answered
+with its pid, {"wait": pid} with its exit code. Importing takes seconds on a busy machine, and a kill matrix starts many
+workers.
 """
 
 import json
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from service.settings import load_settings
+from service.settings import load_worker_settings
 from service.supervisor.workshop import Programs
 from service.worker import work
 
@@ -28,7 +29,7 @@ def run(wanted: dict[str, Any]) -> int:
         "worker_metrics_port": 0, "worker_nice": 0, "log_format": "json", **wanted["flags"],
     }  # fmt: skip
     return work(
-        load_settings(flags),
+        *load_worker_settings(flags),
         once=wanted["once"],
         programs=PROGRAMS,
         poll_seconds=wanted["poll"],
@@ -44,6 +45,7 @@ def start(wanted: dict[str, Any]) -> int:
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
+    os.environ.update(wanted.get("environment") or {})
     code = 70
     try:
         code = run(wanted)
