@@ -106,7 +106,7 @@ def create_app(
         redirect_slashes=False,
     )
     waiting = WaitingBytes(settings.max_waiting_bytes)
-    desk = JobDesk(settings, store, folder, Preflight(settings.device))
+    desk = JobDesk(settings, store, folder, Preflight(settings.device), hot_models.published_as)
     media = _media(settings, folder, now)
     app.state.parts = AppParts(settings, client, hot_models, metrics, FusionHistory(), waiting, media, desk, now)
     # The last one added is the outermost.

@@ -112,6 +112,10 @@ def _check_contradictions(body: CreateJobRequest, fusion: JobFusion, hyperparame
             "the job is to run on the CPU and to have GPUs", "one of the two", "fusion.resources",
         ),
         (
+            resources is not None and resources.num_gpus > 1,
+            "one process trains a job, on one GPU", "0 or 1", "fusion.resources.num_gpus",
+        ),
+        (
             body.validation_file is not None and body.validation_file in _training_files(body, fusion),
             "the validation file is a training file as well", "a file of its own", "validation_file",
         ),

@@ -31,7 +31,8 @@ from service.supervisor.process import Launch, TrainerProcess
 from service.supervisor.progress import Progress
 from service.supervisor.verdict import Verdict, backoff_seconds, judge, of_os_error, of_refusal
 
-_TAIL_SECONDS = 0.4
+#: How late an event may be; each time it wakes there is a transaction.
+_TAIL_SECONDS = 0.5
 _LOCK_SECONDS = 0.05
 
 
@@ -247,15 +248,15 @@ class JobRun:
         """Pause and cancel, and live switches of the mode, as the store shows them."""
         sent, from_step = 0, self._resume_step()
         while True:
-            job = await self._call.insist(self._store.jobs.get, self.job_id)
-            if job.requested_action is not None:
+            action, num_switches = await self._call.insist(self._store.leases.wishes, self._lease)
+            if action is not None:
                 self._stop_asked.set()
-            if job.num_switches > sent:
+            if num_switches > sent:
                 for switch in await self._call.insist(self._store.jobs.switches, self.job_id, from_step=from_step):
                     if switch.number > sent:
                         self._progress.note_sent_switch(switch.number)
                         process.send({"command": "freeze", "freeze": switch.freeze})
-                sent = job.num_switches
+                sent = num_switches
             await asyncio.sleep(self._context.limits.watch_seconds)
 
     def _resume_step(self) -> int:
@@ -273,6 +274,7 @@ class JobRun:
     async def _publish(self) -> None:
         attempt_folder = self._folder.attempt(self._lease.attempt)
         done = await self._context.workshop.publish(self.keeper.job, self._lease, self._folder, attempt_folder)
+        await self._progress.drop_surplus()
         tokens = self._progress.summary.get("trained_tokens")
         await self._call.insist(
             self._store.leases.succeed, self._lease, fine_tuned_model=done.fine_tuned_model,

@@ -108,9 +108,8 @@ class Workshop:
         model_id = job.fine_tuned_name
         place = self._data_dir / "models" / folder_name(model_id)
         place.parent.mkdir(parents=True, exist_ok=True)
-        base = job.config.get("model") or DEMO
-        command = (*self._programs.publish, "--base", base, "--run", str(final), "--out", str(place), "--hold")
-        code, printed = await _output_of(command)
+        command = (*self._programs.publish, *base_flags(job.config), "--run", str(final), "--out", str(place))
+        code, printed = await _output_of((*command, "--hold"))
         with contextlib.suppress(ValueError):
             told: Mapping[str, Any] = json.loads(printed)
             if code == DONE:
@@ -145,6 +144,14 @@ class Workshop:
         path = folder / RECIPE
         path.write_text(self._recipe(job, folder).model_dump_json(indent=2), encoding="utf-8")
         return path
+
+
+def base_flags(recipe: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a recipe's model was made from, as `dve publish` takes it; `start_from` is no base."""
+    pair = [(f"--{name}", recipe.get(name)) for name in ("qwen_model_name", "dinov2_model_name")]
+    if all(value for _, value in pair):
+        return tuple(str(word) for one in pair for word in one)
+    return "--base", str(recipe.get("model") or DEMO)
 
 
 def describe_shortage(report: Mapping[str, Any], gpu: int, total_bytes: int) -> str:

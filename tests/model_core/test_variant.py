@@ -184,7 +184,7 @@ def test_a_version_of_another_base_is_refused(base: Loaded, tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="another base") as caught:
         load_variant(folder, Loaded(base.model, base.processor, "0123456789ab"))
     assert caught.value.code == "checkpoint_corrupt"
-    with pytest.raises(ConfigError, match="no manifest"):
+    with pytest.raises(ConfigError, match="files can't be found"):
         publish(Loaded(base.model, base.processor), tmp_path / "run", tmp_path / "m")
 
 
