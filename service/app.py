@@ -23,6 +23,7 @@ from starlette.responses import Response
 from model_core.errors import DualVisionError
 from service.addresses import AllowedHosts
 from service.auth import KeyGate, scope_of
+from service.checkpoint_publisher import CheckpointPublisher
 from service.engine_client import EngineClient
 from service.errors import (
     ClientDisconnectedError,
@@ -108,7 +109,10 @@ def create_app(
     waiting = WaitingBytes(settings.max_waiting_bytes)
     desk = JobDesk(settings, store, folder, Preflight(settings.device), hot_models.published_as)
     media = _media(settings, folder, now)
-    app.state.parts = AppParts(settings, client, hot_models, metrics, FusionHistory(), waiting, media, desk, now)
+    checkpoints = CheckpointPublisher(store, settings.data_dir)
+    app.state.parts = AppParts(
+        settings, client, hot_models, metrics, FusionHistory(), waiting, media, desk, checkpoints, now
+    )
     # The last one added is the outermost.
     sizes = {"max_body_bytes": settings.max_body_bytes, "max_upload_bytes": settings.max_upload_bytes}
     app.add_middleware(BodyLimit, **sizes, waiting=waiting, metrics=metrics, body_seconds=body_seconds)

@@ -29,12 +29,13 @@ _READER = ("model_core.cli.data", "model_core.training.data.scan", "model_core.t
 
 def work(
     settings: Settings, *, once: bool = False, programs: Programs | None = None, poll_seconds: float = 0.25,
-    backoff_seconds: tuple[float, float] = (2.0, 300.0),
+    backoff_seconds: tuple[float, float] = (2.0, 300.0), recheck_seconds: float = 30.0,
 ) -> int:  # fmt: skip
     """Train until a signal; with `once` until nothing waits.
 
     programs: stand in for the real ones in tests. poll_seconds: between two looks for work. backoff_seconds: before
-    the second attempt, doubled before each further one, up to the second figure.
+    the second attempt, doubled before each further one, up to the second figure. recheck_seconds: until a job that
+    lacks memory is tried again.
 
     Raises:
         ConfigError: devices that are not there, a store that can't be opened.
@@ -54,7 +55,7 @@ def work(
         workshop = Workshop(store, call, data_dir, programs or Programs())
         limits = RunLimits(
             grace_seconds=settings.worker_grace_seconds, backoff_base_seconds=backoff_seconds[0],
-            backoff_limit_seconds=backoff_seconds[1],
+            backoff_limit_seconds=backoff_seconds[1], recheck_seconds=recheck_seconds,
             niceness=_niceness(settings, devices),
         )  # fmt: skip
         context = RunContext(

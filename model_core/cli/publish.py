@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _publish(args: argparse.Namespace) -> dict[str, Any]:
     # torch and transformers take seconds to import; --help should not.
     from model_core.checkpoint import quiet_unless_terminal
+    from model_core.training.saving import whole_model
     from model_core.variant import publish_variant
 
     quiet_unless_terminal()
@@ -71,7 +72,8 @@ def _publish(args: argparse.Namespace) -> dict[str, Any]:
             "there is no such run", value=str(args.run), allowed="a model's folder", fix="Check --run"
         )
     base, base_name = _load_base(args)
-    record, version = publish_variant(base, args.run, args.out, base_name=base_name, created_unix=int(time.time()))
+    with whole_model(args.run) as run:
+        record, version = publish_variant(base, run, args.out, base_name=base_name, created_unix=int(time.time()))
     if not args.hold:
         promote(args.out, record.fingerprint)
     return {

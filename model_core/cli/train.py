@@ -127,6 +127,7 @@ def load_for_training(config: TrainConfig) -> Loaded:
 
     from model_core.checkpoint import LoadOptions, combine_checkpoints, load_checkpoint
     from model_core.demo_model import demo_folder
+    from model_core.training.saving import whole_model
     from model_core.variant import load_variant
 
     source = config.model_source()
@@ -136,7 +137,8 @@ def load_for_training(config: TrainConfig) -> Loaded:
         options = replace(options, dtype=torch.float32)
     start = None if config.start_from is None else Path(config.start_from)
     if start is not None and not is_variant(start):
-        return load_checkpoint(start, options)
+        with whole_model(start) as folder:
+            return load_checkpoint(folder, options)
     if source.pair is not None:
         base = combine_checkpoints(*source.pair, options, **source.settings)
     else:

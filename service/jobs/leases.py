@@ -202,15 +202,17 @@ class Leases:
                 return move(connection, job, "succeeded", "The dry run found nothing wrong")
             return self._let_go(connection, job, "The job waits for a worker")
 
-    def stopped(
-        self, lease: Lease, *, delay_seconds: float = 0.0, message: str = "The worker gave the job back"
-    ) -> Job:
-        """The process is gone and what it had is saved (exit 75): paused, cancelled, or queued where nobody asked.
-
-        delay_seconds: nobody claims it before; for a job that does not fit the device yet.
-        """
+    def stopped(self, lease: Lease, *, message: str = "The worker gave the job back") -> Job:
+        """The process is gone and what it had is saved (exit 75): paused, cancelled, or queued where nobody asked."""
         with self._database.write() as connection:
             job = change(connection, self._held(connection, lease), attempts_left=self._max_attempts)
+            return self._let_go(connection, job, message)
+
+    def postponed(self, lease: Lease, message: str, delay_seconds: float) -> Job:
+        """It does not fit the device yet. Nothing was started: no attempt is counted, and nobody claims it before."""
+        with self._database.write() as connection:
+            job = self._held(connection, lease)
+            job = change(connection, job, attempts_left=self._max_attempts, attempt=job.attempt - 1)
             return self._let_go(connection, job, message, delay_seconds)
 
     def retry(self, lease: Lease, error: Mapping[str, Any], *, delay_seconds: float = 0.0) -> Job:

@@ -33,7 +33,7 @@ from service.errors import (
     QuotaExceededError,
 )
 from service.jobs.database import Database
-from service.jobs.job import TERMINAL, Action, Checkpoint, Job, JobEvent, NewJob, Status, Switch
+from service.jobs.job import STATUSES, TERMINAL, Action, Checkpoint, Job, JobEvent, NewJob, Status, Switch
 from service.jobs.moves import change, is_needed, job_columns, lock, move, new_id, note, to_record
 from service.jobs.schema import (
     checkpoints,
@@ -278,10 +278,10 @@ class Ledger:
         return [s for s in found if from_step is None or s.applied_step is None or s.applied_step >= from_step]
 
     def counts(self) -> dict[str, int]:
-        """How many jobs there are by status."""
+        """How many jobs there are by status, of those without any 0: a gauge would stay where it was."""
         with self._database.read() as connection:
             rows = connection.execute(select(jobs.c.status, func.count()).group_by(jobs.c.status))
-            return {status: count for status, count in rows}
+            return dict.fromkeys(STATUSES, 0) | {status: count for status, count in rows}
 
     def take_stale(self, job_ids: Sequence[str], older_than_seconds: float) -> list[str]:
         """Of these jobs those whose folder nobody needs: ended longer ago, or their model was deleted. Their

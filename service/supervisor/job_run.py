@@ -296,7 +296,7 @@ class JobRun:
             await self._call.insist(leases.stopped, lease)
         elif verdict.end == "postponed":
             delay = self._context.limits.recheck_seconds
-            await self._call.insist(leases.stopped, lease, delay_seconds=delay, message=verdict.message)
+            await self._call.insist(leases.postponed, lease, verdict.message, delay)
         elif verdict.end == "failed":
             await self._call.insist(leases.fail, lease, error)
         elif verdict.end == "retry":

@@ -23,6 +23,7 @@ from service.errors import StorageFullError
 from service.jobs.files import FileFolder, place_files
 from service.jobs.job import Job, Lease
 from service.jobs.store import Store
+from service.recipes import base_flags
 from service.settings import child_environment
 from service.supervisor.attempts import RECIPE, JobFolder
 from service.supervisor.devices import DeviceLock, gpu_memory
@@ -34,7 +35,6 @@ from service.supervisor.results import result_csv
 
 FINAL = "final"
 RESULTS = "step_metrics.csv"
-DEMO = "dve-demo"
 _PYTHON = (sys.executable, "-m")
 _TOO_LARGE = 1
 _GIB = 2**30
@@ -144,14 +144,6 @@ class Workshop:
         path = folder / RECIPE
         path.write_text(self._recipe(job, folder).model_dump_json(indent=2), encoding="utf-8")
         return path
-
-
-def base_flags(recipe: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a recipe's model was made from, as `dve publish` takes it; `start_from` is no base."""
-    pair = [(f"--{name}", recipe.get(name)) for name in ("qwen_model_name", "dinov2_model_name")]
-    if all(value for _, value in pair):
-        return tuple(str(word) for one in pair for word in one)
-    return "--base", str(recipe.get("model") or DEMO)
 
 
 def describe_shortage(report: Mapping[str, Any], gpu: int, total_bytes: int) -> str:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import openai
-import torch
 from PIL import Image
 
 from service.main import ModelLoader
@@ -40,14 +39,8 @@ LEASE_SECONDS = 5.0
 
 def save_pair(folder: Path) -> dict[str, str]:
     """Settings that name the two."""
-    qwen = tiny.qwen_model()
-    qwen.generation_config.eos_token_id = tiny.token_id("<|im_end|>")
-    qwen.save_pretrained(folder / "qwen")
-    tiny.processor().save_pretrained(folder / "qwen")
-    torch.manual_seed(0)
-    from transformers import AutoModel
-
-    AutoModel.from_config(tiny.dinov2_config()).save_pretrained(folder / "dinov2")
+    tiny.save_qwen(folder / "qwen")
+    tiny.save_dinov2(folder / "dinov2")
     return {"qwen_model_name": str(folder / "qwen"), "dinov2_model_name": str(folder / "dinov2")}
 
 

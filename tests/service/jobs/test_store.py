@@ -15,7 +15,7 @@ from service.errors import (
     JobNotFoundError,
     JobStateError,
 )
-from service.jobs.job import LeaseLostError, NewEvent
+from service.jobs.job import STATUSES, LeaseLostError, NewEvent
 from service.jobs.store import Store
 from tests.service.jobs.player import Player, add_file, new_job
 
@@ -46,7 +46,7 @@ def test_a_job_from_creation_to_its_model(store: Store) -> None:
     ]  # fmt: skip
     found = store.models.get(done.fine_tuned_model or "")
     assert found is not None and found.status == "ready" and found.base == "base/model:1"
-    assert store.jobs.counts() == {"succeeded": 1}
+    assert store.jobs.counts() == {**dict.fromkeys(STATUSES, 0), "succeeded": 1}
 
 
 def test_claims_go_by_priority_then_by_age(store: Store) -> None:

@@ -80,19 +80,37 @@ class Bench:
         self.workers: list[Worker] = []
         self._numbers = itertools.count()
 
-    def submit(self, *, is_dry_run: bool = False, priority: int = 0, **plan: Any) -> str:
+    def submit(self, *, is_dry_run: bool = False, priority: int = 0, num_gpus: int = 0, **plan: Any) -> str:
         witness = str(self.folder / f"{next(self._numbers)}.witness")
         text = json.dumps({"steps": 5, "witness": witness, **plan})
         file_id, path, num_bytes = self.files.write(text.encode(), "fine-tune", "someone")
         self.store.files.add(file_id, "someone", "plan", purpose="fine-tune", num_bytes=num_bytes, path=path)
         config = {"datasets": [{"data_path": file_id}]}
-        new = NewJob("someone", "dve-demo", file_id, config, 0, is_dry_run=is_dry_run, priority=priority)
-        return self.store.jobs.create(new)[0].id
+        chosen: dict[str, Any] = {"is_dry_run": is_dry_run, "priority": priority, "num_gpus": num_gpus}
+        return self.store.jobs.create(NewJob("someone", "dve-demo", file_id, config, 0, **chosen))[0].id
+
+    def set_gpus(self, *free_gib: int) -> None:
+        """What nvidia-smi tells from now on, to workers that start and to those that run: GPUs of 80 GiB."""
+        folder = self.folder / "programs"
+        folder.mkdir(exist_ok=True)
+        lines = "".join(f"{index}, {80 * 1024}, {free * 1024}\\n" for index, free in enumerate(free_gib))
+        made = folder / "nvidia-smi.new"
+        made.write_text(f"#!/bin/sh\nprintf '{lines}'\n")
+        made.chmod(0o755)
+        made.rename(folder / "nvidia-smi")
 
     def worker(self, *, lease: float = LEASE_SECONDS, once: bool = False, poll: float = 0.05, **flags: Any) -> Worker:
         """A worker's process; its log lies beside the data."""
         log = str(self.folder / f"worker-{len(self.workers)}.log")
-        pid = self._nursery.ask(data_dir=str(self.data_dir), lease=lease, log=log, flags=flags, once=once, poll=poll)
+        wanted = {
+            "data_dir": str(self.data_dir),
+            "lease": lease,
+            "log": log,
+            "flags": flags,
+            "once": once,
+            "poll": poll,
+        }
+        pid = self._nursery.ask(**wanted, programs=str(self.folder / "programs"))
         self.workers.append(Worker(self._nursery, pid))
         return self.workers[-1]
 

@@ -1,7 +1,8 @@
 """Workers with the stand-in trainer in the place of the real one, forked from a process that has imported everything.
 
-Reads a JSON object a line: {"data_dir", "lease", "log", "flags", "once"} starts a worker and is answered with its pid,
-{"wait": pid} with its exit code. Importing takes seconds on a busy machine, and a kill matrix starts many workers.
+Reads a JSON object a line: {"data_dir", "lease", "log", "flags", "once", "poll", "programs"} starts a worker and is
+answered with its pid, {"wait": pid} with its exit code. Importing takes seconds on a busy machine, and a kill matrix
+starts many workers.
 """
 
 import json
@@ -18,6 +19,7 @@ HERE = Path(__file__).parent
 PROGRAMS = Programs(
     train=(sys.executable, str(HERE / "standin_trainer.py")),
     check=(sys.executable, str(HERE / "standin_check.py")),
+    fit=(sys.executable, str(HERE / "standin_fit.py")),
     publish=(sys.executable, str(HERE / "standin_publish.py")),
 )
 
@@ -33,10 +35,12 @@ def run(wanted: dict[str, Any]) -> int:
         programs=PROGRAMS,
         poll_seconds=wanted["poll"],
         backoff_seconds=(0.1, 0.3),
+        recheck_seconds=0.2,
     )
 
 
 def start(wanted: dict[str, Any]) -> int:
+    """programs: a folder whose programs are found before the system's own."""
     pid = os.fork()
     if pid:
         return pid
@@ -44,6 +48,7 @@ def start(wanted: dict[str, Any]) -> int:
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
+    os.environ["PATH"] = os.pathsep.join([wanted["programs"], os.environ["PATH"]])
     code = 70
     try:
         code = run(wanted)
