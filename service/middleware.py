@@ -21,6 +21,7 @@ from model_core.errors import DualVisionError, OverloadedError
 from service.errors import RequestTooLargeError, SlowClientError, error_response
 from service.logs import log_failure, log_fields, request_id_var
 from service.metrics import Metrics
+from service.request_limits import RequestLimits
 from service.waiting import WaitingBody, WaitingBytes
 
 _VALID_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
@@ -95,15 +96,13 @@ class BodyLimit:
         self,
         app: ASGIApp,
         *,
-        max_body_bytes: int,
-        max_upload_bytes: int,
+        limits: RequestLimits,
         waiting: WaitingBytes,
         metrics: Metrics,
-        body_seconds: float,
     ) -> None:
-        self._app, self._max_body_bytes, self._waiting, self._metrics = app, max_body_bytes, waiting, metrics
-        self._max_upload_bytes = max_upload_bytes + _FORM_BYTES
-        self._body_seconds = body_seconds
+        self._app, self._max_body_bytes, self._waiting, self._metrics = app, limits.max_body_bytes, waiting, metrics
+        self._max_upload_bytes = limits.max_upload_bytes + _FORM_BYTES
+        self._body_seconds = limits.body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

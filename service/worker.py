@@ -1,7 +1,7 @@
 """The composition root of the worker: settings -> store, devices, programs -> a loop that trains jobs.
 
-In: `Settings`. Out: an exit code: 0 after a drain, 2 for what the user can put right. No torch and no CUDA in this
-process: trainers are subprocesses, so that none of their crashes is the worker's.
+In: settings of the worker and of the jobs. Out: an exit code: 0 after a drain, 2 for what the user can put right. No
+torch and no CUDA in this process: trainers are subprocesses, so that none of their crashes is the worker's.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from prometheus_client import start_http_server
 
-from service.jobs.store import open_store
+from service.jobs.store import store_of
 from service.logs import configure_logs, logger
 from service.metrics import TrainingMetrics
-from service.settings import Settings
+from service.settings import JobSettings, WorkerSettings
 from service.supervisor.devices import Device, LockFolder, parse_devices
 from service.supervisor.job_run import RunContext, RunLimits
 from service.supervisor.lease_keeper import StoreThreads
@@ -28,8 +28,8 @@ _READER = ("model_core.cli.data", "model_core.training.data.scan", "model_core.t
 
 
 def work(
-    settings: Settings, *, once: bool = False, programs: Programs | None = None, poll_seconds: float = 0.25,
-    backoff_seconds: tuple[float, float] = (2.0, 300.0), recheck_seconds: float = 30.0,
+    settings: WorkerSettings, jobs: JobSettings, *, once: bool = False, programs: Programs | None = None,
+    poll_seconds: float = 0.25, backoff_seconds: tuple[float, float] = (2.0, 300.0), recheck_seconds: float = 30.0,
 ) -> int:  # fmt: skip
     """Train until a signal; with `once` until nothing waits.
 
@@ -42,12 +42,8 @@ def work(
     """
     configure_logs(settings.log_format, settings.log_level)
     devices = parse_devices(settings.worker_devices, settings.worker_concurrency)
-    data_dir = settings.data_dir.absolute()
-    url = settings.database_url
-    store = open_store(
-        None if url is None else url.get_secret_value(), data_dir,
-        lease_seconds=settings.job_lease_seconds, max_attempts=settings.job_max_attempts,
-    )  # fmt: skip
+    data_dir = jobs.data_dir.absolute()
+    store = store_of(jobs)
     metrics = TrainingMetrics()
     _show_metrics(settings, metrics)
     with ThreadPoolExecutor(_THREADS_PER_DEVICE * (len(devices) + 1), "store") as pool:
@@ -59,7 +55,7 @@ def work(
             niceness=_niceness(settings, devices),
         )  # fmt: skip
         context = RunContext(
-            store, call, workshop, metrics, data_dir / "jobs", max_attempts=settings.job_max_attempts, limits=limits
+            store, call, workshop, metrics, data_dir / "jobs", max_attempts=jobs.job_max_attempts, limits=limits
         )
         # A worker that ends with its work needs nobody who waits for more.
         warm = None if once else WarmReader(_READER, limits.niceness)
@@ -72,7 +68,7 @@ def work(
             store.close()
 
 
-def _show_metrics(settings: Settings, metrics: TrainingMetrics) -> None:
+def _show_metrics(settings: WorkerSettings, metrics: TrainingMetrics) -> None:
     if not settings.worker_metrics_port:
         return
     try:
@@ -84,6 +80,6 @@ def _show_metrics(settings: Settings, metrics: TrainingMetrics) -> None:
         )  # fmt: skip
 
 
-def _niceness(settings: Settings, devices: tuple[Device, ...]) -> int:
+def _niceness(settings: WorkerSettings, devices: tuple[Device, ...]) -> int:
     """A trainer on a GPU needs its processor when the GPU is done; only on processors it stands back."""
     return settings.worker_nice if all(device.gpu is None for device in devices) else 0

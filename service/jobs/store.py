@@ -28,7 +28,7 @@ from service.jobs.database import Database, open_database
 from service.jobs.leases import Leases
 from service.jobs.ledger import Ledger
 from service.jobs.records import FileRows, ModelRows, WorkerRows
-from service.settings import Settings
+from service.settings import JobSettings
 
 DEFAULT_LEASE_SECONDS = 30.0
 DEFAULT_MAX_ATTEMPTS = 3
@@ -59,8 +59,8 @@ class Store:
         self.database.close()
 
 
-def store_of(settings: Settings) -> Store:
-    """The store that a server's or a worker's settings name. Raises ConfigError, StoreUnavailableError."""
+def store_of(settings: JobSettings) -> Store:
+    """The store that the settings of the jobs name. Raises ConfigError, StoreUnavailableError."""
     url = settings.database_url
     return open_store(
         url.get_secret_value() if url else None,

@@ -22,6 +22,7 @@ from service.media import MediaSource, is_remote
 from service.messages import image_references, to_messages
 from service.metrics import Metrics
 from service.protocol.content import Message
+from service.request_limits import RequestLimits
 from service.settings import Settings
 from service.streaming import until_disconnect
 from service.waiting import WaitingBody, WaitingBytes
@@ -36,6 +37,7 @@ class AppParts:
     """What the routes work with; made once by create_app, reached through the request."""
 
     settings: Settings
+    request_limits: RequestLimits
     client: EngineClient
     models: HotModels
     metrics: Metrics

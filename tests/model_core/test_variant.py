@@ -307,7 +307,7 @@ def test_moving_moves(base: Loaded) -> None:
 
 
 def test_a_run_of_a_pair_is_published_on_the_pair(tmp_path: Path) -> None:
-    """A pair has no manifest; what it is is in its files, so that the server that combined them knows its own variants."""
+    """A pair has no manifest; its name is of its files, so that a server that combined them knows its variants."""
     save_qwen(tmp_path / "q")
     save_dinov2(tmp_path / "d")
     base, again = (combine_checkpoints(tmp_path / "q", tmp_path / "d") for _ in range(2))

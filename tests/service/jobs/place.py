@@ -24,7 +24,8 @@ import openai
 from PIL import Image
 
 from service.main import ModelLoader
-from service.settings import Settings
+from service.request_limits import RequestLimits
+from service.settings import JobSettings, Settings
 from tests.model_core import tiny
 from tests.service.conftest import LiveServer, run_server
 from tests.service.fakes import FakeEngine
@@ -116,8 +117,9 @@ class Place:
 def open_place(folder: Path, kind: type[Any] = openai.OpenAI, database_url: str | None = None) -> Iterator[Place]:
     """A server that has loaded its pair; no worker yet."""
     settings: dict[str, Any] = {**save_pair(folder / "base"), "data_dir": folder / "data"}
+    chosen = Settings(**settings)
+    loader = ModelLoader(chosen, RequestLimits.from_settings(chosen, JobSettings()))
     settings |= {"database_url": database_url, "job_lease_seconds": LEASE_SECONDS}
-    loader = ModelLoader(Settings(**settings))
     (folder / "data").mkdir()
 
     def worker() -> subprocess.Popen[bytes]:

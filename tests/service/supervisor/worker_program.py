@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from service.settings import load_settings
+from service.settings import load_worker_settings
 from service.supervisor.workshop import Programs
 from service.worker import work
 
@@ -30,7 +30,7 @@ def run(wanted: dict[str, Any]) -> int:
         "worker_metrics_port": 0, "worker_nice": 0, "log_format": "json", **wanted["flags"],
     }  # fmt: skip
     return work(
-        load_settings(flags),
+        *load_worker_settings(flags),
         once=wanted["once"],
         programs=PROGRAMS,
         poll_seconds=wanted["poll"],
