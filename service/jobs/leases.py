@@ -211,7 +211,7 @@ class Leases:
     def postponed(self, lease: Lease, message: str, delay_seconds: float) -> Job:
         """It does not fit the device yet. Nothing was started: no attempt is counted, and nobody claims it before."""
         with self._database.write() as connection:
-            job = self._held(connection, lease)
+            job = self._held(connection, lease, "running")
             job = change(connection, job, attempts_left=self._max_attempts, attempt=job.attempt - 1)
             return self._let_go(connection, job, message, delay_seconds)
 

@@ -31,17 +31,19 @@ from service.supervisor.process import Launch, TrainerProcess
 from service.supervisor.progress import Progress
 from service.supervisor.verdict import Verdict, backoff_seconds, judge, of_os_error, of_refusal
 
-#: How late an event may be; each time it wakes there is a transaction.
-_TAIL_SECONDS = 0.5
 _LOCK_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class RunLimits:
-    """grace_seconds: from the request to save until the kill. watch_seconds: between two looks at what people want."""
+    """grace_seconds: from the request to save until the kill. watch_seconds: between two looks at what people want.
+    tail_seconds: between two looks at what the trainer told; each is a transaction, and an event may be so late.
+    recheck_seconds: until a job that lacks memory is tried again.
+    """
 
     grace_seconds: float = 120.0
     watch_seconds: float = 1.0
+    tail_seconds: float = 0.5
     backoff_base_seconds: float = 2.0
     backoff_limit_seconds: float = 300.0
     recheck_seconds: float = 30.0
@@ -241,7 +243,7 @@ class JobRun:
         while process.exit_code is None:
             await self._progress.read(events)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), _TAIL_SECONDS)
+                await asyncio.wait_for(process.wait(), self._context.limits.tail_seconds)
         await self._progress.read(events)
 
     async def _watch(self, process: TrainerProcess) -> None:

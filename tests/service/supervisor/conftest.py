@@ -99,7 +99,10 @@ class Bench:
         made.chmod(0o755)
         made.rename(folder / "nvidia-smi")
 
-    def worker(self, *, lease: float = LEASE_SECONDS, once: bool = False, poll: float = 0.05, **flags: Any) -> Worker:
+    def worker(
+        self, *, lease: float = LEASE_SECONDS, once: bool = False, poll: float = 0.05, is_hasty: bool = True,
+        **flags: Any,
+    ) -> Worker:  # fmt: skip
         """A worker's process; its log lies beside the data."""
         log = str(self.folder / f"worker-{len(self.workers)}.log")
         wanted = {
@@ -110,7 +113,7 @@ class Bench:
             "once": once,
             "poll": poll,
         }
-        pid = self._nursery.ask(**wanted, programs=str(self.folder / "programs"))
+        pid = self._nursery.ask(**wanted, is_hasty=is_hasty, programs=str(self.folder / "programs"))
         self.workers.append(Worker(self._nursery, pid))
         return self.workers[-1]
 
@@ -192,6 +195,6 @@ def bench(tmp_path: Path, nursery: Nursery) -> Iterator[Bench]:
 def served(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Iterator[Bench]:
     """A bench with one worker of three slots, for all tests of a module."""
     made = Bench(tmp_path_factory.mktemp("served"), nursery)
-    made.worker(worker_concurrency=3, job_max_attempts=2, worker_grace_seconds=2)
+    made.worker(worker_concurrency=3, job_max_attempts=2, worker_grace_seconds=1)
     yield made
     made.end()

@@ -1,8 +1,8 @@
 """Workers with the stand-in trainer in the place of the real one, forked from a process that has imported everything.
 
-Reads a JSON object a line: {"data_dir", "lease", "log", "flags", "once", "poll", "programs"} starts a worker and is
-answered with its pid, {"wait": pid} with its exit code. Importing takes seconds on a busy machine, and a kill matrix
-starts many workers.
+Reads a JSON object a line: {"data_dir", "lease", "log", "flags", "once", "poll", "is_hasty", "programs"} starts one and
+is answered with its pid, {"wait": pid} with its exit code. Importing takes seconds on a busy machine, and a kill
+matrix starts many workers. Hasty ones look more often than users' do, so that tests wait less.
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from service.settings import load_worker_settings
+from service.supervisor.job_run import RunLimits
 from service.supervisor.workshop import Programs
 from service.worker import work
 
@@ -21,6 +22,10 @@ PROGRAMS = Programs(
     check=(sys.executable, str(HERE / "standin_check.py")),
     fit=(sys.executable, str(HERE / "standin_fit.py")),
     publish=(sys.executable, str(HERE / "standin_publish.py")),
+)
+
+LIMITS = RunLimits(
+    watch_seconds=0.1, tail_seconds=0.1, backoff_base_seconds=0.1, backoff_limit_seconds=0.3, recheck_seconds=0.2
 )
 
 
@@ -34,8 +39,7 @@ def run(wanted: dict[str, Any]) -> int:
         once=wanted["once"],
         programs=PROGRAMS,
         poll_seconds=wanted["poll"],
-        backoff_seconds=(0.1, 0.3),
-        recheck_seconds=0.2,
+        limits=LIMITS if wanted["is_hasty"] else RunLimits(),
     )
 
 
