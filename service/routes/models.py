@@ -35,7 +35,7 @@ async def load_model(model_id: str, request: Request, parts: Parts) -> ModelCard
     try:
         model = parts.models.published_as(model_id)
     except ModelNotFoundError:
-        if not await parts.publish_checkpoint(model_id):
+        if not await parts.publish_checkpoint(request, model_id):
             raise
         model = parts.models.published_as(model_id)
     if model is not None:

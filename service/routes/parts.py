@@ -59,7 +59,8 @@ class AppParts:
         try:
             found = self.models.find(name)
         except ModelNotFoundError:
-            if name is None or not await self.publish_checkpoint(name):
+            give_back()
+            if name is None or not await self.publish_checkpoint(request, name):
                 raise
             found = self.models.find(name)
         if isinstance(found, Member):
@@ -68,10 +69,15 @@ class AppParts:
         with self.client.admit() as admission:
             return await until_disconnect(request, admission.wait(self.models.load(found)))
 
-    async def publish_checkpoint(self, name: str) -> bool:
-        """Whether this name, or the one before its `@`, is a job's checkpoint that nobody had asked for yet."""
+    async def publish_checkpoint(self, request: Request, name: str) -> bool:
+        """Whether this name, or the one before its `@`, is a job's checkpoint that nobody had asked for yet.
+
+        Raises CheckpointError, StorageFullError.
+        """
         model_id = name_without_arm(name)
-        return CHECKPOINT_MARK in model_id and await self.checkpoints.publish(model_id)
+        if CHECKPOINT_MARK not in model_id:
+            return False
+        return await until_disconnect(request, self.checkpoints.publish(model_id))
 
     async def read_messages(
         self, admission: Admission, messages: Sequence[Message], body: WaitingBody, caller: Caller

@@ -110,6 +110,8 @@ async def work_under(keeper: LeaseKeeper, work: Coroutine[Any, Any, None], end_c
         for task in tasks:
             task.cancel()
         ends = await asyncio.gather(*tasks, return_exceptions=True)
+    if ends[0] is None:
+        return  # settled; a renewal that was on its way then found no lease any more
     for end in ends:
         if isinstance(end, LeaseLostError):
             log_fields(logging.WARNING, "dropped out of the job", reason=str(end))

@@ -184,7 +184,7 @@ def test_an_error_is_the_last_event(corpus: Path, tmp_path: Path) -> None:
 def test_a_run_begins_from_another_ones_step_with_its_adapters_folded_in(corpus: Path, tmp_path: Path) -> None:
     """A step's folder holds the model without its adapters, which lie beside it: as a model it had learnt nothing."""
     out = tmp_path / "run"
-    assert run(corpus, out, "--set", 'lora={"llm": {"r": 2}}', "--set", "training_mode=llm_only") == 0
+    assert run(corpus, out, "--set", 'lora={"llm": {"rank": 2}}', "--set", "training_mode=llm_only") == 0
     last = load_checkpoint(out / "final").model.state_dict()
     recipe = parse_config({"model": str(corpus / "model"), "start_from": str(out / "step-4"), "device": "cpu"})
     begun = train.load_for_training(recipe).model.state_dict()

@@ -84,7 +84,7 @@ class Place:
         self.workers.append(self._worker())
         return self.workers[-1]
 
-    async def until(self, job_id: str, is_so: Callable[[Any], bool], seconds: float = 240.0) -> Any:
+    async def until(self, job_id: str, is_so: Callable[[Any], bool], seconds: float = 600.0) -> Any:
         """The job, once it is so."""
         end = time.monotonic() + seconds
         while not is_so(job := await self.call(self.jobs.retrieve, job_id)):

@@ -11,6 +11,9 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from openai.types import FileObject, Model
+from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
+from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 
 from model_core.published import folder_name, promote
 from model_core.training.config import TRAINING_MODES, parse_config
@@ -358,3 +361,32 @@ def test_odd_texts_are_refused_or_kept_alike_on_both(served: Served) -> None:
     store.leases.append_events(player.held.lease, [NewEvent(0, 1, "step", "a\0b", data)])
     event = live.openai.fine_tuning.jobs.list_events(job.id).data[0]
     assert (event.message, event.data["loss"], event.data["list"]) == ("ab", None, [None, 1.5])
+
+
+def check_shape(kind: type[openai.BaseModel], raw: dict) -> None:
+    """By the client's own types, which it does not check itself; and no field of theirs is absent, however empty."""
+    kind.model_validate(raw, strict=True)
+    assert {field.alias or name for name, field in kind.model_fields.items()} - set(raw) == set()
+
+
+def test_objects_have_every_field_of_the_clients_types(served: Served) -> None:
+    live, store = served
+    file_id = upload(live.openai)
+    check_shape(FileObject, live.http.get(f"/v1/files/{file_id}").json())
+    job = create(live.openai, file_id, suffix="x", metadata={"a": "b"})
+    check_shape(FineTuningJob, live.http.get(f"{JOBS}/{job.id}").json())
+    player = Player(store)
+    player.start()
+    player.steps(1)
+    player.checkpoint()
+    check_shape(FineTuningJob, live.http.get(f"{JOBS}/{job.id}").json())
+    store.leases.fail(player.held.lease, {"code": "nan_loss", "message": "NaN", "param": None})
+    ended = live.http.get(f"{JOBS}/{job.id}").json()
+    check_shape(FineTuningJob, ended)
+    assert ended["status"] == "failed" and set(ended["error"]) == {"code", "message", "param"}
+    for path, kind in (("events", FineTuningJobEvent), ("checkpoints", FineTuningJobCheckpoint)):
+        page = live.http.get(f"{JOBS}/{job.id}/{path}").json()
+        assert page["object"] == "list" and page["has_more"] is False and page["data"]
+        for raw in page["data"]:
+            check_shape(kind, raw)
+    Model.model_validate(live.http.get(f"/v1/models/{MODEL}").json(), strict=True)

@@ -19,6 +19,8 @@ import pytest
 from service.jobs.files import FileFolder
 from service.jobs.job import Job, JobEvent, NewJob
 from service.jobs.store import Store, open_store
+from tests.service.jobs.conftest import cluster as cluster
+from tests.service.jobs.postgres import Cluster
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = Path(__file__).with_name("worker_program.py")
@@ -72,10 +74,11 @@ class Worker:
 class Bench:
     """What a test of the worker works with."""
 
-    def __init__(self, folder: Path, nursery: Nursery) -> None:
-        self.data_dir = folder / "data"
+    def __init__(self, folder: Path, nursery: Nursery, database_url: str | None = None) -> None:
+        self.data_dir, self.database_url = folder / "data", database_url
         self.folder, self._nursery = folder, nursery
-        self.store: Store = open_store(None, self.data_dir)
+        # Until its files are read a job has as many attempts as this store says, later as many as the worker's settings.
+        self.store: Store = open_store(database_url, self.data_dir, max_attempts=200)
         self.files = FileFolder(self.data_dir)
         self.workers: list[Worker] = []
         self._numbers = itertools.count()
@@ -105,6 +108,8 @@ class Bench:
     ) -> Worker:  # fmt: skip
         """A worker's process; its log lies beside the data."""
         log = str(self.folder / f"worker-{len(self.workers)}.log")
+        if self.database_url is not None:
+            flags["database_url"] = self.database_url
         wanted = {
             "data_dir": str(self.data_dir),
             "lease": lease,
@@ -126,14 +131,14 @@ class Bench:
     def steps(self, job_id: str) -> list[int]:
         return [event.global_step for event in self.events(job_id) if event.kind == "step"]
 
-    def until(self, is_so: Callable[[], bool], seconds: float = 30.0) -> None:
+    def until(self, is_so: Callable[[], bool], seconds: float = 90.0) -> None:
         end = time.monotonic() + seconds
         while not is_so():
             if time.monotonic() > end:
                 raise TimeoutError(self.logs())
             time.sleep(0.01)
 
-    def until_status(self, job_id: str, *statuses: str, seconds: float = 30.0) -> Job:
+    def until_status(self, job_id: str, *statuses: str, seconds: float = 90.0) -> Job:
         self.until(lambda: self.job(job_id).status in statuses, seconds)
         return self.job(job_id)
 
@@ -187,6 +192,13 @@ def nursery() -> Iterator[Nursery]:
 @pytest.fixture
 def bench(tmp_path: Path, nursery: Nursery) -> Iterator[Bench]:
     made = Bench(tmp_path, nursery)
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def postgres_bench(tmp_path: Path, nursery: Nursery, cluster: Cluster) -> Iterator[Bench]:
+    made = Bench(tmp_path, nursery, cluster.new_database())
     yield made
     made.end()
 
