@@ -12,7 +12,6 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ _RELEVANT = (
     "vocab.json", "merges.txt",
 )  # fmt: skip
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_THREADS = 4
 
 
 def of_manifest(manifest: Manifest) -> str:
@@ -43,10 +41,8 @@ def of_files(name: str | Path, **hub: Any) -> str:
             folder = Path(snapshot_download(str(name), local_files_only=True, **where))
         except (LocalEntryNotFoundError, HFValidationError, OSError, ValueError):
             return ""
-    files = sorted(path for path in folder.iterdir() if path.name.endswith(_RELEVANT) and path.is_file())
-    # Hashing lets go of the interpreter's lock, and the shards of a large model are many.
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return _digest(dict(zip((path.name for path in files), pool.map(_sha256, files), strict=True)))
+    files = [path for path in folder.iterdir() if path.name.endswith(_RELEVANT) and path.is_file()]
+    return _digest({path.name: _sha256(path) for path in files})
 
 
 def of_parts(parts: Sequence[str], settings: Mapping[str, Any]) -> str:

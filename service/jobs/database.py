@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ class Database:
             event.listen(self._engine, "connect", _prepare_sqlite)
             event.listen(self._engine, "begin", _begin_sqlite)
         self._writing = self._engine.execution_options(dve_begin="BEGIN IMMEDIATE")
-        self._own_turn = threading.Lock()
+        self._next, self._own_turn = threading.Lock(), threading.Lock()
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
@@ -65,12 +66,18 @@ class Database:
         """Of SQLite's writers in this process.
 
         SQLite itself lets who waits look again every tenth of a second: a worker that took over a job and wrote one
-        thing after another kept its own renewals out until its lease was over. A lock wakes who waits for it.
+        thing after another kept its own renewals out until its lease was over. Of two locks the first is held by
+        whoever comes next, so that who has just written can't come before him.
         """
         if not self.is_sqlite:
             yield
             return
-        if not self._own_turn.acquire(timeout=_BUSY_SECONDS):
+        give_up_at = time.monotonic() + _BUSY_SECONDS
+        has_turn = False
+        if self._next.acquire(timeout=_BUSY_SECONDS):
+            has_turn = self._own_turn.acquire(timeout=max(give_up_at - time.monotonic(), 0.0))
+            self._next.release()
+        if not has_turn:
             raise StoreUnavailableError("the database does not answer (another write does not end)")
         try:
             yield

@@ -67,8 +67,9 @@ class LeaseKeeper:
     async def keep(self) -> None:
         """Renews until it can't. Raises LeaseLostError, at the latest when `remaining_seconds` has run out."""
         while True:
-            pause = min(self.lease.seconds / RENEWALS_PER_LEASE, max(self.remaining_seconds, 0.0))
-            await asyncio.sleep(pause)
+            # From when the last one was sent: what a slow store took of the lease is not waited for again.
+            due_in = self.renewed_at + self.lease.seconds / RENEWALS_PER_LEASE - time.monotonic()
+            await asyncio.sleep(min(max(due_in, 0.0), max(self.remaining_seconds, 0.0)))
             sent_at = time.monotonic()
             try:
                 async with asyncio.timeout(self.remaining_seconds):

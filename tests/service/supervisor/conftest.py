@@ -77,7 +77,7 @@ class Bench:
     def __init__(self, folder: Path, nursery: Nursery, database_url: str | None = None) -> None:
         self.data_dir, self.database_url = folder / "data", database_url
         self.folder, self._nursery = folder, nursery
-        # Until its files are read a job has as many attempts as this store says, later as many as the worker's settings.
+        # Until its files are read a job has as many attempts as this says, then as many as the worker's settings.
         self.store: Store = open_store(database_url, self.data_dir, max_attempts=200)
         self.files = FileFolder(self.data_dir)
         self.workers: list[Worker] = []

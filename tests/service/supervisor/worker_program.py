@@ -25,7 +25,7 @@ PROGRAMS = Programs(
 )
 
 LIMITS = RunLimits(
-    watch_seconds=0.1, tail_seconds=0.1, backoff_base_seconds=0.1, backoff_limit_seconds=0.3, recheck_seconds=0.2
+    watch_seconds=0.1, tail_seconds=0.1, backoff_base_seconds=0.1, backoff_limit_seconds=0.3, recheck_seconds=1.0
 )
 
 
