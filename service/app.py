@@ -43,7 +43,6 @@ from service.keys import KeyRing
 from service.limits import KeyLimits
 from service.logs import log_failure, request_id_var
 from service.media import MediaLimits, MediaSource
-from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestScope
 from service.preflight import Preflight
 from service.protocol.chat import ChatCompletionRequest
@@ -54,6 +53,8 @@ from service.request_limits import RequestLimits
 from service.routes import chat, files, fine_tuning, fusion, health, job_events, models
 from service.routes.parts import AppParts, parts_of
 from service.settings import JobSettings, Settings
+from service.store_watch import StoreWatch
+from service.tracing.span import Tracer
 from service.uploads import UploadStore
 from service.waiting import WaitingBytes
 
@@ -75,27 +76,28 @@ _BODIES: Mapping[str, type[BaseModel]] = {
 def create_app(
     settings: Settings,
     client: EngineClient,
-    metrics: Metrics,
     keys: KeyRing,
     store: Store,
     hot_models: HotModels,
     *,
     jobs: JobSettings,
     request_limits: RequestLimits,
+    tracer: Tracer | None = None,
     now: Callable[[], float] = time.time,
     clock: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
-    """`now`: the wall clock of `created` fields. `clock`: that of the limits.
+    """`tracer`: none records nothing. `now`: the wall clock of `created` fields. `clock`: that of the limits.
 
     The client must not have been started; the store is closed at the end. Raises ConfigError.
     """
-    folder = FileFolder(jobs.data_dir)
+    folder, metrics = FileFolder(jobs.data_dir), client.metrics
+    watch = StoreWatch(store, jobs.data_dir, metrics.store)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         client.start()
         hot_models.start()
-        async with _kept_in_order(store, folder, jobs.event_retention_days):
+        async with _kept_in_order(store, folder, watch, jobs.event_retention_days):
             yield
             await client.stop()
             await hot_models.stop()
@@ -107,11 +109,9 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
     )
-    waiting = WaitingBytes(request_limits.max_waiting_bytes)
+    waiting, media = WaitingBytes(request_limits.max_waiting_bytes), _media(settings, request_limits, folder, now)
     desk = JobDesk(settings, store, folder, Preflight(settings.device), hot_models.published_as)
-    media = _media(settings, request_limits, folder, now)
-    checkpoints = CheckpointPublisher(store, settings.data_dir)
-    history = FusionHistory()
+    history, checkpoints = FusionHistory(), CheckpointPublisher(store, settings.data_dir)
     app.state.parts = AppParts(
         settings, request_limits, client, hot_models, metrics, history, waiting, media, desk, checkpoints, now
     )
@@ -128,7 +128,7 @@ def create_app(
         host_name=settings.host,
         routes=[route for router in routers for route in router.routes],
     )
-    app.add_middleware(RequestScope, metrics=metrics)
+    app.add_middleware(RequestScope, metrics=metrics, tracer=tracer)
     for router in routers:
         app.include_router(router)
     _shape_errors(app)
@@ -137,9 +137,11 @@ def create_app(
 
 
 @asynccontextmanager
-async def _kept_in_order(store: Store, folder: FileFolder, event_retention_days: float) -> AsyncGenerator[None, None]:
+async def _kept_in_order(
+    store: Store, folder: FileFolder, watch: StoreWatch, event_retention_days: float
+) -> AsyncGenerator[None, None]:
     """Housekeeping beside the server; at the end the store is closed."""
-    keeping = asyncio.create_task(keep_house(store, folder, event_retention_days * 24 * 3600))
+    keeping = asyncio.create_task(keep_house(store, folder, watch, event_retention_days * 24 * 3600))
     try:
         yield
     finally:

@@ -1,7 +1,8 @@
 """What a store needs done from time to time, by whichever server runs: nobody's job waits for a worker to do it.
 
-In: the store and the folder of files. Out: jobs of lost workers settled, files and events past their time gone. A store
-that does not answer is asked again later. It decides nothing about a job that a lease still covers.
+In: the store, the folder of files, what measures both. Out: jobs of lost workers settled, files and events past their
+time gone, gauges set. A store that does not answer is asked again later. It decides nothing about a job that a lease
+still covers.
 """
 
 from __future__ import annotations
@@ -16,18 +17,22 @@ from model_core.errors import DualVisionError
 from service.jobs.files import FileFolder
 from service.jobs.store import Store
 from service.logs import log_fields
+from service.store_watch import StoreWatch
 
 _PURGE_SECONDS = 60.0
 _WORKER_SECONDS = 24 * 3600.0
 _JOBS_AT_ONCE = 500
 
 
-async def keep_house(store: Store, folder: FileFolder, event_retention_seconds: float) -> None:
+async def keep_house(
+    store: Store, folder: FileFolder, watch: StoreWatch, event_retention_seconds: float
+) -> None:  # fmt: skip
     """Runs until it is cancelled."""
     every = min(max(store.leases.lease_seconds / 6, 0.1), 5.0)
     clock, next_purge = asyncio.get_running_loop().time, 0.0
     while True:
         try:
+            await asyncio.to_thread(watch.look)
             if count := await asyncio.to_thread(store.leases.reap):
                 log_fields(logging.WARNING, "settled jobs of lost workers", count=count)
             if clock() >= next_purge:

@@ -36,12 +36,17 @@ _BASE_KEYS = ("model", "qwen_model_name", "dinov2_model_name")
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """How a job was asked for: by whom, with which key and hash, and whether the client says it asked before."""
+    """How a job was asked for: by whom, with which key and hash, and whether the client says it asked before.
+
+    request_id, traceparent: of the request, for the worker's log and traces.
+    """
 
     caller: Caller
     body_hash: str
     idempotency_key: str | None
     is_retry: bool
+    request_id: str = ""
+    traceparent: str = ""
 
 
 def hash_body(raw: bytes) -> str:
@@ -110,6 +115,8 @@ class JobDesk:
             body_hash=asking.body_hash if asking else "",
             idempotency_key=asking.idempotency_key if asking else None,
             is_retry=asking.is_retry if asking else False,
+            request_id=asking.request_id if asking else "",
+            traceparent=asking.traceparent if asking else "",
         )
         return new, recipe
 

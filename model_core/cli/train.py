@@ -56,6 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
                         help="end with fused against unfused on held-out data, with intervals and costs")  # fmt: skip
     parser.add_argument("--dry_run", "--dry-run", action="store_true",
                         help="check recipe, model and data, print the table, and train nothing")  # fmt: skip
+    parser.add_argument("--peak_tflops", "--peak-tflops", type=float, metavar="N",
+                        help="the device's dense peak, to show MFU (default: by its name, if known)")  # fmt: skip
     parser.add_argument("--events-fd", type=int, metavar="N", help="for a supervisor: events go to this open file")
     parser.add_argument("--control-fd", type=int, metavar="N", help="for a supervisor: commands come from this one")
     return parser
@@ -85,6 +87,8 @@ def _is_final(error: DualVisionError) -> bool:
 
 
 def _run(args: argparse.Namespace, pipe: EventPipe) -> int:
+    if args.peak_tflops is not None and not args.peak_tflops > 0:
+        raise ConfigError("--peak_tflops is out of range", value=args.peak_tflops, allowed="above 0")
     config = load_config(args.config, args.overrides)
     config = config.with_freeze(args.training_mode, {name: True for flag, name in FLAGS.items() if getattr(args, flag)})
     control = Control(args.control_fd)
@@ -92,14 +96,22 @@ def _run(args: argparse.Namespace, pipe: EventPipe) -> int:
     # torch is imported from here on: a wrong recipe is told at once.
     from model_core.checkpoint import quiet_unless_terminal
     from model_core.training.data.source import build_source
+    from model_core.training.trainer import DualVisionTrainer
 
     quiet_unless_terminal()
+    if args.verdict:
+        from model_core.cli.verdict import require_floor
+
+        require_floor(config)
     loaded = load_for_training(config)
     fmt = _input_format(loaded)
     source = build_source(config, fmt, split="train")
     val = build_source(config, fmt, split="val") if config.val_data_path else None
     display = Display(sys.stdout)
-    trainer = _trainer(config, loaded, source, val, (display, pipe), writes=not args.dry_run)
+    hooks = _hooks(config, loaded, (display, pipe), answers=val is not None, peak_tflops=args.peak_tflops)
+    trainer = DualVisionTrainer(
+        loaded.model, source, val, config, processor=loaded.processor, hooks=hooks, write=not args.dry_run
+    )
     if args.dry_run:
         print(trainer.table.render())
         print(f"{trainer.curriculum.total_steps} steps in {len(trainer.curriculum.stages)} stages; nothing was trained")
@@ -152,17 +164,30 @@ def _input_format(loaded: Loaded) -> Any:
     return InputFormat.of(loaded.processor, loaded.model.model.mrope_layout)
 
 
-def _trainer(
-    config: TrainConfig, loaded: Loaded, source: Any, val: Any, listeners: tuple[Any, ...], *, writes: bool
-) -> DualVisionTrainer:
+def _hooks(
+    config: TrainConfig, loaded: Loaded, listeners: tuple[Any, ...], *, answers: bool, peak_tflops: float | None
+) -> RunHooks:
+    from model_core.analysis.flops import tower_flops
     from model_core.cli.answers import answerer
     from model_core.training.hooks import RunHooks
-    from model_core.training.trainer import DualVisionTrainer
 
-    hooks: RunHooks = RunHooks(
-        listeners=(*listeners, *_loggers(config)), clock=time.perf_counter, answer=answerer(loaded) if val else None
-    )
-    return DualVisionTrainer(loaded.model, source, val, config, processor=loaded.processor, hooks=hooks, write=writes)
+    return RunHooks(
+        listeners=(*listeners, *_loggers(config)), clock=time.perf_counter,
+        answer=answerer(loaded) if answers else None, tower_flops=tower_flops,
+        peak_flops_per_second=_peak(loaded, peak_tflops),
+    )  # fmt: skip
+
+
+def _peak(loaded: Loaded, tera: float | None) -> float | None:
+    """What MFU is a share of: what the user says, or what is known of the card; nothing is said of others."""
+    import torch
+
+    from model_core.analysis.peaks import peak_flops_per_second
+
+    if tera is not None:
+        return tera * 1e12
+    device = loaded.model.lm_head.weight.device
+    return peak_flops_per_second(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def _loggers(config: TrainConfig) -> list[Any]:

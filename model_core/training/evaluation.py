@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -115,6 +116,15 @@ class Evaluator:
             sample_losses=tuple(zip(losses["fused"], unfused or [None] * len(counts), counts, strict=True)),
             hits=tuple(hits),
         )
+
+    def answer_some(self, arm: Arm, count: int) -> int:
+        """Generate answers to the first held-out samples, for whoever times it. Returns how many there were."""
+        refs = islice((ref for pack in self.packs() for ref in pack.samples), count)
+        asked = [self._source.conversation(ref)[:-1] for ref in refs]
+        if asked and self._answer is not None:
+            with _evaluating(self.forward.model), torch.no_grad():
+                self._answer(asked, arm, self.config.max_tokens)
+        return len(asked)
 
     def _hits(self, refs: Sequence[SampleRef]) -> list[tuple[bool, bool | None]]:
         if not self.can_answer:

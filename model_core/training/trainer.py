@@ -380,6 +380,7 @@ class DualVisionTrainer:
     def _end(self, reason: str) -> Outcome:
         best = self.run_folder.best() if self._writes else None
         if reason == "requested":
+            self._wants_stop = False  # the request is met: another `train()` goes on
             return Outcome(reason, self.position, self.scores.latest, best)
         if reason == "early_stopping":
             self._save("final")

@@ -17,13 +17,16 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import Connection, create_engine, event, text
+from sqlalchemy import Connection, create_engine, event, select, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, OperationalError
 
 from model_core.errors import ConfigError
 from service.errors import InvalidBodyError, StorageFullError, StoreUnavailableError
+from service.jobs.schema import db_now
 
 SQLITE_NAME = "jobs.sqlite3"
 _BUSY_SECONDS = 15.0
@@ -108,6 +111,21 @@ class Database:
                     value=self._url.render_as_string(hide_password=True), allowed="a store of this version or older",
                     fix="Run the newer program, or restore a backup",
                 ) from None  # fmt: skip
+
+    def revision(self) -> tuple[str | None, str, bool]:
+        """The schema's version, None before the first; this program's; and whether it knows the first. Only reads."""
+        config = Config()
+        config.set_main_option("script_location", str(_MIGRATIONS))
+        scripts = ScriptDirectory.from_config(config)
+        with self.read() as connection:
+            current = MigrationContext.configure(connection).get_current_revision()
+        known = {script.revision for script in scripts.walk_revisions()}
+        return current, str(scripts.get_current_head()), current is None or current in known
+
+    def now(self) -> float:
+        """Seconds since 1970 by the database's clock."""
+        with self.read() as connection:
+            return float(connection.execute(select(db_now())).scalar_one())
 
     @contextlib.contextmanager
     def _migration_lock(self) -> Iterator[None]:

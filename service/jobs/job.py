@@ -60,7 +60,8 @@ class NewJob:
     fusion: the request's own `fusion` object, echoed. num_gpus: the least that a worker must have; 0 any.
     resume_from: id of a checkpoint whose training state the job goes on from.
     body_hash: of the request, for idempotency; idempotency_key: the header's. is_retry: the client says that it asked
-    before, so the same body of the same owner within ten minutes is the same job.
+    before, so the same body of the same owner within ten minutes is the same job. request_id, traceparent: of the
+    request that made it; the worker's log and traces go on from them.
     """
 
     owner: str
@@ -81,6 +82,8 @@ class NewJob:
     body_hash: str = ""
     idempotency_key: str | None = None
     is_retry: bool = False
+    request_id: str = ""
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +138,8 @@ class Job:
     fine_tuned_model: str | None
     result_files: list[str]
     error: dict[str, Any] | None
+    request_id: str
+    traceparent: str
 
     @property
     def is_terminal(self) -> bool:

@@ -96,7 +96,7 @@ class Ledger:
     def _row(self, new: NewJob) -> dict[str, Any]:
         names = (
             "owner", "model", "training_file", "validation_file", "suffix", "seed", "priority", "num_gpus",
-            "is_dry_run", "resume_from", "body_hash",
+            "is_dry_run", "resume_from", "body_hash", "request_id", "traceparent",
         )  # fmt: skip
         return {name: getattr(new, name) for name in names} | {
             "created_at": db_now(),
@@ -296,6 +296,13 @@ class Ledger:
             found = list(connection.execute(stale).scalars())
             connection.execute(delete(checkpoints).where(checkpoints.c.job_id.in_(found)))
             return found
+
+    def longest_silence(self) -> float:
+        """Seconds since the last step of that running job which has gone longest without one; 0 if none runs."""
+        since = func.coalesce(jobs.c.progress_at, jobs.c.attempt_at)
+        with self._database.read() as connection:
+            age = connection.execute(select(func.max(db_now() - since)).where(jobs.c.status == "running")).scalar_one()
+            return max(float(age or 0.0), 0.0)
 
     def purge_events(self, older_than_seconds: float) -> int:
         """Drop the events of jobs that ended longer ago; how many."""

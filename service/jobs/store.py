@@ -5,7 +5,7 @@ are safe to call from any thread and block (call them in a thread from asyncio).
 
     store.jobs      create, find_earlier, get, page, events, event_seq, events_since, checkpoints, checkpoint,
                     checkpoint_of_model, request (pause, cancel), resume, request_switch, switches, counts,
-                    take_stale, purge_events                                                          ledger.py
+                    longest_silence, take_stale, purge_events                                         ledger.py
     store.leases    has_work, claim, renew, wishes, append_events, add_checkpoint, forget_checkpoints,
                     drop_checkpoints, mark_switched, validated, stopped, postponed, retry, succeed,
                     fail, register_model, reap                                                        leases.py

@@ -21,7 +21,7 @@ from model_core.errors import CheckpointError, CheckpointIncompleteError, DualVi
 from model_core.manifest import verify_folder
 from service.jobs.job import Claim, Job, Lease, LeaseLostError
 from service.jobs.store import Store
-from service.logs import job_id_var, log_fields
+from service.logs import log_fields
 from service.metrics import TrainingMetrics
 from service.supervisor.attempts import EVENTS, LOG, JobFolder
 from service.supervisor.devices import Device, DeviceLock
@@ -29,7 +29,9 @@ from service.supervisor.event_file import EventFile
 from service.supervisor.lease_keeper import LeaseKeeper, StoreThreads, work_under
 from service.supervisor.process import Launch, TrainerProcess
 from service.supervisor.progress import Progress
+from service.supervisor.telling import begin_attempt, tell_verdict, tell_whole_life
 from service.supervisor.verdict import Verdict, backoff_seconds, judge, of_os_error, of_refusal
+from service.tracing.span import NO_SPAN, NoTracer, Span, Tracer
 
 _LOCK_SECONDS = 0.05
 
@@ -89,6 +91,7 @@ class RunContext:
     jobs_folder: Path
     max_attempts: int = 3
     limits: RunLimits = field(default_factory=RunLimits)
+    tracer: Tracer = field(default_factory=NoTracer)
 
 
 class JobRun:
@@ -106,6 +109,7 @@ class JobRun:
         self._is_draining = False
         self._job_lock: int | None = None
         self._resume: Path | None = None
+        self._span: Span = NO_SPAN
 
     @property
     def job_id(self) -> str:
@@ -128,10 +132,11 @@ class JobRun:
 
     async def run(self) -> None:
         """Ends with the lease lost or the job settled; what the store or the trainer did is told, not raised."""
-        job_id_var.set(self.job_id)
+        self._span = begin_attempt(self._context.tracer, "attempt", self.keeper.job)
         try:
             await work_under(self.keeper, self._work(), self._end_child)
         finally:
+            self._span.end()
             # The child first, then the slot: the next owner may begin as soon as the lock is free.
             if self._job_lock is not None:
                 os.close(self._job_lock)
@@ -216,7 +221,7 @@ class JobRun:
                 inherits=self._inherited(), niceness=self._context.limits.niceness,
             )
         )  # fmt: skip
-        self._process = process
+        self._process, begin = process, time.monotonic()
         process.extend_deadline(self.keeper.remaining_seconds)
         self.keeper.on_renewed = lambda _: process.extend_deadline(self.keeper.remaining_seconds)
         resumed = None if self._resume is None else str(self._resume)
@@ -232,6 +237,7 @@ class JobRun:
             if isinstance(end, Exception):
                 raise end
         exit_code = await process.wait()
+        self._span.child("train", begin, time.monotonic(), dve__exit_code=exit_code)
         self._folder.mark_read(self._lease.attempt)
         log_fields(logging.INFO, "trainer ended", exit_code=exit_code, num_damaged_lines=events.num_damaged)
         return exit_code
@@ -275,14 +281,18 @@ class JobRun:
 
     async def _publish(self) -> None:
         attempt_folder = self._folder.attempt(self._lease.attempt)
+        begin = time.monotonic()
         done = await self._context.workshop.publish(self.keeper.job, self._lease, self._folder, attempt_folder)
         await self._progress.drop_surplus()
+        self._span.child("publish", begin, time.monotonic())
         tokens = self._progress.summary.get("trained_tokens")
-        await self._call.insist(
+        job = await self._call.insist(
             self._store.leases.succeed, self._lease, fine_tuned_model=done.fine_tuned_model,
             result_files=done.result_files, trained_tokens=tokens if isinstance(tokens, int) else None,
         )  # fmt: skip
         self._context.metrics.attempts.labels("succeeded").inc()
+        tell_verdict(self._span, Verdict("succeeded"))
+        tell_whole_life(self._context.tracer, job, job.status)
         log_fields(logging.INFO, "job succeeded", model=done.fine_tuned_model)
 
     async def _settle(self, verdict: Verdict) -> None:
@@ -292,17 +302,21 @@ class JobRun:
             # Killed after the grace, or broken while it saved: the checkpoint before counts.
             verdict = Verdict("stopped")
         self._context.metrics.attempts.labels(verdict.end).inc()
-        log_fields(logging.INFO, "attempt settled", end=verdict.end, code=verdict.code, reason=verdict.message)
+        tell_verdict(self._span, verdict)
+        # Its words are the job's own, in the store: they may quote what a file says.
+        log_fields(logging.INFO, "attempt settled", end=verdict.end, code=verdict.code)
         error = {"code": verdict.code, "message": verdict.message, "param": None}
         if verdict.end == "stopped":
-            await self._call.insist(leases.stopped, lease)
+            job = await self._call.insist(leases.stopped, lease)
         elif verdict.end == "postponed":
             delay = self._context.limits.recheck_seconds
-            await self._call.insist(leases.postponed, lease, verdict.message, delay)
+            job = await self._call.insist(leases.postponed, lease, verdict.message, delay)
         elif verdict.end == "failed":
-            await self._call.insist(leases.fail, lease, error)
-        elif verdict.end == "retry":
+            job = await self._call.insist(leases.fail, lease, error)
+        else:
             limits = self._context.limits
             failures = max(self._context.max_attempts - self.keeper.job.attempts_left, 1)
             delay = backoff_seconds(failures, base=limits.backoff_base_seconds, limit=limits.backoff_limit_seconds)
-            await self._call.insist(leases.retry, lease, error, delay_seconds=delay)
+            job = await self._call.insist(leases.retry, lease, error, delay_seconds=delay)
+        if job.is_terminal:
+            tell_whole_life(self._context.tracer, job, job.status)

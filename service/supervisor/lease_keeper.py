@@ -7,6 +7,7 @@ a renewal is sent, so that this side always gives up first. It refuses to know p
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -36,7 +37,9 @@ class StoreThreads:
         self._pool = pool
 
     async def __call__(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, partial(function, *args, **kwargs))
+        # In the caller's context: a thread's log lines have the job's ids too.
+        call = partial(contextvars.copy_context().run, function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, call)
 
     async def insist(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Again and again while the store does not answer; whoever waits is cancelled when the lease is over."""

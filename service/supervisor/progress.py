@@ -18,6 +18,7 @@ from service.metrics import TrainingMetrics
 from service.supervisor.attempts import JobFolder, StepFolder
 from service.supervisor.event_file import EventFile, TrainerEvent
 from service.supervisor.lease_keeper import StoreThreads
+from service.supervisor.telling import tell_event
 from service.supervisor.verdict import BROKEN
 
 _BATCH = 200
@@ -94,6 +95,7 @@ class Progress:
         self._saved.update((new.step, new.path) for new in saved)
 
     async def _on_live(self, event: TrainerEvent) -> None:
+        tell_event(event.kind, event.stage, event.global_step, event.data)
         if event.kind == "error":
             self.last_error = event
         elif event.kind == "summary":

@@ -19,6 +19,7 @@ from typing import Any
 
 from service.jobs.job import Claim
 from service.logs import job_id_var, log_failure, log_fields, logger
+from service.store_watch import StoreWatch
 from service.supervisor.devices import Device, DeviceLock, LockFolder
 from service.supervisor.file_check import FileCheck, FileReader
 from service.supervisor.job_run import JobRun, RunContext
@@ -188,15 +189,16 @@ class WorkerLoop:
     async def _beat(self) -> None:
         """A row for people to see; leases, not this, decide about jobs."""
         workers = self._context.store.workers
+        watch = StoreWatch(self._context.store, self._context.jobs_folder.parent, self._context.metrics.store)
         while True:
             job_id = next((run.job_id for run in self._runs.values()), None)
             names = [device.name for device in self._devices]
-            with contextlib.suppress(*PASSING):
+            with contextlib.suppress(*PASSING, OSError):
                 await self._context.call(
                     workers.beat, self.worker_id, socket.gethostname(), os.getpid(), names, job_id=job_id
                 )
                 await self._context.call(workers.drop_unseen, _FORGET_WORKERS_SECONDS)
-                self._context.metrics.set_counts(await self._context.call(self._context.store.jobs.counts))
+                await self._context.call(watch.look)
             await asyncio.sleep(_BEAT_SECONDS)
 
 

@@ -65,6 +65,8 @@ class PackSource:
         self._usable = [part.report.usable for part in self._parts]
         self._quarantine = Quarantine(config.bad_samples, sum(part.report.num_rows for part in self._parts))
         self._quarantine.add(problem for part in self._parts for problem in part.report.errors)
+        if split == "train":
+            _check_batch(config.batch_size, sum(len(usable) for usable in self._usable))
         self._work = functools.partial(
             _make_pack, [part.dataset for part in self._parts], [part.report.lengths for part in self._parts],
             replace(fmt, allow_paths=False), config.max_tokens,
@@ -204,6 +206,16 @@ def as_source(
         allowed="a DualVisionDataset, a MultiDataset, a DataLoader over one, or a BatchSource",
         fix="Derive your data set from DualVisionDataset and override format_conversations",
     )  # fmt: skip
+
+
+def _check_batch(batch_size: int, num_samples: int) -> None:
+    """An epoch of less than one batch is a mistake in one of the two numbers."""
+    if 0 < num_samples < batch_size:
+        raise ConfigError(
+            "a batch is larger than the data", value=f"batch_size {batch_size}, {num_samples} samples that can train",
+            allowed=f"batch_size up to {num_samples}", fix="Lower batch_size, or name the data that was meant",
+            param="batch_size",
+        )  # fmt: skip
 
 
 def _make_pack(

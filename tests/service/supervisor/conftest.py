@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,21 +104,17 @@ class Bench:
 
     def worker(
         self, *, lease: float = LEASE_SECONDS, once: bool = False, poll: float = 0.05, is_hasty: bool = True,
-        **flags: Any,
+        environment: Mapping[str, str] | None = None, **flags: Any,
     ) -> Worker:  # fmt: skip
         """A worker's process; its log lies beside the data."""
         log = str(self.folder / f"worker-{len(self.workers)}.log")
         if self.database_url is not None:
             flags["database_url"] = self.database_url
-        wanted = {
-            "data_dir": str(self.data_dir),
-            "lease": lease,
-            "log": log,
-            "flags": flags,
-            "once": once,
-            "poll": poll,
-        }
-        pid = self._nursery.ask(**wanted, is_hasty=is_hasty, programs=str(self.folder / "programs"))
+        path = os.pathsep.join([str(self.folder / "programs"), os.environ["PATH"]])
+        pid = self._nursery.ask(
+            data_dir=str(self.data_dir), lease=lease, log=log, flags=flags, once=once, poll=poll, is_hasty=is_hasty,
+            environment={"PATH": path, **(environment or {})},
+        )  # fmt: skip
         self.workers.append(Worker(self._nursery, pid))
         return self.workers[-1]
 

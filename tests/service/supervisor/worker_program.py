@@ -1,7 +1,7 @@
 """Workers with the stand-in trainer in the place of the real one, forked from a process that has imported everything.
 
-Reads a JSON object a line: {"data_dir", "lease", "log", "flags", "once", "poll", "is_hasty", "programs"} starts one and
-is answered with its pid, {"wait": pid} with its exit code. Importing takes seconds on a busy machine, and a kill
+Reads a JSON object a line: {"data_dir", "lease", "log", "flags", "once", "poll", "is_hasty", "environment"} starts one
+and is answered with its pid, {"wait": pid} with its exit code. Importing takes seconds on a busy machine, and a kill
 matrix starts many workers. Hasty ones look more often than users' do, so that tests wait less.
 """
 
@@ -44,7 +44,6 @@ def run(wanted: dict[str, Any]) -> int:
 
 
 def start(wanted: dict[str, Any]) -> int:
-    """programs: a folder whose programs are found before the system's own."""
     pid = os.fork()
     if pid:
         return pid
@@ -52,7 +51,7 @@ def start(wanted: dict[str, Any]) -> int:
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
-    os.environ["PATH"] = os.pathsep.join([wanted["programs"], os.environ["PATH"]])
+    os.environ.update(wanted["environment"])
     code = 70
     try:
         code = run(wanted)
