@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -309,7 +310,8 @@ class JobRun:
         if verdict.end == "stopped":
             job = await self._call.insist(leases.stopped, lease)
         elif verdict.end == "postponed":
-            delay = self._context.limits.recheck_seconds
+            # Not evenly: two that waited in step would try the same two GPUs for ever, each the other one's.
+            delay = self._context.limits.recheck_seconds * random.uniform(0.5, 1.5)
             job = await self._call.insist(leases.postponed, lease, verdict.message, delay)
         elif verdict.end == "failed":
             job = await self._call.insist(leases.fail, lease, error)
