@@ -17,6 +17,8 @@ from model_core.training.config import Stage, TrainConfig, load_config
 from model_core.training.freeze import trained_components
 
 SCENARIOS = Path(__file__).parents[1] / "training" / "scenarios"
+#: The recipe of the demo model. It is listed, and not among those to begin one's own from: its data are generated.
+DEMO_RECIPE = Path(__file__).parents[1] / "demo" / "config_demo.json"
 BAD_CONFIG = 78
 
 
@@ -76,7 +78,7 @@ def _create(out: Path, *, force: bool) -> int:
 
 
 def _list() -> int:
-    for path in sorted(SCENARIOS.glob("*.json")):
+    for path in (*sorted(SCENARIOS.glob("*.json")), DEMO_RECIPE):
         note = load_config(path).note
         print(f"{path.name}\n  {note.purpose}\n  cost: {note.cost}\n  expected: {note.expected}")
     return 0
@@ -84,10 +86,14 @@ def _list() -> int:
 
 def _describe(path: Path, config: TrainConfig) -> None:
     print(f"{path}: valid, fingerprint {config.fingerprint()}")
-    model = config.model or " + ".join(n for n in (config.qwen_model_name, config.dinov2_model_name) if n)
+    model = config.new_model and f"new, by {config.new_model.name}"
+    model = model or config.model or " + ".join(n for n in (config.qwen_model_name, config.dinov2_model_name) if n)
     print(f"model: {model or 'the embedded demo model'}")
     for stage in config.stages():
         print(f"stage {stage.index}: {_stage_line(stage, has_adapters=bool(config.lora.groups))}")
+    if config.batch_source is not None:
+        print(f"data: made by {config.batch_source.name}")
+        return
     if not config.datasets and config.train_data_path is None:
         print("warning: no training data is named: train_data_path or datasets")
         return
@@ -102,6 +108,9 @@ def _stage_line(stage: Stage, *, has_adapters: bool) -> str:
     if stage.freeze.rules:
         parts.append(f"{len(stage.freeze.rules)} rules")
     parts.append(f"{stage.epochs} epoch{'s' * (stage.epochs != 1)}")
+    if stage.steps is not None:
+        parts.append(f"at most {stage.steps} steps")
+    parts += [f"{name} loss times {weight:g}" for name, weight in stage.loss_weights.items()]
     shown = trained_components(stage.freeze) | ({"lora"} if has_adapters else set())
     parts.append(
         "rates " + " ".join(f"{name} {rate:g}" for name, rate in stage.learning_rates.items() if name in shown)
