@@ -177,7 +177,7 @@ def test_a_supervisor_stops_resumes_and_hears_every_event(corpus: Path, tmp_path
     assert {"validated", "freeze", "stage", "switched"} <= {event["kind"] for event in first}
     child.send_signal(signal.SIGTERM)
     rest = read_until(events, "never")
-    assert child.wait(60) == train.CHECKPOINTED
+    assert child.wait(110) == train.CHECKPOINTED
     saved = rest[-1]
     assert saved["kind"] == "checkpoint" and saved["data"]["reason"] == "requested"
     os.close(control)
