@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from model_core.checkpoint import load_checkpoint, save_checkpoint
@@ -145,6 +146,7 @@ def fork(corpus: Path, out: Path, *flags: str) -> tuple[int, int, int]:
         try:
             os.close(control_write)  # or the child would hold its own supervisor alive
             os.close(events_read)
+            torch.set_num_threads(1)  # a pool of more does not survive a fork
             ends = ("--events-fd", str(events_write), "--control-fd", str(control_read))
             os._exit(run(corpus, out, *ends, *SUPERVISED, *flags))
         finally:
