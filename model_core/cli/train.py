@@ -93,13 +93,24 @@ def _run(args: argparse.Namespace, pipe: EventPipe) -> int:
     config = config.with_freeze(args.training_mode, {name: True for flag, name in FLAGS.items() if getattr(args, flag)})
     control = Control(args.control_fd)
     control.start()
+    return train_recipe(
+        config, args.resume, (pipe,), control,
+        dry_run=args.dry_run, wants_verdict=args.verdict, peak_tflops=args.peak_tflops,
+    )  # fmt: skip
+
+
+def train_recipe(
+    config: TrainConfig, resume: Path | None = None, listeners: tuple[Any, ...] = (), control: Control | None = None, *,
+    dry_run: bool = False, wants_verdict: bool = False, peak_tflops: float | None = None,
+) -> int:  # fmt: skip
+    """Train a recipe to its end, or until it is told to stop; the exit code. Raises DualVisionError."""
     # torch is imported from here on: a wrong recipe is told at once.
     from model_core.checkpoint import quiet_unless_terminal
     from model_core.training.data.source import build_source
     from model_core.training.trainer import DualVisionTrainer
 
     quiet_unless_terminal()
-    if args.verdict:
+    if wants_verdict:
         from model_core.cli.verdict import require_floor
 
         require_floor(config)
@@ -108,24 +119,25 @@ def _run(args: argparse.Namespace, pipe: EventPipe) -> int:
     source = build_source(config, fmt, split="train")
     val = build_source(config, fmt, split="val") if config.val_data_path else None
     display = Display(sys.stdout)
-    hooks = _hooks(config, loaded, (display, pipe), answers=val is not None, peak_tflops=args.peak_tflops)
+    hooks = _hooks(config, loaded, (display, *listeners), answers=val is not None, peak_tflops=peak_tflops)
     trainer = DualVisionTrainer(
-        loaded.model, source, val, config, processor=loaded.processor, hooks=hooks, write=not args.dry_run
+        loaded.model, source, val, config, processor=loaded.processor, hooks=hooks, write=not dry_run
     )
-    if args.dry_run:
+    if dry_run:
         print(trainer.table.render())
         print(f"{trainer.curriculum.total_steps} steps in {len(trainer.curriculum.stages)} stages; nothing was trained")
         return DONE
-    control.attach(trainer)
+    if control is not None:
+        control.attach(trainer)
     with _stops_on_signals(trainer), display:
-        if args.resume is not None:
-            trainer.resume(args.resume)
+        if resume is not None:
+            trainer.resume(resume)
         outcome = trainer.train()
     if not outcome.is_finished:
         print(f"saved on request after {outcome.position.global_step} steps; go on with "
               f"--resume {trainer.run_folder.path}")  # fmt: skip
         return CHECKPOINTED
-    _finish(config, trainer, outcome, wants_verdict=args.verdict)
+    _finish(config, trainer, outcome, wants_verdict=wants_verdict)
     return DONE
 
 
@@ -137,13 +149,17 @@ def load_for_training(config: TrainConfig) -> Loaded:
     """
     import torch
 
-    from model_core.checkpoint import LoadOptions, combine_checkpoints, load_checkpoint
+    from model_core.checkpoint import Loaded, LoadOptions, combine_checkpoints, load_checkpoint
     from model_core.demo_model import demo_folder
+    from model_core.plugins import load_part
     from model_core.training.saving import whole_model
     from model_core.variant import load_variant
 
     source = config.model_source()
     options = LoadOptions(config.device, None, config.use_flash_attention)
+    if source.new is not None:
+        model, processor = load_part(source.new.name, "model builder")(seed=config.seed, **source.new.options)
+        return Loaded(model.to(options.resolve_device()), processor)
     on_cuda = options.resolve_device().type == "cuda"
     if config.precision == "float32" or (config.precision == "auto" and not on_cuda):
         options = replace(options, dtype=torch.float32)

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from model_core.checkpoint import LoadOptions, load_checkpoint, save_checkpoint
 from model_core.errors import CheckpointError, CheckpointMismatchError
+from model_core.training.auxiliary import AuxiliaryLoss
 from model_core.training.config import TrainConfig, parse_config
 from model_core.training.lora import apply_lora
 from model_core.training.runs import (
     ADAPTERS_NAME,
+    AUXILIARY_NAME,
     FINAL,
     OPTIMIZER_NAME,
     TRAINER_NAME,
@@ -57,7 +59,7 @@ class RunState:
 
 def save_step(
     folder: Path, model: nn.Module, processor: Any, config: TrainConfig, state: RunState, *,
-    reason: str, optimizer_tensors: Mapping[str, Tensor], data_fingerprint: str,
+    reason: str, optimizer_tensors: Mapping[str, Tensor], data_fingerprint: str, auxiliary: AuxiliaryLoss | None = None,
 ) -> None:  # fmt: skip
     """Write a step's folder. An older folder of the same step is replaced in one move."""
     content = {
@@ -68,6 +70,9 @@ def save_step(
     def write_more(target: Path) -> None:
         write_json(target / TRAINER_NAME, content)
         save_file(dict(optimizer_tensors), target / OPTIMIZER_NAME)
+        if auxiliary is not None:
+            own = {name: tensor.contiguous() for name, tensor in auxiliary.state_dict().items()}
+            save_file(own, target / AUXILIARY_NAME)
         adapters = adapter_state(model)
         if adapters:
             save_file(adapters, target / ADAPTERS_NAME)
@@ -80,9 +85,9 @@ def save_step(
 
 
 def load_step(
-    folder: Path, model: nn.Module, config: TrainConfig, data_fingerprint: str
+    folder: Path, model: nn.Module, config: TrainConfig, data_fingerprint: str, auxiliary: AuxiliaryLoss | None = None
 ) -> tuple[RunState, dict[str, Tensor]]:
-    """Load a step's weights into the model; its state and its optimizer's tensors.
+    """Load a step's weights into the model and the auxiliary loss; its state and its optimizer's tensors.
 
     Raises:
         CheckpointMismatchError: another recipe, data or model.
@@ -96,11 +101,24 @@ def load_step(
             f"this model: --set model={folder}", param="train_data_path",
         )  # fmt: skip
     load_weights(model, folder, folder / ADAPTERS_NAME)
+    if auxiliary is not None:
+        _load_auxiliary(auxiliary, folder / AUXILIARY_NAME)
     try:
         state = RunState(**{one.name: content[one.name] for one in fields(RunState)})
     except KeyError as error:
         raise CheckpointError(f"{TRAINER_NAME} lacks {error}", value=str(folder)) from error
     return state, load_file(folder / OPTIMIZER_NAME)
+
+
+def _load_auxiliary(auxiliary: AuxiliaryLoss, path: Path) -> None:
+    try:
+        auxiliary.load_state_dict(load_file(path))
+    except (OSError, RuntimeError) as error:
+        raise CheckpointMismatchError(
+            "the auxiliary loss is not the one that was saved", value=str(error).splitlines()[0],
+            allowed=f"the parameters of {path.name}", fix="Resume with the run's own auxiliary_loss",
+            param="auxiliary_loss",
+        ) from error  # fmt: skip
 
 
 def _check_recipe(content: Mapping[str, Any], config: TrainConfig) -> None:

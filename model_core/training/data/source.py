@@ -17,8 +17,9 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from model_core.errors import ConfigError, InputError, RecordError
+from model_core.plugins import load_part
 from model_core.processing.batch import InputFormat
-from model_core.training.config import DatasetConfig, Stage, TrainConfig
+from model_core.training.config import DatasetConfig, PartConfig, Stage, TrainConfig
 from model_core.training.context import ProcessContext
 from model_core.training.data.bad_samples import Quarantine
 from model_core.training.data.collate import EncodedSample, encode_sample, pack
@@ -160,6 +161,8 @@ def build_source(
     Raises:
         ConfigError: the recipe names none. DataError: files or rows that can't be used.
     """
+    if split == "train" and config.batch_source is not None:
+        return _own_source(config.batch_source, config, fmt)
     if split == "train":
         described = config.train_sources()
     elif config.val_data_path is None:
@@ -179,6 +182,16 @@ def build_source(
         for one in described
     ]
     return PackSource(parts, config, fmt, context=context, split=split)
+
+
+def _own_source(part: PartConfig, config: TrainConfig, fmt: InputFormat) -> BatchSource:
+    source = load_part(part.name, "batch source")(config, fmt, **part.options)
+    if not isinstance(source, BatchSource):
+        raise ConfigError(
+            "this is no batch source", value=part.name, allowed=f"what {BatchSource.__module__}.BatchSource asks for",
+            fix="Give it every method of that protocol", param="batch_source.name",
+        )  # fmt: skip
+    return source
 
 
 def as_source(

@@ -149,6 +149,7 @@ def fork(corpus: Path, out: Path, *flags: str) -> tuple[int, int, int]:
         try:
             os.close(control_write)  # or the child would hold its own supervisor alive
             os.close(events_read)
+            torch.set_num_threads(1)  # a pool of more does not survive a fork
             ends = ("--events-fd", str(events_write), "--control-fd", str(control_read))
             os._exit(run(corpus, out, *ends, *SUPERVISED, *flags))
         finally:
@@ -181,7 +182,7 @@ def test_a_supervisor_stops_resumes_and_hears_every_event(corpus: Path, tmp_path
     assert {"validated", "freeze", "stage", "switched"} <= {event["kind"] for event in first}
     child.send_signal(signal.SIGTERM)
     rest = read_until(events, "never")
-    assert child.wait(60) == train.CHECKPOINTED
+    assert child.wait(110) == train.CHECKPOINTED
     saved = rest[-1]
     assert saved["kind"] == "checkpoint" and saved["data"]["reason"] == "requested"
     os.close(control)
