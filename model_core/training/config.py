@@ -114,6 +114,7 @@ class TrainConfig(Section):
 
     model: a dual checkpoint to start from, folder or hub id; instead of the two names.
     new_model: called with seed=, gives a model that was never trained and its processor; instead of any name.
+    start_from: a folder with weights of that model to begin with: a published version, or a step or the end of a run.
     training_mode, freeze_config: without a curriculum; a curriculum's stages may override the flags.
     learning_rate: for every group that learning_rates does not name; None leaves DEFAULT_LEARNING_RATES.
     batch_size, max_tokens: a pack holds at most so many samples and tokens; a step takes
@@ -139,6 +140,7 @@ class TrainConfig(Section):
     qwen_model_name: str | None = None
     dinov2_model_name: str | None = None
     new_model: PartConfig | None = None
+    start_from: str | None = None
     encoder: str | None = None
     fusion: str | None = None
     common_dim: Count | None = None
@@ -323,7 +325,9 @@ class TrainConfig(Section):
 
     def fingerprint(self) -> str:
         """Of all that can change a weight; a resumed run must have the same, or say so."""
-        return hashlib.sha256(self.model_dump_json(exclude=set(self.HARMLESS)).encode()).hexdigest()[:16]
+        # A key that came later is left out where nobody gives it: older runs can still be gone on with.
+        left_out = {*self.HARMLESS} | ({"start_from"} if self.start_from is None else set())
+        return hashlib.sha256(self.model_dump_json(exclude=left_out).encode()).hexdigest()[:16]
 
 
 def parse_config(data: Any, overrides: Iterable[str] = ()) -> TrainConfig:
