@@ -102,13 +102,8 @@ def create_app(
             await client.stop()
             await hot_models.stop()
 
-    app = FastAPI(
-        title="Dual Vision Encoder",
-        lifespan=lifespan,
-        docs_url=None,  # their pages load scripts from a CDN
-        redoc_url=None,
-        redirect_slashes=False,
-    )
+    # Without the pages whose scripts come from a CDN.
+    app = FastAPI(title="Dual Vision Encoder", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     waiting, media = WaitingBytes(request_limits.max_waiting_bytes), _media(settings, request_limits, folder, now)
     desk = JobDesk(settings, store, folder, Preflight(settings.device), hot_models.published_as)
     history, checkpoints = FusionHistory(), CheckpointPublisher(store, settings.data_dir)

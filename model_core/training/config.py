@@ -113,8 +113,8 @@ class TrainConfig(Section):
     """A whole run. Every key of the original's config.json has its old name and place.
 
     model: a dual checkpoint to start from, folder or hub id; instead of the two names.
-    new_model: called with seed=, gives a model that was never trained and its processor; instead of any name.
     start_from: a folder with weights of that model to begin with: a published version, or a step or the end of a run.
+    new_model: called with seed=, gives a model that was never trained and its processor; instead of any name.
     training_mode, freeze_config: without a curriculum; a curriculum's stages may override the flags.
     learning_rate: for every group that learning_rates does not name; None leaves DEFAULT_LEARNING_RATES.
     batch_size, max_tokens: a pack holds at most so many samples and tokens; a step takes
@@ -139,8 +139,8 @@ class TrainConfig(Section):
     model: str | None = None
     qwen_model_name: str | None = None
     dinov2_model_name: str | None = None
-    new_model: PartConfig | None = None
     start_from: str | None = None
+    new_model: PartConfig | None = None
     encoder: str | None = None
     fusion: str | None = None
     common_dim: Count | None = None
@@ -223,7 +223,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _has_one_beginning(self) -> Self:
-        if self.new_model is not None and (self.model or self.qwen_model_name):
+        if self.new_model is not None and (self.model or self.qwen_model_name or self.start_from):
             raise ValueError("'new_model', or a model to load, not both")
         if self.batch_source is not None and (self.train_data_path or self.datasets):
             raise ValueError("'batch_source', or files to train on, not both")
