@@ -34,10 +34,12 @@ def working_dtype(device: torch.device) -> torch.dtype:
 class MuonAdamW(torch.optim.AdamW):
     """Groups with `is_matrix` are stepped by Muon (state: momentum_buffer), the others by AdamW."""
 
+    param_groups: list[dict[str, Any]]
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002 - torch gives it
         """Gradients are there; a parameter without one stays as it is."""
-        groups = self.param_groups
+        groups: list[dict[str, Any]] = self.param_groups
         try:
             self.param_groups = [group for group in groups if not group["is_matrix"]]
             if self.param_groups:
