@@ -1,7 +1,8 @@
 """A fault drill on the real processes under load: what is promised for each fault holds, and its alert fires.
 
 Server, worker, PostgreSQL and Prometheus, the data folder on a disk of its own that can be filled. One fault after
-another on one installation, as in a bad week; each test leaves it well. It takes root, Linux, and Debian's Prometheus
+another on one installation, as in a bad week; each test leaves it well. But for the last test the trainer is the
+stand-in that speaks its contract: what the real one keeps to under kills is in tests/model_core/training. It takes root, Linux, and Debian's Prometheus
 and PostgreSQL: `make test-ops`.
 """
 
@@ -23,7 +24,18 @@ from model_core.manifest import verify_folder
 from service.jobs.store import Store, open_store
 from tests.operations.alerting import Alerts, hurried, run_prometheus
 from tests.operations.plant import ROOT, Plant, run_plant, until
-from tests.operations.traffic import CHAT, JOBS, MODEL, Tally, Traffic, create_job, job, training_file
+from tests.operations.traffic import (
+    CHAT,
+    JOBS,
+    MODEL,
+    Tally,
+    Traffic,
+    create_job,
+    job,
+    standin_file,
+    training_file,
+    upload,
+)
 from tests.service.jobs.postgres import Cluster, run_cluster
 
 _DISK = "1400m"
@@ -33,7 +45,7 @@ _ALERTS = ("DveNoWorker", "DveDown", "DveStoreUnreachable", "DveDiskFull", "DveJ
 drilled = [
     pytest.mark.heavy,
     pytest.mark.ops,
-    pytest.mark.timeout(1500),
+    pytest.mark.timeout(2400),
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="Prometheus is not installed (make test-ops does)"),
     pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk"),
 ]
@@ -53,9 +65,10 @@ class Drill:
     store: Store
     http: httpx.Client
 
-    def begin_job(self, epochs: int) -> str:
-        """A job that has saved something; each epoch's end does."""
-        job_id = create_job(self.http, epochs=epochs)
+    def begin_job(self, steps: int) -> str:
+        """A job that has saved something."""
+        plan = {"steps": steps, "step_seconds": 0.1, "checkpoint_every": 5}
+        job_id = create_job(self.http, standin_file(**plan))
         until(lambda: self.store.jobs.checkpoints(job_id)[0], "the first checkpoint", 400)
         return job_id
 
@@ -88,7 +101,7 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
                 run_prometheus(folder, plant) as alerts,
             ):
                 plant.start_server()
-                plant.start_worker()
+                plant.start_worker(is_real=False)
                 store = open_store(url, plant.data_dir)
                 alerts.wait_until_silent(*_ALERTS)
                 yield Drill(plant, cluster, alerts, store, http)
@@ -101,12 +114,12 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
 def test_a_killed_worker(drill: Drill) -> None:
     """The job goes on from its last checkpoint with the same freeze table, and serving never notices."""
     traffic = drill.load()
-    job_id = drill.begin_job(epochs=12)
+    job_id = drill.begin_job(400)
     before = drill.store.jobs.get(job_id)
     saved = drill.store.jobs.checkpoints(job_id)[0][0].step
     drill.plant.running["worker"].kill()
     drill.alerts.wait_for("DveNoWorker")
-    drill.plant.start_worker()
+    drill.plant.start_worker(is_real=False)
     done = drill.until_ended(job_id)
     assert done["status"] == "succeeded", done
     after = drill.store.jobs.get(job_id)
@@ -120,11 +133,9 @@ def test_a_killed_worker(drill: Drill) -> None:
 @drill_mark
 def test_a_server_killed_during_submits(drill: Drill) -> None:
     """Each job exists once or not at all; the worker's job and whoever asks again get on as if nothing had been."""
-    running = drill.begin_job(epochs=6)
+    running = drill.begin_job(400)
     keys = [f"drill-{number}" for number in range(12)]
-    uploaded = drill.http.post(
-        "/v1/files", files={"file": ("t.jsonl", training_file())}, data={"purpose": "fine-tune"}
-    ).json()["id"]
+    uploaded = upload(drill.http, standin_file(steps=1))
     body = {"model": MODEL, "training_file": uploaded, "fusion": {"dry_run": True}}
     answered: dict[str, str] = {}
 
@@ -164,7 +175,7 @@ def test_a_server_killed_during_submits(drill: Drill) -> None:
 def test_a_database_that_is_away_for_thirty_seconds(drill: Drill) -> None:
     """Serving never notices; the job API says so; the job ends well, at the latest by another attempt."""
     traffic = drill.load()
-    job_id = drill.begin_job(epochs=8)
+    job_id = drill.begin_job(600)
     drill.cluster.stop()
     stopped_at = time.monotonic()
     refused = drill.http.get(f"{JOBS}/{job_id}")
@@ -184,17 +195,17 @@ def test_a_database_that_is_away_for_thirty_seconds(drill: Drill) -> None:
 def test_a_full_disk(drill: Drill) -> None:
     """A job fails with storage_full, what it saved before is whole, nothing half written stays; uploads are refused."""
     traffic = drill.load()
-    job_id = drill.begin_job(epochs=40)
+    job_id = drill.begin_job(100_000)
     filler = drill.plant.data_dir.parent / "filler"
     free = shutil.disk_usage(filler.parent).free
-    subprocess.run(["fallocate", "-l", str(free - 2**20), str(filler)], check=True)
+    subprocess.run(["fallocate", "-l", str(free - 2**18), str(filler)], check=True)
     try:
         drill.alerts.wait_for("DveDiskFull")
         failed = drill.until_ended(job_id)
         assert (failed["status"], failed["error"]["code"]) == ("failed", "storage_full"), failed
         drill.alerts.wait_for("DveJobFailed")
-        upload = {"file": ("t.jsonl", training_file() * 400)}
-        refused = drill.http.post("/v1/files", files=upload, data={"purpose": "fine-tune"})
+        large = {"file": ("t.jsonl", training_file() * 1000)}
+        refused = drill.http.post("/v1/files", files=large, data={"purpose": "fine-tune"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (507, "storage_full")
         assert drill.http.get("/health/ready").status_code == 200
     finally:
@@ -204,15 +215,18 @@ def test_a_full_disk(drill: Drill) -> None:
     left = [path.name for path in (drill.plant.data_dir / "jobs" / job_id).rglob(".*.tmp")]
     assert left == [], "half-written folders"
     drill.alerts.wait_until_silent("DveDiskFull", "DveJobFailed")
-    assert drill.until_ended(create_job(drill.http))["status"] == "succeeded", "with room again it trains"
+    again = create_job(drill.http, standin_file(steps=5))
+    assert drill.until_ended(again)["status"] == "succeeded", "with room again it trains"
     check_unnoticed(traffic.stop())
 
 
 @drill_mark
 def test_a_damaged_model(drill: Drill) -> None:
     """checkpoint_corrupt, counted; what is in memory serves on; mended, it loads."""
+    drill.plant.running["worker"].stop()
+    drill.plant.start_worker()
     traffic = drill.load()
-    made = drill.until_ended(create_job(drill.http))
+    made = drill.until_ended(create_job(drill.http), 1200)
     model = made["fine_tuned_model"]
     asked = {"model": model, "messages": [{"role": "user", "content": "what colour?"}], "max_tokens": 4}
     until(lambda: drill.http.post(CHAT, json=asked).status_code == 200, "the model answers")
