@@ -2,8 +2,8 @@
 
 Server, worker, PostgreSQL and Prometheus, the data folder on a disk of its own that can be filled. One fault after
 another on one installation, as in a bad week; each test leaves it well. But for the last test the trainer is the
-stand-in that speaks its contract: what the real one keeps to under kills is in tests/model_core/training. It takes root, Linux, and Debian's Prometheus
-and PostgreSQL: `make test-ops`.
+stand-in that speaks its contract: what the real one keeps to under kills is in `tests/model_core/training`. It takes
+root, Linux, and Debian's Prometheus and PostgreSQL: `make test-ops`.
 """
 
 from __future__ import annotations
