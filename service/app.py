@@ -23,6 +23,7 @@ from starlette.responses import Response
 from model_core.errors import DualVisionError
 from service.addresses import AllowedHosts
 from service.auth import KeyGate, scope_of
+from service.checkpoint_publisher import CheckpointPublisher
 from service.engine_client import EngineClient
 from service.errors import (
     ClientDisconnectedError,
@@ -101,17 +102,13 @@ def create_app(
             await client.stop()
             await hot_models.stop()
 
-    app = FastAPI(
-        title="Dual Vision Encoder",
-        lifespan=lifespan,
-        docs_url=None,  # their pages load scripts from a CDN
-        redoc_url=None,
-        redirect_slashes=False,
-    )
+    # Without the pages whose scripts come from a CDN.
+    app = FastAPI(title="Dual Vision Encoder", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     waiting, media = WaitingBytes(request_limits.max_waiting_bytes), _media(settings, request_limits, folder, now)
-    desk = JobDesk(settings, store, folder, Preflight(settings.device))
+    desk = JobDesk(settings, store, folder, Preflight(settings.device), hot_models.published_as)
+    history, checkpoints = FusionHistory(), CheckpointPublisher(store, settings.data_dir)
     app.state.parts = AppParts(
-        settings, request_limits, client, hot_models, metrics, FusionHistory(), waiting, media, desk, now
+        settings, request_limits, client, hot_models, metrics, history, waiting, media, desk, checkpoints, now
     )
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, limits=request_limits, waiting=waiting, metrics=metrics)

@@ -33,6 +33,7 @@ MOUNTED: Mapping[str, tuple[str, str]] = {
     "up": ("service.together", "serve and worker together"),
     "publish": ("model_core.cli.publish", "make a trained model one that the server finds"),
     "bench": ("model_core.cli.bench", "time the engine or the encoders"),
+    "bench train": ("model_core.cli.bench_train", "time training beside transformers' Trainer"),
     "bench serve": ("service.bench", "time an endpoint under load, beside another one if wanted"),
 }
 

@@ -15,7 +15,7 @@ HEADS, BLOCK = 4, 4
 
 
 def plain_attention(query: Tensor, tokens: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The last n positions' queries (n, H, dh), each over all (key, value) pairs (K, dh) up to its own -> (n, H * dh)."""
+    """The last n queries (n, H, dh), each over all (key, value) pairs (K, dh) up to its own -> (n, H * dh)."""
     keys, values = (torch.stack([t[side] for t in tokens]).repeat_interleave(2, dim=1) for side in (0, 1))  # (T, H, dh)
     scores = torch.einsum("nhd,thd->hnt", query, keys) / SHAPE.head_dim**0.5
     later = torch.ones(scores.shape[1:], dtype=torch.bool).triu(len(tokens) - len(query) + 1)
