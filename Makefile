@@ -55,10 +55,10 @@ test: $(VENV)/.dev ## the default tests [ARGS="-k name"]
 test-heavy: $(VENV)/.dev ## the long proofs
 	@$(BIN)/python -m pytest -m heavy --timeout 3600 $(ARGS)
 
-test-ops: $(VENV)/.dev ## what is deployed, against a real Prometheus and a real nginx (Debian; installs them)
+test-ops: $(VENV)/.dev ## what is deployed, on real Prometheus, nginx, PostgreSQL (Debian; installs them); faults, drilled
 	@command -v prometheus >/dev/null && command -v nginx >/dev/null || { \
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus nginx; }
-	@$(BIN)/python -m pytest -m "ops or not heavy" tests/deploy $(ARGS)
+	@$(BIN)/python -m pytest -m "(ops or not heavy) and not soak" tests/deploy tests/operations $(ARGS)
 
 soak: $(VENV)/.dev ## an hour of mixed load on the real processes [DVE_SOAK_SECONDS=3600]
 	@$(BIN)/python -m pytest -m soak tests/operations $(ARGS)
