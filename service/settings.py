@@ -35,7 +35,7 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
     data_dir: Path = Field(Path("data"), description="folder of what the server keeps: keys, files, jobs")
     database_url: SecretStr | None = Field(
-        None, description="PostgreSQL for the jobs, postgresql://...; none: SQLite in data_dir"
+        None, description="PostgreSQL for the jobs, postgresql://..., or @FILE with that; none: SQLite in data_dir"
     )
     job_lease_seconds: float = Field(
         30.0, ge=0.5, le=3600, description="a worker that is silent for so long has lost its job"
@@ -118,6 +118,20 @@ class Settings(BaseSettings):
         if value == "":  # as a path it would be the current folder
             raise ValueError("must name a folder")
         return value
+
+    @field_validator("database_url", mode="before")
+    @classmethod
+    def _read_database_url(cls, value: object) -> object:
+        """It has a password in it, and a password's place is a file."""
+        if not isinstance(value, str) or not value.startswith("@"):
+            return value
+        try:
+            text = Path(value[1:]).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"the file {value[1:]} can't be read ({getattr(error, 'strerror', 'not text')})") from None
+        if not text:
+            raise ValueError(f"the file {value[1:]} is empty: write postgresql://... into it")
+        return text
 
     @model_validator(mode="after")
     def _check_contradictions(self) -> Self:
