@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,27 +48,19 @@ def run(*command: str | Path) -> str:
 
 def pip_settings() -> tuple[list[str], list[str]]:
     """This machine's mirrors and wheels as build arguments, and the local folders among them as mounts."""
-    listed = run(shutil.which("python3") or "python3", "-m", "pip", "config", "list")
+    listed = run(shutil.which("python3") or "python3", "-m", "pip", "config", "list").splitlines()
     arguments, mounts = [], []
-    for key, name in (
-        ("index-url", "PIP_INDEX_URL"),
-        ("extra-index-url", "PIP_EXTRA_INDEX_URL"),
-        ("find-links", "PIP_FIND_LINKS"),
-    ):
-        found = [
-            line.partition("=")[2].strip("'")
-            for line in listed.splitlines()
-            if line.startswith((f"global.{key}=", f":env:.{key}="))
-        ]
-        value = " ".join(dict.fromkeys(" ".join(found).replace("\\n", " ").split()))
-        if value:
-            arguments += ["--build-arg", f"{name}={value}"]
-        for word in value.split():
-            folder = Path(word.removeprefix("file://"))
+    for key in ("index-url", "extra-index-url", "find-links"):
+        values = [line.partition("=")[2] for line in listed if line.partition("=")[0].partition(".")[2] == key]
+        values += [line.partition("=")[2] for line in listed if line.startswith(f":env:.{key}=")]
+        words = list(dict.fromkeys(" ".join(values).replace("\\n", " ").replace("'", " ").split()))
+        if words:
+            arguments += ["--build-arg", f"PIP_{key.upper().replace('-', '_')}={' '.join(words)}"]
+        for folder in (Path(word.removeprefix("file://")) for word in words):
             if folder.is_absolute() and folder.exists():
                 top = Path(*folder.parts[:3])
                 mounts += ["--volume", f"{top}:{top}:ro"]
-    return arguments, list(dict.fromkeys(mounts))
+    return arguments, mounts
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +78,13 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
     arguments, mounts = pip_settings()
     # A certificate of a house's own proxy is the host's.
     mounts += ["--volume", f"{CERTIFICATES}:{CERTIFICATES}:ro"] if Path(CERTIFICATES).exists() else []
-    run(*buildah, "bud", "--isolation", "chroot", "--format", "docker", "--layers=false",
-        "--build-arg", "BASE=localhost/dve-base", *arguments, *mounts, "-f", "docker/Dockerfile", "-t", "dve", ".")  # fmt: skip
+    built = ("bud", "--isolation", "chroot", "--format", "docker", "--layers=false", "-f", "docker/Dockerfile")
+    run(*buildah, *built, "--build-arg", "BASE=localhost/dve-base", *arguments, *mounts, "-t", "dve", ".")
     seconds.append(time.monotonic() - began - seconds[0])
     container = run(*buildah, "from", "dve")
     config = json.loads(run(*buildah, "inspect", "--type", "image", "dve"))["Docker"]["config"]
     root = Path(run(*buildah, "mount", container))
-    print(f"\nbase made in {seconds[0]:.0f} s, image built in {seconds[1]:.0f} s")
+    sys.stdout.write(f"\nbase made in {seconds[0]:.0f} s, image built in {seconds[1]:.0f} s\n")
     yield Image(root, config)
     run(*buildah, "umount", container)
     # Its files are some GB, and nobody asks for them again.
@@ -121,8 +114,8 @@ def test_the_image_says_how_it_is_run(image: Image) -> None:
 
 def test_a_server_and_a_worker_from_one_image(image: Image, data: Path) -> None:
     ports = {"DVE_PORT": str(free_port()), "DVE_WORKER_METRICS_PORT": str(free_port())}
-    own = {**ports, "DVE_HOST": "127.0.0.1", "DVE_API_KEYS": "", "OMP_NUM_THREADS": "1"}
-    del own["DVE_API_KEYS"]
+    own = {**ports, "DVE_HOST": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    beside = own | {"DVE_PORT": "1"}  # where nothing listens, so that the worker is asked how it is
     url = f"http://127.0.0.1:{ports['DVE_PORT']}"
     with Container(image.root, image.config, data, own) as server:
         wait_for(f"{url}/health/ready", 300)
@@ -135,11 +128,8 @@ def test_a_server_and_a_worker_from_one_image(image: Image, data: Path) -> None:
             answer = http.post("/v1/chat/completions", json=question(0)).json()
             assert "dog" in answer["choices"][0]["message"]["content"]
             assert len(answer["fusion"]) == 1
-            with Container(
-                image.root, image.config, data, {**own, "DVE_PORT": "1"}, ["worker", "--devices=cpu"]
-            ) as worker:
+            with Container(image.root, image.config, data, beside, ["worker", "--devices=cpu"]) as worker:
                 wait_for(f"http://127.0.0.1:{ports['DVE_WORKER_METRICS_PORT']}/metrics", 300)
-                # Nothing listens on port 1: it is the worker that says that it is well.
                 assert worker.exec(*image.config["Healthcheck"]["Test"][1:]).returncode == 0
                 job = finished_job(http, create_job(http), 900)
                 assert job["status"] == "succeeded", job
