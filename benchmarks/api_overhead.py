@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ from rich.table import Table
 
 from model_core.types import EngineStats, GenerationRequest, ModelInfo, TokenEvent, Usage
 from service.engine_client import EngineClient
-from service.main import build_app, open_socket, server_config
-from service.settings import Settings
+from service.main import build_app, engine_limits, open_socket, server_config
+from service.settings import JobSettings, Settings
 
 #: What was measured, how much, and the bar.
 Row = tuple[str, str, str]
@@ -179,8 +180,9 @@ async def in_process(args: argparse.Namespace) -> list[Row]:
 
 def build(args: argparse.Namespace) -> tuple[Any, EngineClient]:
     data_dir = Path(tempfile.mkdtemp())  # without keys
-    settings = Settings(max_num_seqs=args.streams, batch_window_seconds=0.0, log_level="error", data_dir=data_dir)
-    return build_app(settings, lambda: FreeEngine(args.rate))
+    settings = Settings(max_num_seqs=args.streams, log_level="error", data_dir=data_dir)
+    limits = replace(engine_limits(settings), batch_window_seconds=0.0)
+    return build_app(settings, JobSettings(data_dir=data_dir), lambda: FreeEngine(args.rate), limits=limits)
 
 
 async def through_sockets(args: argparse.Namespace) -> list[Row]:

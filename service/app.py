@@ -23,6 +23,7 @@ from starlette.responses import Response
 from model_core.errors import DualVisionError
 from service.addresses import AllowedHosts
 from service.auth import KeyGate, scope_of
+from service.checkpoint_publisher import CheckpointPublisher
 from service.engine_client import EngineClient
 from service.errors import (
     ClientDisconnectedError,
@@ -42,17 +43,18 @@ from service.keys import KeyRing
 from service.limits import KeyLimits
 from service.logs import log_failure, request_id_var
 from service.media import MediaLimits, MediaSource
-from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestScope
 from service.preflight import Preflight
 from service.protocol.chat import ChatCompletionRequest
 from service.protocol.fine_tuning import CreateJobRequest, PatchFusion
 from service.protocol.fusion import AnalyzeRequest, CompareRequest
 from service.remote import RemoteImages
+from service.request_limits import RequestLimits
 from service.routes import chat, files, fine_tuning, fusion, health, job_events, models
 from service.routes.parts import AppParts, parts_of
-from service.settings import Settings
+from service.settings import JobSettings, Settings
 from service.store_watch import StoreWatch
+from service.tracing.span import Tracer
 from service.uploads import UploadStore
 from service.waiting import WaitingBytes
 
@@ -74,46 +76,42 @@ _BODIES: Mapping[str, type[BaseModel]] = {
 def create_app(
     settings: Settings,
     client: EngineClient,
-    metrics: Metrics,
     keys: KeyRing,
     store: Store,
     hot_models: HotModels,
     *,
+    jobs: JobSettings,
+    request_limits: RequestLimits,
+    tracer: Tracer | None = None,
     now: Callable[[], float] = time.time,
     clock: Callable[[], float] = time.monotonic,
-    body_seconds: float = 10.0,
 ) -> FastAPI:
-    """`now`: the wall clock of `created` fields. `clock`: that of the limits. `body_seconds`: what a small request
-    body may take.
+    """`tracer`: none records nothing. `now`: the wall clock of `created` fields. `clock`: that of the limits.
 
     The client must not have been started; the store is closed at the end. Raises ConfigError.
     """
-    folder = FileFolder(settings.data_dir)
-    watch = StoreWatch(store, settings.data_dir, metrics.store)
+    folder, metrics = FileFolder(jobs.data_dir), client.metrics
+    watch = StoreWatch(store, jobs.data_dir, metrics.store)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         client.start()
         hot_models.start()
-        async with _kept_in_order(store, folder, watch, settings.event_retention_days):
+        async with _kept_in_order(store, folder, watch, jobs.event_retention_days):
             yield
             await client.stop()
             await hot_models.stop()
 
-    app = FastAPI(
-        title="Dual Vision Encoder",
-        lifespan=lifespan,
-        docs_url=None,  # their pages load scripts from a CDN
-        redoc_url=None,
-        redirect_slashes=False,
+    # Without the pages whose scripts come from a CDN.
+    app = FastAPI(title="Dual Vision Encoder", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    waiting, media = WaitingBytes(request_limits.max_waiting_bytes), _media(settings, request_limits, folder, now)
+    desk = JobDesk(settings, store, folder, Preflight(settings.device), hot_models.published_as)
+    history, checkpoints = FusionHistory(), CheckpointPublisher(store, settings.data_dir)
+    app.state.parts = AppParts(
+        settings, request_limits, client, hot_models, metrics, history, waiting, media, desk, checkpoints, now
     )
-    waiting = WaitingBytes(settings.max_waiting_bytes)
-    desk = JobDesk(settings, store, folder, Preflight(settings.device))
-    media = _media(settings, folder, now)
-    app.state.parts = AppParts(settings, client, hot_models, metrics, FusionHistory(), waiting, media, desk, now)
     # The last one added is the outermost.
-    sizes = {"max_body_bytes": settings.max_body_bytes, "max_upload_bytes": settings.max_upload_bytes}
-    app.add_middleware(BodyLimit, **sizes, waiting=waiting, metrics=metrics, body_seconds=body_seconds)
+    app.add_middleware(BodyLimit, limits=request_limits, waiting=waiting, metrics=metrics)
     routers = [module.router for module in (chat, fusion, models, files, fine_tuning, job_events, health)]
     limits = KeyLimits(settings.key_requests_per_minute, settings.key_max_concurrent, clock)
     app.add_middleware(
@@ -125,7 +123,7 @@ def create_app(
         host_name=settings.host,
         routes=[route for router in routers for route in router.routes],
     )
-    app.add_middleware(RequestScope, metrics=metrics)
+    app.add_middleware(RequestScope, metrics=metrics, tracer=tracer)
     for router in routers:
         app.include_router(router)
     _shape_errors(app)
@@ -154,12 +152,12 @@ def _shape_errors(app: FastAPI) -> None:
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
 
 
-def _media(settings: Settings, folder: FileFolder, now: Callable[[], float]) -> MediaSource:
-    limits = MediaLimits(settings.max_images, settings.max_image_bytes, settings.max_body_bytes)
-    remote = RemoteImages(AllowedHosts.parse(settings.allowed_media_domains), settings.max_image_bytes)
-    max_bytes = max(_UPLOAD_BYTES, settings.max_image_bytes)
+def _media(settings: Settings, limits: RequestLimits, folder: FileFolder, now: Callable[[], float]) -> MediaSource:
+    media_limits = MediaLimits(limits.max_images, limits.max_image_bytes, limits.max_body_bytes)
+    remote = RemoteImages(AllowedHosts.parse(settings.allowed_media_domains), limits.max_image_bytes)
+    max_bytes = max(_UPLOAD_BYTES, limits.max_image_bytes)
     uploads = UploadStore(max_bytes, _UPLOAD_SECONDS, now, kept=folder.read_picture)
-    return MediaSource(limits, remote, uploads)
+    return MediaSource(media_limits, remote, uploads)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from model_core.errors import DualVisionError
-from service.settings import WORKER_ONLY, Settings, load_settings, settings_table
+from service.flags import add_settings, print_json, print_page
+from service.settings import SERVER_NAMES, load_settings, load_worker_settings
 
 #: command, of one word or two -> (module with `main(argv) -> int | None`, what it does)
 MOUNTED: Mapping[str, tuple[str, str]] = {
@@ -28,10 +28,12 @@ MOUNTED: Mapping[str, tuple[str, str]] = {
     "demo": ("model_core.cli.demo", "build or evaluate the demo model"),
     "jobs": ("service.job_commands", "training jobs of a server: list, show, watch, cancel, pause, resume"),
     "fit": ("model_core.cli.fit", "say whether serving and each training mode fit the memory"),
+    "doctor": ("service.doctor.command", "say whether server and worker would run here, and what to do where not"),
     "worker": ("service.worker_commands", "train the jobs that the server was given"),
     "up": ("service.together", "serve and worker together"),
     "publish": ("model_core.cli.publish", "make a trained model one that the server finds"),
     "bench": ("model_core.cli.bench", "time the engine or the encoders"),
+    "bench train": ("model_core.cli.bench_train", "time training beside transformers' Trainer"),
     "bench serve": ("service.bench", "time an endpoint under load, beside another one if wanted"),
 }
 
@@ -73,15 +75,17 @@ def _help() -> str:
 def _serve(argv: Sequence[str]) -> int:
     flags = vars(serve_parser().parse_args(argv))
     print_config, form = flags.pop("print_config"), flags.pop("format")
-    settings = load_settings(flags, flags.pop("set"))
+    settings, jobs = load_settings(flags, flags.pop("set"))
+    if print_config and form == "table":
+        print_page(settings, jobs, load_worker_settings()[0])
+    elif print_config:
+        print_json(SERVER_NAMES, settings, jobs)
     if print_config:
-        as_json = json.dumps(settings.model_dump(mode="json"), indent=2) + "\n"
-        sys.stdout.write(settings_table(settings) if form == "table" else as_json)
         return 0
     # Here and not above: `dve infer` and `dve --help` need no web server.
     from service.main import serve
 
-    return serve(settings)
+    return serve(settings, jobs)
 
 
 def serve_parser() -> argparse.ArgumentParser:
@@ -92,22 +96,7 @@ def serve_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for name, field in Settings.model_fields.items():
-        if name in WORKER_ONLY:
-            continue
-        spellings = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
-        default = "" if field.default is None else f" (default: {field.default})"
-        text = f"{field.description}{default}".replace("%", "%%")
-        parser.add_argument(*spellings, dest=name, metavar="VALUE", help=text)
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting by its name; may be repeated"
-    )
-    parser.add_argument(
-        "--print-config", "--print_config", action="store_true", default=False, help="print the settings and stop"
-    )
-    parser.add_argument(
-        "--format", choices=("json", "table"), default="json", help="of --print-config (default: %(default)s)"
-    )
+    add_settings(parser, SERVER_NAMES)
     return parser
 
 

@@ -1,7 +1,7 @@
 """The composition root of the server: settings -> engine, metrics, app -> a listening process.
 
-In: `Settings`. Out: an exit code: 0 after a good run, 2 for what the user can put right (a missing or
-broken checkpoint, a port in use), 1 for the rest, a second signal among it. It alone, with cli.py, may
+In: settings of the server and of the jobs. Out: an exit code: 0 after a good run, 2 for what the user can put right
+(a missing or broken checkpoint, a port in use), 1 for the rest, a second signal among it. It alone, with cli.py, may
 import the model.
 """
 
@@ -34,7 +34,10 @@ from service.keys import load_keys
 from service.logs import configure_logs, logger
 from service.metrics import Metrics
 from service.registry import FolderRegistry
-from service.settings import Settings
+from service.request_limits import RequestLimits
+from service.settings import JobSettings, Settings, wants_tracing
+from service.tracing.choose import open_tracer
+from service.tracing.span import Tracer
 from service.variant_loader import KV_SHARE, LoadedEngine, NoVariants, VariantLoader
 
 if TYPE_CHECKING:
@@ -47,18 +50,21 @@ _CPU_VARIANT_BYTES = 2 * 2**30
 _LAST_SECONDS = 1.8
 _GOING_SECONDS = 5
 
+#: An idle engine waits so long for company: what comes together starts together, and nobody feels 5 ms.
+_BATCH_WINDOW_SECONDS = 0.005
+
 
 class ModelLoader:
     """Loads the model that the settings name, and variants of it beside it (hot_models.py)."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, request_limits: RequestLimits) -> None:
+        self._settings, self._request_limits = settings, request_limits
         self._encoder: DualVisionEncoder | None = None
         self._gpu_budget: int | None = None
 
     def load_base(self) -> Engine:
         """Runs in the engine's thread; takes a while."""
-        self._encoder = load_encoder(self._settings)
+        self._encoder = load_encoder(self._settings, self._request_limits)
         engine: Engine = self._encoder.engine
         return engine
 
@@ -95,7 +101,7 @@ class ModelLoader:
         return LoadedEngine(made.engine, made.bytes_beside(encoder))
 
 
-def load_encoder(settings: Settings) -> DualVisionEncoder:
+def load_encoder(settings: Settings, request_limits: RequestLimits) -> DualVisionEncoder:
     """Build and warm up the model that the settings name."""
     # Here and not above: importing torch takes seconds, and the port should answer before that.
     from model_core.checkpoint import quiet_unless_terminal  # noqa: PLC0415
@@ -114,7 +120,6 @@ def load_encoder(settings: Settings) -> DualVisionEncoder:
             encode_window_seconds=settings.encode_window_seconds,
             kv_cache_bytes=settings.kv_cache_bytes,
             encoder_cache_bytes=settings.encoder_cache_bytes,
-            enable_prefix_caching=settings.enable_prefix_caching,
             variant_bytes=settings.variant_memory_bytes,
         ),
     }
@@ -126,7 +131,7 @@ def load_encoder(settings: Settings) -> DualVisionEncoder:
     encoder.warm_up()
     encoder.configure(
         ImageLimits(
-            max_bytes=settings.max_image_bytes,
+            max_bytes=request_limits.max_image_bytes,
             max_pixels=settings.max_image_pixels,
             max_visual_tokens=settings.max_visual_tokens,
         )
@@ -156,36 +161,41 @@ def engine_limits(settings: Settings) -> EngineLimits:
         max_num_seqs=settings.max_num_seqs,
         max_waiting=settings.max_waiting,
         request_timeout_seconds=settings.request_timeout_seconds,
-        stall_timeout_seconds=settings.stall_timeout_seconds,
         shutdown_timeout_seconds=settings.shutdown_timeout_seconds,
-        batch_window_seconds=settings.batch_window_seconds,
+        batch_window_seconds=_BATCH_WINDOW_SECONDS,
         preprocess_workers=settings.preprocess_workers,
     )
 
 
 def build_app(
     settings: Settings,
+    jobs: JobSettings,
     load: Callable[[], Engine],
     on_load_failure: Callable[[BaseException], None] | None = None,
     on_pool_thread: Callable[[], None] | None = None,
     *,
     clock: Callable[[], float] = time.monotonic,
-    body_seconds: float = 10.0,
     variants: VariantLoader | None = None,
+    limits: EngineLimits | None = None,
+    request_limits: RequestLimits | None = None,
+    tracer: Tracer | None = None,
 ) -> tuple[FastAPI, EngineClient]:
     """The app with its parts, its store opened and brought up to date. `variants`: none serves the base alone.
 
+    `limits`, `request_limits`: others than those that follow from the settings.
     Raises ConfigError, StoreUnavailableError.
     """
     keys, metrics = load_keys(settings), Metrics()
     client = EngineClient(
-        load, metrics, engine_limits(settings), on_load_failure=on_load_failure, on_pool_thread=on_pool_thread
+        load, metrics, limits or engine_limits(settings), on_load_failure=on_load_failure, on_pool_thread=on_pool_thread
     )
     registry = FolderRegistry(settings.data_dir / "models", time.time)
     models = HotModels(registry, client, variants or NoVariants(), metrics, on_pool_thread=on_pool_thread)
     app = create_app(
-        settings, client, metrics, keys, store_of(settings), models, clock=clock, body_seconds=body_seconds
-    )
+        settings, client, keys, store_of(jobs), models,
+        jobs=jobs, request_limits=request_limits or RequestLimits.from_settings(settings, jobs), clock=clock,
+        tracer=tracer,
+    )  # fmt: skip
     return app, client
 
 
@@ -255,9 +265,10 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter) or self._client.is_drained()
 
 
-def serve(settings: Settings, load: Callable[[], Engine] | None = None) -> int:
+def serve(settings: Settings, jobs: JobSettings, load: Callable[[], Engine] | None = None) -> int:
     """Run until a signal. `load` stands in for the real engine in tests. Raises ConfigError."""
     configure_logs(settings.log_format, settings.log_level)
+    tracer = open_tracer("dve-server", is_wanted=wants_tracing())
     servers: list[_Server] = []
 
     def give_up(_: BaseException) -> None:
@@ -266,15 +277,18 @@ def serve(settings: Settings, load: Callable[[], Engine] | None = None) -> int:
 
     # A stand-in for the engine needs no torch, and importing it takes seconds.
     on_pool_thread = use_one_torch_thread if load is None else None
-    loader = ModelLoader(settings)
+    request_limits = RequestLimits.from_settings(settings, jobs)
+    loader = ModelLoader(settings, request_limits)
     app, client = build_app(
-        settings, load or loader.load_base, give_up, on_pool_thread, variants=loader if load is None else None
-    )
+        settings, jobs, load or loader.load_base, give_up, on_pool_thread,
+        variants=loader if load is None else None, request_limits=request_limits, tracer=tracer,
+    )  # fmt: skip
     listening = open_socket(settings.host, settings.port)
     servers.append(_Server(server_config(app), client))
     host, port = listening.getsockname()[:2]
     logger.info("listening on http://%s:%d, loading the model", f"[{host}]" if ":" in host else host, port)
     asyncio.run(servers[0].serve(sockets=[listening]))
+    tracer.close()
     code = 1 if servers[0].num_signals > 1 else 0
     if client.load_error is not None:
         code = 2 if isinstance(client.load_error, DualVisionError) else 1

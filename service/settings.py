@@ -1,19 +1,19 @@
-"""Settings of the server: environment `DVE_*`, overridden by command-line flags, read once and frozen.
+"""Settings by role (server, jobs, worker): environment `DVE_*`, overridden by command-line flags, read once and frozen.
 
-In: the environment and a dict of flags. Out: one `Settings`. It refuses unknown `DVE_*` names (a typo
-is an error that lists what is allowed) and settings that contradict each other.
+In: the environment and a dict of flags. Out: one object for each role that a process has. What two roles share they
+read from the same variable. It refuses unknown `DVE_*` names (a typo is an error that lists what is allowed) and
+settings that contradict each other.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model_core.errors import ConfigError
@@ -23,18 +23,47 @@ _MIB = 2**20
 CLIENT_NAMES = frozenset({"DVE_URL", "DVE_API_KEY"})
 
 
-class Settings(BaseSettings):
-    """Every field is `DVE_<FIELD>` in the environment and `--<field>` on the command line."""
+def _refuse_no_folder(value: object) -> object:
+    if value == "":  # as a path it would be the current folder
+        raise ValueError("must name a folder")
+    return value
 
-    model_config = SettingsConfigDict(env_prefix="DVE_", frozen=True, extra="forbid", allow_inf_nan=False)
 
-    model: str | None = Field(None, min_length=1, description="checkpoint folder; none: the demo model")
-    qwen_model_name: str | None = Field(None, min_length=1, description="hub id or folder of a Qwen2.5-VL")
-    dinov2_model_name: str | None = Field(None, min_length=1, description="hub id or folder of a DINOv2")
-    host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
-    data_dir: Path = Field(Path("data"), description="folder of what the server keeps: keys, files, jobs")
-    database_url: SecretStr | None = Field(
+def _read_secret(value: object) -> object:
+    """A database's URL has a password in it, and a password's place is a file: `@FILE` is what stands there."""
+    if not isinstance(value, str) or not value.startswith("@"):
+        return value
+    try:
+        text = Path(value[1:]).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the file {value[1:]} can't be read ({getattr(error, 'strerror', 'not text')})") from None
+    if not text:
+        raise ValueError(f"the file {value[1:]} is empty: write postgresql://... into it")
+    return text
+
+
+# What several roles read, told once.
+_Host = Annotated[str, Field(min_length=1, description="address to listen on")]
+_DataDir = Annotated[
+    Path,
+    BeforeValidator(_refuse_no_folder),
+    Field(description="folder of what is kept: keys, files, jobs, fine-tuned models"),
+]
+_LogFormat = Annotated[Literal["json", "plain"], Field(description="one JSON object a line, or plain text")]
+_LogLevel = Annotated[Literal["debug", "info", "warning", "error"], Field(description="least severe line written")]
+
+_CONFIG = SettingsConfigDict(env_prefix="DVE_", frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class JobSettings(BaseSettings):
+    """The store of jobs and files, which server and worker share, and the quotas that the server keeps to."""
+
+    model_config = _CONFIG
+    #: The server alone reads these; they are no flags of a worker.
+    QUOTAS: ClassVar = ("max_active_jobs_per_key", "max_upload_bytes", "max_file_bytes_per_key", "event_retention_days")
+
+    data_dir: _DataDir = Path("data")
+    database_url: Annotated[SecretStr | None, BeforeValidator(_read_secret)] = Field(
         None, description="PostgreSQL for the jobs, postgresql://..., or @FILE with that; none: SQLite in data_dir"
     )
     job_lease_seconds: float = Field(
@@ -45,6 +74,38 @@ class Settings(BaseSettings):
     max_upload_bytes: int = Field(512 * _MIB, ge=1024, description="largest file for training")
     max_file_bytes_per_key: int = Field(100 * 1024 * _MIB, ge=1024, description="all files of one key together")
     event_retention_days: float = Field(90.0, gt=0, description="events of a job are kept so long after its end")
+
+
+class WorkerSettings(BaseSettings):
+    """`dve worker`: where it trains, and how it behaves there."""
+
+    model_config = _CONFIG
+
+    host: _Host = "127.0.0.1"
+    worker_devices: str = Field("auto", min_length=1, description="auto, cpu, or GPU numbers with commas between: 0,1")
+    worker_concurrency: int = Field(1, ge=1, le=64, description="trainers on each of these devices at once")
+    worker_grace_seconds: float = Field(
+        120.0, ge=0, description="time that a trainer gets to save, when a job or the worker is to stop"
+    )
+    worker_nice: int = Field(
+        10, ge=0, le=19, description="priority that trainers on processors give up, as nice counts"
+    )
+    worker_metrics_port: int = Field(8001, ge=0, le=65535, description="port of the worker's /metrics; 0: none")
+    log_format: _LogFormat = "plain"
+    log_level: _LogLevel = "info"
+
+
+class Settings(BaseSettings):
+    """The server. Every field is `DVE_<FIELD>` in the environment and `--<field>` on the command line."""
+
+    model_config = _CONFIG
+
+    model: str | None = Field(None, min_length=1, description="checkpoint folder; none: the demo model")
+    qwen_model_name: str | None = Field(None, min_length=1, description="hub id or folder of a Qwen2.5-VL")
+    dinov2_model_name: str | None = Field(None, min_length=1, description="hub id or folder of a DINOv2")
+    host: _Host = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
+    data_dir: _DataDir = Path("data")
     api_keys: SecretStr | None = Field(
         None, description="hashed keys as SCOPE:SHA256, separated by commas, or @FILE with one a line"
     )
@@ -63,9 +124,6 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's own")
     max_num_seqs: int = Field(16, ge=1, le=4096, description="requests that run at once")
     max_waiting: int = Field(64, ge=0, le=100_000, description="requests that may wait; one more is refused (503)")
-    max_waiting_bytes: int = Field(
-        256 * _MIB, ge=1024, description="bodies of requests that wait, together; beyond it one more is refused (503)"
-    )
     preprocess_workers: int = Field(2, ge=1, le=64, description="threads that decode pictures")
     max_num_batched_tokens: int = Field(
         2048, ge=1, description="tokens of one engine step; long prompts come in chunks"
@@ -81,57 +139,22 @@ class Settings(BaseSettings):
         None, ge=0, description="fine-tuned models in memory beside the base; none: 2 GiB, or an eighth of a free GPU"
     )
     encoder_cache_bytes: int = Field(256 * _MIB, ge=0, description="features of pictures seen before; 0: none are kept")
-    enable_prefix_caching: bool = Field(True, description="keep keys and values of prompts for those that begin alike")
     max_body_bytes: int = Field(48 * _MIB, ge=1024, description="largest request body")
-    max_images: int = Field(16, ge=1, le=1024, description="images in one request")
-    max_image_bytes: int = Field(20 * _MIB, ge=64, description="largest encoded image")
     max_image_pixels: int = Field(36_000_000, ge=784, description="largest image, width times height")
     max_visual_tokens: int = Field(16_384, ge=1, description="vision tokens of one request's images together")
     allowed_media_domains: str = Field(
         "", description="hosts that images are fetched from: a.com, *.a.com, *, http://a.com"
     )
-    request_timeout_seconds: float = Field(600.0, gt=0, description="a request's whole time, queueing included")
-    stall_timeout_seconds: float = Field(120.0, gt=0, description="/health/live fails after so long without progress")
+    request_timeout_seconds: float = Field(600.0, ge=0.1, description="a request's whole time, queueing included")
     shutdown_timeout_seconds: float = Field(30.0, ge=0, description="time that running requests get at shutdown")
-    batch_window_seconds: float = Field(0.005, ge=0, le=1, description="an idle engine waits so long for company")
-    worker_devices: str = Field("auto", min_length=1, description="auto, cpu, or GPU numbers with commas between: 0,1")
-    worker_concurrency: int = Field(1, ge=1, le=64, description="trainers on each of these devices at once")
-    worker_grace_seconds: float = Field(
-        120.0, ge=0, description="time that a trainer gets to save, when a job or the worker is to stop"
-    )
-    worker_nice: int = Field(
-        10, ge=0, le=19, description="priority that trainers on processors give up, as nice counts"
-    )
-    worker_metrics_port: int = Field(8001, ge=0, le=65535, description="port of the worker's /metrics; 0: none")
-    log_format: Literal["json", "plain"] = Field("plain", description="one JSON object a line, or plain text")
+    log_format: _LogFormat = "plain"
     log_content: bool = Field(
         False, description="write what chats ask and answer into the log; otherwise it holds no word of either"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line written")
+    log_level: _LogLevel = "info"
 
     def no_key_paths(self) -> tuple[str, ...]:
         return tuple(path for path in self.public_paths.split(",") if path)
-
-    @field_validator("data_dir", mode="before")
-    @classmethod
-    def _refuse_no_folder(cls, value: object) -> object:
-        if value == "":  # as a path it would be the current folder
-            raise ValueError("must name a folder")
-        return value
-
-    @field_validator("database_url", mode="before")
-    @classmethod
-    def _read_database_url(cls, value: object) -> object:
-        """It has a password in it, and a password's place is a file."""
-        if not isinstance(value, str) or not value.startswith("@"):
-            return value
-        try:
-            text = Path(value[1:]).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"the file {value[1:]} can't be read ({getattr(error, 'strerror', 'not text')})") from None
-        if not text:
-            raise ValueError(f"the file {value[1:]} is empty: write postgresql://... into it")
-        return text
 
     @model_validator(mode="after")
     def _check_contradictions(self) -> Self:
@@ -145,26 +168,10 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"qwen_model_name={names[0]!r} and dinov2_model_name={names[1]!r} are a pair: give the other one too"
             )
-        needed = 4 * -(-self.max_image_bytes // 3)
-        if needed > self.max_body_bytes:
-            raise ValueError(
-                f"max_image_bytes={self.max_image_bytes} needs a body of {needed} bytes in base64, but "
-                f"max_body_bytes={self.max_body_bytes}: raise the second or lower the first"
-            )
-        if self.max_body_bytes > self.max_waiting_bytes:
-            raise ValueError(
-                f"max_body_bytes={self.max_body_bytes} is over max_waiting_bytes={self.max_waiting_bytes}: "
-                "the largest body would always be refused; raise the second or lower the first"
-            )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} can't hold one token of each of "
                 f"max_num_seqs={self.max_num_seqs} requests: raise the first or lower the second"
-            )
-        if self.batch_window_seconds >= self.request_timeout_seconds:
-            raise ValueError(
-                f"batch_window_seconds={self.batch_window_seconds} is not below "
-                f"request_timeout_seconds={self.request_timeout_seconds}: every request would time out"
             )
         if self.log_content and self.log_level in ("warning", "error"):
             raise ValueError(
@@ -174,12 +181,15 @@ class Settings(BaseSettings):
         return self
 
 
-#: What `dve worker` listens to; of these the server alone has no use for `WORKER_ONLY`.
-WORKER_FIELDS = (
-    "data_dir", "database_url", "host", "job_lease_seconds", "job_max_attempts", "worker_devices", "worker_concurrency",
-    "worker_grace_seconds", "worker_nice", "worker_metrics_port", "log_format", "log_level",
-)  # fmt: skip
-WORKER_ONLY = tuple(name for name in WORKER_FIELDS if name.startswith("worker_"))
+#: All of them, in the order in which they are shown.
+ROLES = (Settings, JobSettings, WorkerSettings)
+SERVER_NAMES = tuple(dict.fromkeys((*Settings.model_fields, *JobSettings.model_fields)))
+WORKER_NAMES = tuple(
+    name
+    for name in dict.fromkeys((*WorkerSettings.model_fields, *JobSettings.model_fields))
+    if name not in JobSettings.QUOTAS
+)
+_Role = TypeVar("_Role", Settings, JobSettings, WorkerSettings)
 
 
 def child_environment(**changes: str) -> dict[str, str]:
@@ -188,13 +198,62 @@ def child_environment(**changes: str) -> dict[str, str]:
     return kept | changes
 
 
-def load_settings(flags: Mapping[str, object] | None = None, assignments: Sequence[str] = ()) -> Settings:
-    """Flags and assignments (`name=value`) over environment over defaults. Raises ConfigError, in one readable line."""
-    _refuse_unknown_names(os.environ)
+def load_settings(
+    flags: Mapping[str, object] | None = None, assignments: Sequence[str] = ()
+) -> tuple[Settings, JobSettings]:
+    """A server's. Flags and assignments (`name=value`) over environment over defaults.
+
+    Raises ConfigError, in one readable line.
+    """
+    given = _with_model_choice(_given(flags or {}, assignments, SERVER_NAMES))
+    return _read(Settings, given), _read(JobSettings, given)
+
+
+def load_worker_settings(
+    flags: Mapping[str, object] | None = None, assignments: Sequence[str] = ()
+) -> tuple[WorkerSettings, JobSettings]:
+    """A worker's, likewise. Raises ConfigError."""
+    given = _given(flags or {}, assignments, WORKER_NAMES)
+    return _read(WorkerSettings, given), _read(JobSettings, given)
+
+
+def _read(role: type[_Role], given: Mapping[str, object]) -> _Role:
     try:
-        return Settings(**_with_model_choice(_assign(dict(flags or {}), assignments)))  # type: ignore[arg-type]
+        return role(**{name: value for name, value in given.items() if name in role.model_fields})  # type: ignore[arg-type]
     except ValidationError as error:
         raise ConfigError("; ".join(_line(e["loc"], e["msg"], e["input"]) for e in error.errors())) from None
+
+
+def load_all_settings(assignments: Sequence[str] = ()) -> tuple[Settings, JobSettings, WorkerSettings]:
+    """Of server and worker, for who looks at both (`dve doctor`). Raises ConfigError."""
+    names = [assignment.partition("=")[0].strip().replace("-", "_") for assignment in assignments]
+    of_worker = [one for one, name in zip(assignments, names, strict=True) if name in WORKER_NAMES]
+    # What neither knows is refused in the server's name.
+    of_server = [
+        one for one, name in zip(assignments, names, strict=True) if one not in of_worker or name in SERVER_NAMES
+    ]
+    settings, jobs = load_settings({}, of_server)
+    return settings, jobs, load_worker_settings({}, of_worker)[0]
+
+
+def wants_tracing() -> bool:
+    """Whether OpenTelemetry's own variables say where traces go. Raises ConfigError for a way that is not built in."""
+    given = os.environ.get
+    endpoints = (given("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"), given("OTEL_EXPORTER_OTLP_ENDPOINT"))
+    if not any(endpoints) or (given("OTEL_SDK_DISABLED") or "").strip().lower() == "true":
+        return False
+    exporter = given("OTEL_TRACES_EXPORTER") or "otlp"
+    if exporter == "none":
+        return False
+    protocols = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+    ways = [("OTEL_TRACES_EXPORTER", exporter, "otlp"), *((name, given(name), "http/protobuf") for name in protocols)]
+    for name, value, allowed in ways:
+        if value and value != allowed:
+            raise ConfigError(
+                f"{name} asks for a way that this program does not send traces", value=value, allowed=allowed,
+                fix="Leave it out, or set OTEL_SDK_DISABLED=true for no traces",
+            )  # fmt: skip
+    return True
 
 
 def client_access() -> tuple[str, str | None]:
@@ -209,20 +268,26 @@ def client_access() -> tuple[str, str | None]:
     return os.environ.get("DVE_URL") or url, os.environ.get("DVE_API_KEY") or None
 
 
-def _assign(flags: dict[str, object], assignments: Sequence[str]) -> dict[str, object]:
+def _given(flags: Mapping[str, object], assignments: Sequence[str], names: Sequence[str]) -> dict[str, object]:
+    """What the command line says, checked against `names`; what the environment says is checked beside it."""
+    _refuse_unknown_names(os.environ)
+    given = dict(flags)
+    for name in given:
+        if name not in names:
+            raise _unknown_name("there is no such setting", name, names)
     for assignment in assignments:
         name, sign, value = assignment.partition("=")
         name = name.strip().replace("-", "_")
-        if not sign or name not in Settings.model_fields:
-            raise _unknown_name("--set names no setting", name, list(Settings.model_fields))
-        if name in flags:
+        if not sign or name not in names:
+            raise _unknown_name("--set names no setting", name, names)
+        if name in given:
             raise ConfigError(
                 f"the setting {name} is given twice",
-                value=f"{_shown(name, flags[name])} and {_shown(name, value)}",
+                value=f"{_shown(name, given[name])} and {_shown(name, value)}",
                 allowed="once on the command line",
             )
-        flags[name] = value
-    return flags
+        given[name] = value
+    return given
 
 
 def _shown(name: object, value: object) -> str:
@@ -246,7 +311,7 @@ def _line(loc: tuple[int | str, ...], message: str, value: object) -> str:
 
 
 def _refuse_unknown_names(environment: Mapping[str, str]) -> None:
-    known = {f"DVE_{name}".upper() for name in Settings.model_fields} | CLIENT_NAMES
+    known = {f"DVE_{name}".upper() for role in ROLES for name in role.model_fields} | CLIENT_NAMES
     for name in environment:
         if name.upper().startswith("DVE_") and name.upper() not in known:
             raise _unknown_name("unknown setting in the environment", name.upper(), sorted(known))
@@ -256,50 +321,3 @@ def _unknown_name(what: str, name: str, known: Sequence[str]) -> ConfigError:
     near = difflib.get_close_matches(name, known, n=1)
     fix = f"Perhaps {near[0]} was meant" if near else "Leave it out"
     return ConfigError(what, value=name, allowed=", ".join(known), fix=fix)
-
-
-def settings_table(settings: Settings) -> str:
-    """A page of Markdown: every field, the value that holds, what is allowed, what it means."""
-    values = settings.model_dump(mode="json")
-    rows = [
-        f"| `{name}` | {_plain(values[name])} | {', '.join(_allowed(schema))} | {schema['description']} |"
-        for name, schema in Settings.model_json_schema()["properties"].items()
-    ]
-    return _TABLE_HEAD + "\n".join(rows) + "\n"
-
-
-_TABLE_HEAD = """# Settings
-
-Written by `dve serve --print-config --format table`. Each is a flag of `dve serve` (`--port 8123`, `--set port=8123`),
-those that begin with `worker_` of `dve worker`; it wins over the environment variable (`DVE_PORT=8123`).
-
-| setting | value | allowed | meaning |
-|---|---|---|---|
-"""
-
-
-_KINDS = {"boolean": "true, false", "null": "none", "string": "text"}
-
-
-def _plain(value: object) -> str:
-    if value is None or value == "":
-        return "none"
-    return f"`{value}`" if isinstance(value, str) else f"`{json.dumps(value)}`"
-
-
-def _allowed(schema: Mapping[str, Any]) -> Iterator[str]:
-    for choice in schema.get("anyOf", [schema]):
-        if "enum" in choice:
-            yield from choice["enum"]
-        elif choice["type"] in ("integer", "number"):
-            yield _range(choice)
-        else:
-            yield _KINDS.get(choice["type"], choice["type"])
-
-
-def _range(schema: Mapping[str, Any]) -> str:
-    if "exclusiveMinimum" in schema:
-        return f"over {schema['exclusiveMinimum']}"
-    if "maximum" in schema:
-        return f"{schema.get('minimum', '')} to {schema['maximum']}".strip()
-    return f"{schema['minimum']} or more" if "minimum" in schema else "any number"

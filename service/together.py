@@ -14,9 +14,9 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from service.settings import load_settings
+from service.flags import add_setting
+from service.settings import load_settings, load_worker_settings
 from service.supervisor import leash
-from service.worker_commands import add_setting
 
 _SERVE, _WORKER, _BOTH = ("host", "port", "model"), ("worker_devices", "worker_concurrency"), ("data_dir", "log_format")
 
@@ -32,7 +32,8 @@ def main(argv: Sequence[str]) -> int:
     for name in (*_SERVE, *_WORKER, *_BOTH):
         add_setting(parser, name)
     flags = vars(parser.parse_args(argv))
-    load_settings(flags)
+    load_settings({name: value for name, value in flags.items() if name not in _WORKER})
+    load_worker_settings({name: value for name, value in flags.items() if name in (*_WORKER, *_BOTH)})
 
     def command(name: str, *settings: str) -> list[str]:
         given = [word for one in settings if one in flags for word in (f"--{one}", str(flags[one]))]

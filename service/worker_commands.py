@@ -8,18 +8,25 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from service.settings import WORKER_FIELDS, Settings, load_settings
+from service.flags import add_settings, print_json, print_page
+from service.settings import WORKER_NAMES, load_settings, load_worker_settings
 
 
 def main(argv: Sequence[str]) -> int:
     """Train until a signal, or with --once until nothing waits."""
     flags = vars(build_parser().parse_args(argv))
-    once = flags.pop("once")
-    settings = load_settings(flags)
+    once, print_config, form = flags.pop("once"), flags.pop("print_config"), flags.pop("format")
+    settings, jobs = load_worker_settings(flags, flags.pop("set"))
+    if print_config and form == "table":
+        print_page(load_settings()[0], jobs, settings)
+    elif print_config:
+        print_json(WORKER_NAMES, settings, jobs)
+    if print_config:
+        return 0
     # Here and not above: `dve worker --help` needs no store of jobs.
     from service.worker import work  # noqa: PLC0415
 
-    return work(settings, once=once)
+    return work(settings, jobs, once=once)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,16 +39,5 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--once", action="store_true", default=False, help="end when no job waits any more")
-    for name in WORKER_FIELDS:
-        add_setting(parser, name)
+    add_settings(parser, WORKER_NAMES)
     return parser
-
-
-def add_setting(parser: argparse.ArgumentParser, name: str) -> None:
-    """A setting as a flag, with and without `worker_` before it."""
-    field = Settings.model_fields[name]
-    words = dict.fromkeys((name.removeprefix("worker_"), name))
-    spellings = dict.fromkeys(f"--{spelling}" for word in words for spelling in (word.replace("_", "-"), word))
-    default = "" if field.default is None else f" (default: {field.default})"
-    text = f"{field.description}{default}".replace("%", "%%")
-    parser.add_argument(*spellings, dest=name, metavar="VALUE", help=text)

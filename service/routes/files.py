@@ -45,7 +45,7 @@ _SMALL_FILE_BYTES = 4 << 20
 async def create_file(request: Request, parts: Parts, caller: CallerOf) -> dict[str, Any]:
     """Upload a file: multipart with `file`, `purpose` (fine-tune or vision) and `expires_after`."""
     desk = parts.desk
-    incoming = await asyncio.to_thread(desk.folder.receive, parts.settings.max_upload_bytes)
+    incoming = await asyncio.to_thread(desk.folder.receive, parts.request_limits.max_upload_bytes)
     with incoming:
         form = await read_form(request.headers.get("content-type"), request.stream(), incoming.write)
         purpose, expires = _purpose(form.fields), _expiry(form.fields)

@@ -4,7 +4,7 @@ import asyncio
 
 from benchmarks import api_overhead
 from service.main import build_app
-from service.settings import Settings
+from service.settings import JobSettings, Settings
 
 
 def test_it_prints_its_four_figures(capsys):
@@ -16,7 +16,7 @@ def test_it_prints_its_four_figures(capsys):
 
 def test_an_event_is_counted_for_every_token(tmp_path):
     async def count() -> tuple[int, int]:
-        app, client = build_app(Settings(data_dir=tmp_path), api_overhead.FreeEngine)
+        app, client = build_app(Settings(data_dir=tmp_path), JobSettings(data_dir=tmp_path), api_overhead.FreeEngine)
         client.start()
         await client.wait_loaded()
         try:

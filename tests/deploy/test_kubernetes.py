@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
-from service.settings import Settings
+from service.settings import ROLES
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy/kubernetes"
@@ -156,7 +156,7 @@ def test_probes_and_the_time_to_stop(rendered, overlay: str) -> None:
 
 @kubectl_test
 def test_settings_are_settings_and_secrets_are_files(rendered, overlay: str) -> None:
-    known = {f"DVE_{name.upper()}" for name in Settings.model_fields}
+    known = {f"DVE_{name.upper()}" for role in ROLES for name in role.model_fields}
     (settings,) = of_kind(rendered[overlay], "ConfigMap").values()
     assert set(settings["data"]) <= known
     assert of_kind(rendered[overlay], "Secret") == {}, "none is kept with the manifests"

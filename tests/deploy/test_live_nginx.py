@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from service.main import build_app
-from service.settings import Settings
+from service.settings import JobSettings, Settings
 from tests.service.conftest import LiveServer, ask, run_server
 from tests.service.fakes import FakeEngine
 
@@ -99,9 +99,10 @@ def nginx_mark(test):
     return test
 
 
-def test_every_path_but_the_metrics_is_let_through_and_limits_are_the_servers() -> None:
-    settings = Settings()
-    app, _ = build_app(settings, FakeEngine)
+def test_every_path_but_the_metrics_is_let_through_and_limits_are_the_servers(tmp_path: Path) -> None:
+    settings, jobs = Settings(data_dir=tmp_path), JobSettings(data_dir=tmp_path)
+    app, _ = build_app(settings, jobs, FakeEngine)
+    app.state.parts.desk.store.close()
     config = (SHIPPED / "nginx.conf").read_text()
     exact = set(re.findall(r"location = (\S+) \{ include proxy.conf;", config))
     prefixes = tuple(re.findall(r"location (/\S+) \{ include proxy.conf; \}", config))
@@ -109,7 +110,7 @@ def test_every_path_but_the_metrics_is_let_through_and_limits_are_the_servers() 
     assert {path for path in paths if path not in exact and not path.startswith(prefixes)} == {"/metrics"}
     assert f"client_max_body_size {settings.max_body_bytes // 2**20}m;" in config
     # The form around a file is a little more.
-    assert f"client_max_body_size {settings.max_upload_bytes // 2**20 + 1}m;" in config
+    assert f"client_max_body_size {jobs.max_upload_bytes // 2**20 + 1}m;" in config
     assert "client_header_timeout 10s;" in config
     assert "client_body_timeout 10s;" in config
     assert settings.request_timeout_seconds < float(re.search(r"proxy_read_timeout (\d+)s", proxy_conf())[1])

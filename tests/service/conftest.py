@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import httpx
@@ -20,10 +20,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.edge import EdgeLimits
-from service.engine_client import EngineClient
-from service.main import build_app, open_socket, server_config
+from service.engine_client import EngineClient, EngineLimits
+from service.main import build_app, engine_limits, open_socket, server_config
 from service.remote import RemoteImages
-from service.settings import Settings
+from service.request_limits import RequestLimits
+from service.settings import SERVER_NAMES, JobSettings, Settings
+from service.tracing.span import Tracer
 from service.variant_loader import VariantLoader
 from tests.service.fakes import PNG, FakeEngine
 
@@ -57,6 +59,14 @@ class LiveServer:
         return 0.0
 
 
+#: What follows from settings and is none: a test that needs another value puts it there.
+DERIVED = {field.name for kind in (EngineLimits, RequestLimits) for field in fields(kind)} - set(SERVER_NAMES)
+
+
+def with_values(limits, values: dict):
+    return replace(limits, **{field.name: values[field.name] for field in fields(limits) if field.name in values})
+
+
 @contextmanager
 def run_server(
     engine: FakeEngine,
@@ -64,14 +74,31 @@ def run_server(
     remote: RemoteImages | None = None,
     clock: Callable[[], float] = time.monotonic,
     edge: EdgeLimits | None = None,
-    body_seconds: float = 10.0,
     variants: VariantLoader | None = None,
-    **settings,
+    tracer: Tracer | None = None,
+    **values,
 ) -> Iterator[LiveServer]:
-    """`remote`: instead of the settings' own, one that may reach loopback. `clock`: that of the keys' limits."""
+    """`remote`: instead of the settings' own, one that may reach loopback. `clock`: that of the keys' limits.
+
+    `values`: settings of the server and of the jobs, and limits that follow from them, which are put in their place.
+    """
     data_dir = tempfile.mkdtemp()  # not the checkout's own: there may be keys and jobs in it
-    chosen = Settings(**{"shutdown_timeout_seconds": 0.0, "data_dir": data_dir} | settings)
-    app, client = build_app(chosen, load or (lambda: engine), clock=clock, body_seconds=body_seconds, variants=variants)
+    values = {"shutdown_timeout_seconds": 0.0, "data_dir": data_dir} | values
+    derived = {name: values.pop(name) for name in [*values] if name in DERIVED}
+    jobs = JobSettings(**{name: values[name] for name in values if name in JobSettings.model_fields})
+    chosen = Settings(
+        **{name: values[name] for name in values if name not in JobSettings.model_fields or name == "data_dir"}
+    )
+    app, client = build_app(
+        chosen,
+        jobs,
+        load or (lambda: engine),
+        clock=clock,
+        variants=variants,
+        tracer=tracer,
+        limits=with_values(engine_limits(chosen), derived),
+        request_limits=with_values(RequestLimits.from_settings(chosen, jobs), derived),
+    )
     if remote is not None:
         app.state.parts = replace(app.state.parts, media=replace(app.state.parts.media, remote=remote))
     listening = open_socket("127.0.0.1", 0)

@@ -17,7 +17,7 @@ from fastapi.routing import iter_route_contexts
 from service.auth import RULES, scope_of
 from service.keys import hashed_line
 from service.main import build_app
-from service.settings import Settings
+from service.settings import JobSettings, Settings
 from tests.service.conftest import LiveServer, ask, run_server
 from tests.service.fakes import PNG, FakeEngine
 from tests.service.test_bad_input import CHAT, check
@@ -56,7 +56,7 @@ EXPECTED = {
 def app_routes() -> list[tuple[str, str]]:
     """(method, path) of everything that the app answers, also of what its OpenAPI document leaves out."""
     with tempfile.TemporaryDirectory() as data_dir:
-        app, _ = build_app(Settings(data_dir=data_dir), FakeEngine)
+        app, _ = build_app(Settings(data_dir=data_dir), JobSettings(data_dir=data_dir), FakeEngine)
         app.state.parts.desk.store.close()
     return [(method, route.path) for route in iter_route_contexts(app.routes) for method in sorted(route.methods)]
 

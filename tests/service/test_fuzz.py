@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service.main import build_app
-from service.settings import Settings
+from service.settings import JobSettings, Settings
 from tests.service.conftest import ask, image_part
 from tests.service.fakes import FakeEngine
 from tests.service.jobs.player import add_file
@@ -179,7 +179,9 @@ def check(case: object, status: int, headers: dict[str, str], body: bytes) -> No
 def run_bodies(count: int, each: int, seed: int = 0) -> Counter[int]:
     """`count` bodies from the document and `each` - 1 variants of every one, through every POST path."""
     data_dir = tempfile.mkdtemp()
-    app, client = build_app(Settings(request_timeout_seconds=30, data_dir=data_dir), FakeEngine)
+    app, client = build_app(
+        Settings(request_timeout_seconds=30, data_dir=data_dir), JobSettings(data_dir=data_dir), FakeEngine
+    )
     add_file(app.state.parts.desk.store)
     document = app.openapi()
     paths = {

@@ -33,7 +33,8 @@ from model_core.published import folder_name, promote
 from model_core.types import ChatMessage, GenerationRequest, ImagePart, SamplingParams, TextPart
 from model_core.variant import own_bytes
 from service.main import ModelLoader
-from service.settings import Settings
+from service.request_limits import RequestLimits
+from service.settings import JobSettings, Settings
 from tests.model_core.variants import train
 from tests.service.conftest import LiveServer, run_server
 from tests.service.fakes import FakeEngine
@@ -135,7 +136,8 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> Versions:
 
 @pytest.fixture(scope="module")
 def live(versions: Versions) -> Iterator[LiveServer]:
-    loader = ModelLoader(Settings(data_dir=versions.root, max_num_seqs=16, max_waiting=96))
+    settings = Settings(data_dir=versions.root, max_num_seqs=16, max_waiting=96)
+    loader = ModelLoader(settings, RequestLimits.from_settings(settings, JobSettings()))
     with run_server(
         FakeEngine(), loader.load_base, variants=loader, data_dir=versions.root, max_num_seqs=16, max_waiting=96,
     ) as server:  # fmt: skip

@@ -54,7 +54,7 @@ def load():
         threading.Event().wait()
     return Slow()
 
-sys.exit(serve(load_settings({"port": 0, "log_format": "json", "shutdown_timeout_seconds": SHUTDOWN}), load))
+sys.exit(serve(*load_settings({"port": 0, "log_format": "json", "shutdown_timeout_seconds": SHUTDOWN}), load))
 """
 
 

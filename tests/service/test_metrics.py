@@ -1,8 +1,9 @@
 """The exposition parses, every declared metric is fed by ordinary traffic, and labels stay bounded."""
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.metrics import Metrics
+from service.metrics import Metrics, TrainingMetrics
 from tests.service.conftest import LiveServer, ask
 from tests.service.fakes import FakeEngine
 
@@ -63,6 +64,26 @@ DECLARED = {
     "workers": ("gauge", ()),
 }
 
+#: The worker's own; what it shares with the server is `StoreMetrics`.
+TRAINING = {
+    "data_disk_free_bytes": ("gauge", ()),
+    "data_disk_free_ratio": ("gauge", ()),
+    "job_attempts": ("counter", ("end",)),
+    "job_heartbeat_age_seconds": ("gauge", ()),
+    "job_progress_age_seconds": ("gauge", ()),
+    "jobs": ("gauge", ("status",)),
+    "store_answer_age_seconds": ("gauge", ()),
+    "train_diversity_loss": ("gauge", ()),
+    "train_learning_rate": ("gauge", ("group",)),
+    "train_loss": ("gauge", ()),
+    "train_mfu_ratio": ("gauge", ()),
+    "train_samples": ("counter", ("dataset",)),
+    "train_stage": ("gauge", ()),
+    "train_tokens_per_second": ("gauge", ()),
+    "train_trainable_parameters": ("gauge", ("component",)),
+    "workers": ("gauge", ()),
+}
+
 #: Everything that the engine counts by itself.
 COUNTED = {
     "num_waiting": 5,
@@ -79,13 +100,13 @@ COUNTED = {
 }
 
 
-def test_names_types_and_labels_are_pinned():
-    metrics = Metrics()
+@pytest.mark.parametrize(("make", "declared"), [(Metrics, DECLARED), (TrainingMetrics, TRAINING)])
+def test_names_types_and_labels_are_pinned(make, declared):
     found = {
         metric._name.removeprefix("dve_"): (metric._type, metric._labelnames)
-        for metric in metrics.registry._collector_to_names
+        for metric in make().registry._collector_to_names
     }
-    assert found == DECLARED
+    assert found == declared
 
 
 def test_every_metric_is_fed(start):

@@ -21,8 +21,9 @@ from service import errors
 from service.cli import main, serve_parser
 from service.logs import configure_logs, log_failure, log_fields, request_id_var
 from service.main import open_socket
-from service.settings import WORKER_ONLY, Settings, load_settings
+from service.settings import ROLES, SERVER_NAMES, WORKER_NAMES, Settings, load_settings, load_worker_settings
 from service.worker_commands import build_parser
+from tests.service.log_schema import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,15 +44,15 @@ def run(code: str, *args: str) -> subprocess.CompletedProcess[str]:
 def test_flags_override_the_environment_and_it_the_defaults(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DVE_PORT", "1111")
     monkeypatch.setenv("DVE_MAX_WAITING", "3")
-    settings = load_settings({"port": "2222"})
+    settings, _ = load_settings({"port": "2222"})
     assert (settings.port, settings.max_waiting, settings.host) == (2222, 3, "127.0.0.1")
 
 
 def test_a_models_flag_beats_an_environment_that_names_it_otherwise(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DVE_MODEL", "/a")
-    settings = load_settings({"qwen_model_name": "q", "dinov2_model_name": "d"})
+    settings, _ = load_settings({"qwen_model_name": "q", "dinov2_model_name": "d"})
     assert (settings.model, settings.qwen_model_name) == (None, "q")
-    assert load_settings({"model": "/b"}).model == "/b"
+    assert load_settings({"model": "/b"})[0].model == "/b"
 
 
 @pytest.mark.parametrize(
@@ -59,9 +60,7 @@ def test_a_models_flag_beats_an_environment_that_names_it_otherwise(monkeypatch:
     [
         ({"model": "m", "qwen_model_name": "q", "dinov2_model_name": "d"}, ("'m'", "'q'")),
         ({"qwen_model_name": "q"}, ("'q'", "None")),
-        ({"max_image_bytes": "1000000", "max_body_bytes": "5000"}, ("1000000", "5000")),
-        ({"max_waiting_bytes": "50000000", "max_body_bytes": "50000001"}, ("50000000", "50000001")),
-        ({"request_timeout_seconds": "0.5", "batch_window_seconds": "1"}, ("0.5", "1.0")),
+        ({"max_num_batched_tokens": "8", "max_num_seqs": "9"}, ("8", "9")),
         ({"log_content": "true", "log_level": "warning"}, ("True", "'warning'")),
     ],
 )
@@ -89,27 +88,50 @@ def test_a_typo_in_the_environment_is_an_error(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_settings_are_few_and_frozen():
-    # DECISIONS.md says why not 30.
-    assert len(Settings.model_fields) <= 48
-    with pytest.raises(ValueError, match="frozen"):
-        load_settings().port = 1
+    assert len(Settings.model_fields) <= 30
+    for settings in (*load_settings(), *load_worker_settings()):
+        with pytest.raises(ValueError, match="frozen"):
+            setattr(settings, next(iter(type(settings).model_fields)), "x")
+
+
+def test_what_two_roles_share_is_one_variable(monkeypatch: pytest.MonkeyPatch):
+    """Server and worker find one store by the same variables, and each role's table tells the same of them."""
+    monkeypatch.setenv("DVE_DATA_DIR", "/d")
+    monkeypatch.setenv("DVE_DATABASE_URL", "postgresql://u:p@h/d")
+    monkeypatch.setenv("DVE_WORKER_NICE", "3")
+    monkeypatch.setenv("DVE_MAX_NUM_SEQS", "4")
+    (server, of_server), (worker, of_worker) = load_settings(), load_worker_settings()
+    assert of_server == of_worker
+    assert (server.data_dir, server.max_num_seqs, worker.worker_nice) == (of_worker.data_dir, 4, 3)
+    shared: dict[str, set[str]] = {}
+    for role in ROLES:
+        for name, field in role.model_fields.items():
+            shared.setdefault(name, set()).add(f"{field.default} {field.annotation} {field.description}")
+    assert all(len(told) == 1 for told in shared.values()), shared
 
 
 # The command
 
 
 def test_every_setting_is_a_flag_in_both_spellings():
-    for name in Settings.model_fields:
-        parser = build_parser() if name in WORKER_ONLY else serve_parser()
+    pairs = [(serve_parser(), name) for name in SERVER_NAMES] + [(build_parser(), name) for name in WORKER_NAMES]
+    for parser, name in pairs:
         for flag in (f"--{name}", f"--{name.replace('_', '-')}"):
             assert vars(parser.parse_args([flag, "7"]))[name] == "7"
 
 
 def test_the_worker_takes_its_own_settings_in_short_and_no_others():
     flags = vars(build_parser().parse_args(["--once", "--devices", "cpu", "--concurrency", "2"]))
-    assert flags == {"once": True, "worker_devices": "cpu", "worker_concurrency": "2"}
-    with pytest.raises(SystemExit):
-        build_parser().parse_args(["--max-num-seqs", "7"])
+    assert {name: flags[name] for name in ("once", "worker_devices", "worker_concurrency")} == {
+        "once": True, "worker_devices": "cpu", "worker_concurrency": "2"
+    }  # fmt: skip
+    for foreign in ("--max-num-seqs", "--max-upload-bytes"):
+        with pytest.raises(SystemExit):
+            build_parser().parse_args([foreign, "7"])
+    with pytest.raises(ConfigError, match="max_upload_bytes"):
+        load_worker_settings({}, ["max_upload_bytes=7"])
+    with pytest.raises(ConfigError, match="worker_nice"):
+        load_settings({}, ["worker_nice=7"])
 
 
 def test_print_config(capsys: pytest.CaptureFixture[str]):
@@ -118,6 +140,16 @@ def test_print_config(capsys: pytest.CaptureFixture[str]):
     )
     shown = json.loads(capsys.readouterr().out)
     assert (shown["port"], shown["qwen_model_name"], shown["dinov2_model_name"]) == (1234, "q", "d")
+    assert tuple(shown) == SERVER_NAMES
+
+
+def test_a_worker_prints_its_own(capsys: pytest.CaptureFixture[str]):
+    assert main(["worker", "--nice", "4", "--set", "data_dir=/d", "--print-config"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert tuple(shown) == WORKER_NAMES
+    assert (shown["worker_nice"], shown["data_dir"]) == (4, "/d")
+    assert main(["worker", "--nice", "4", "--print-config", "--format", "table"]) == 0
+    assert "| `worker_nice` | `4` | 0 to 19 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -159,7 +191,7 @@ import sys
 from service.main import serve
 from service.settings import load_settings
 from tests.service.fakes import FakeEngine
-sys.exit(serve(load_settings({"port": 0, "log_format": "json"}, sys.argv[1:]), FakeEngine))
+sys.exit(serve(*load_settings({"port": 0, "log_format": "json"}, sys.argv[1:]), FakeEngine))
 """
 
 SERVE_BROKEN = """
@@ -168,7 +200,7 @@ from model_core.errors import CheckpointIncompleteError
 from service.main import serve
 from service.settings import load_settings
 def load(): raise %s
-sys.exit(serve(load_settings({"port": 0}), load))
+sys.exit(serve(*load_settings({"port": 0}), load))
 """
 
 
@@ -199,14 +231,17 @@ def running_program(*assignments: str) -> Iterator[tuple[subprocess.Popen[str], 
 
 def test_the_program_serves_until_a_signal_and_logs_json(tmp_path: Path):
     with running_program(f"data_dir={tmp_path}") as (process, url):
-        answer = httpx.get(f"{url}/v1/models", headers={"x-request-id": "abc"}, timeout=20)
+        traceparent = f"00-{'a' * 32}-{'b' * 16}-01"
+        sent = {"x-request-id": "abc", "traceparent": traceparent}
+        answer = httpx.get(f"{url}/v1/models", headers=sent, timeout=20)
         assert answer.status_code == 200
         process.send_signal(signal.SIGTERM)
         _, rest = process.communicate(timeout=20)
         assert process.returncode == 0
-    logged = [json.loads(line) for line in rest.splitlines()]
+    logged = read_log(rest)
     (request,) = [line for line in logged if line["message"] == "request"]
     assert (request["request_id"], request["route"], request["status"]) == ("abc", "/v1/models", 200)
+    assert (request["trace_id"], request["process"]) == ("a" * 32, "server")
 
 
 # Logs
@@ -220,6 +255,7 @@ def log_stream(tmp_path: Path):
         yield stream
     root.handlers[:] = before
     root.setLevel(level)
+    logging.captureWarnings(False)
 
 
 @pytest.mark.parametrize("log_format", ["json", "plain"])
@@ -305,17 +341,25 @@ def test_the_pool_computes_on_one_torch_thread_and_nobody_else():
     assert done.returncode == 0, done.stderr
 
 
-LOADED = "import sys; import {}; sys.exit(any(m.partition('.')[0] in ('torch', 'transformers') for m in sys.modules))"
+LOADED = """
+import sys
+import {}
+heavy = ("torch", "transformers", "opentelemetry.sdk")
+sys.exit(any(name == one or name.startswith(one + ".") for name in sys.modules for one in heavy))
+"""
 
 
-@pytest.mark.parametrize("module", ["service.app", "service.main", "service.cli", "model_core.analysis.compare"])
-def test_the_service_imports_no_torch(module: str):
+@pytest.mark.parametrize(
+    "module", ["service.app", "service.main", "service.cli", "service.worker", "model_core.analysis.compare"]
+)
+def test_the_service_imports_no_torch_and_no_tracer(module: str):
     done = run(LOADED.format(module))
     assert done.returncode == 0, done.stderr
 
 
 def test_and_that_test_can_fail():
     assert run(LOADED.format("torch")).returncode == 1
+    assert run(LOADED.format("service.tracing.otel")).returncode == 1
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "service").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))

@@ -12,7 +12,7 @@ import pytest
 
 from model_core.errors import ConfigError
 from service.cli import main
-from service.settings import Settings, load_settings
+from service.settings import ROLES, load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,11 +34,11 @@ def logging_as_it_was() -> Iterator[None]:
 
 
 def test_set_gives_a_setting_by_its_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setenv("DVE_MAX_IMAGES", "3")
+    monkeypatch.setenv("DVE_MAX_NUM_SEQS", "3")
     argv = [
         "serve",
         "--set",
-        "max_images=4",
+        "max_num_seqs=4",
         "--set",
         "max-waiting=5",
         "--set",
@@ -47,7 +47,7 @@ def test_set_gives_a_setting_by_its_name(monkeypatch: pytest.MonkeyPatch, capsys
     ]
     assert main(argv) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert (shown["max_images"], shown["max_waiting"], shown["allowed_media_domains"]) == (4, 5, "*")
+    assert (shown["max_num_seqs"], shown["max_waiting"], shown["allowed_media_domains"]) == (4, 5, "*")
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_the_page_of_settings_is_the_class(capsys: pytest.CaptureFixture[str]):
     shown = capsys.readouterr().out
     assert (ROOT / "SETTINGS.md").read_text() == shown, "dve serve --print-config --format table > SETTINGS.md"
     rows = [line for line in shown.splitlines() if line.startswith("| `")]
-    assert [row.split("`")[1] for row in rows] == list(Settings.model_fields)
+    assert [row.split("`")[1] for row in rows] == [name for role in ROLES for name in role.model_fields]
     assert all(len(row.split(" | ")) == 4 and "|  |" not in row for row in rows)
 
 
@@ -99,7 +99,7 @@ def test_a_databases_url_may_stand_in_a_file(tmp_path: Path) -> None:
     """Compose and Kubernetes hand secrets over as files; what is wrong is told without what is in them."""
     secret = tmp_path / "url"
     secret.write_text("postgresql://me:hush@there/jobs\n")
-    url = load_settings({"database_url": f"@{secret}"}).database_url
+    url = load_settings({"database_url": f"@{secret}"})[1].database_url
     assert url is not None and url.get_secret_value() == "postgresql://me:hush@there/jobs"
     secret.write_text(" \n")
     with pytest.raises(ConfigError, match="is empty"):
