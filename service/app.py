@@ -105,6 +105,8 @@ def create_app(
         docs_url=None,  # their pages load scripts from a CDN
         redoc_url=None,
         redirect_slashes=False,
+        # Spans and metrics of FastAPI's own: asked for nowhere, looked for in every request.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     waiting = WaitingBytes(request_limits.max_waiting_bytes)
     desk = JobDesk(settings, store, folder, Preflight(settings.device))

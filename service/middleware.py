@@ -11,10 +11,9 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model_core.errors import DualVisionError, OverloadedError
@@ -22,6 +21,7 @@ from service.errors import RequestTooLargeError, SlowClientError, error_response
 from service.logs import log_failure, log_fields, request_id_var
 from service.metrics import Metrics
 from service.request_limits import RequestLimits
+from service.security_headers import SECURITY_HEADERS
 from service.waiting import WaitingBody, WaitingBytes
 
 _VALID_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
@@ -42,7 +42,7 @@ class RequestScope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        sent = Headers(scope=scope).get("x-request-id", "")
+        sent = _header(scope, b"x-request-id")
         request_id = sent if _VALID_ID.fullmatch(sent) else uuid.uuid4().hex
         token = request_id_var.set(request_id)
         start, status = self._clock(), 0
@@ -51,13 +51,7 @@ class RequestScope:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = request_id
-                # What a model says may look like a page; a browser must not take it for one.
-                headers["x-content-type-options"] = "nosniff"
-                total = f"total;dur={(self._clock() - start) * 1000:.1f}"
-                stages = headers.get("server-timing")
-                headers["server-timing"] = f"{stages}, {total}" if stages else total
+                message["headers"] = _completed(message.get("headers", ()), request_id, self._clock() - start)
             await send(message)
 
         try:
@@ -82,6 +76,23 @@ class RequestScope:
         log_fields(
             level, "request", method=scope["method"], route=route, status=status, seconds=round(seconds, 4), **fields
         )
+
+
+def _header(scope: Scope, wanted: bytes) -> str:
+    """The first of this name; empty without one. Starlette's `Headers` would decode all of them."""
+    return next((value.decode("latin-1") for name, value in scope["headers"] if name == wanted), "")
+
+
+def _completed(headers: Iterable[tuple[bytes, bytes]], request_id: str, seconds: float) -> list[tuple[bytes, bytes]]:
+    """A route's headers, and those that every answer has. Its own policy stands, its timings come first."""
+    timing = b"total;dur=%.1f" % (seconds * 1000)
+    given = list(headers)
+    names = {name for name, _ in given}
+    if b"server-timing" in names:
+        timing = b", ".join([*(value for name, value in given if name == b"server-timing"), timing])
+        given = [pair for pair in given if pair[0] != b"server-timing"]
+    own = ((b"x-request-id", request_id.encode("latin-1")), (b"server-timing", timing))
+    return [*given, *(pair for pair in SECURITY_HEADERS if pair[0] not in names), *own]
 
 
 class BodyLimit:
@@ -111,7 +122,7 @@ class BodyLimit:
         # A file goes to the disk as it comes: it has a limit of its own, and waits nowhere.
         is_upload = scope["method"] == "POST" and scope["path"] == "/v1/files"
         limit = self._max_upload_bytes if is_upload else self._max_body_bytes
-        declared = Headers(scope=scope).get("content-length", "")[:20]
+        declared = _header(scope, b"content-length")[:20]
         try:
             if declared.isdecimal():
                 _check_size(int(declared), limit, f"{declared} bytes")
