@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from model_core.analysis.compare import collect_answer
 from model_core.errors import DualVisionError, RequestFailedError
@@ -32,9 +32,11 @@ class AdmissionHost(Protocol):
     metrics: Metrics
     clock: Callable[[], float]
     pool: ThreadPoolExecutor
-    num_preparing: int
+    num_busy: int
 
     def ready_engine(self) -> object: ...
+
+    def prepare(self, request_id: str, work: Callable[[], object], inbox: Inbox) -> None: ...
 
     def submit(self, request_id: str, prepared: object, inbox: Inbox) -> None: ...
 
@@ -56,22 +58,22 @@ class Admission:
     async def fetch(self, work: Awaitable[T]) -> T:
         """Await what the request needs from elsewhere; the time counts as the preprocessing of its first sequence."""
         host, begin = self._host, self._host.clock()
-        host.num_preparing += 1
+        host.num_busy += 1
         try:
             return await self._deadline.bound(work)
         finally:
-            host.num_preparing -= 1
+            host.num_busy -= 1
             self._fetch_seconds = host.clock() - begin
             host.metrics.preprocess_stages.labels("download").observe(self._fetch_seconds)
 
     async def in_pool(self, work: Callable[[], T]) -> T:
         """Run blocking work in the preprocess pool. A cancelled caller's work is not begun, or not awaited."""
         host = self._host
-        host.num_preparing += 1
+        host.num_busy += 1
         try:
             return await self._deadline.bound(asyncio.get_running_loop().run_in_executor(host.pool, work))
         finally:
-            host.num_preparing -= 1
+            host.num_busy -= 1
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """Events up to the terminal one, or the error that ended the request. Leaving early aborts it."""
@@ -103,9 +105,7 @@ class Admission:
         failure: BaseException | None = None
         self._deadline.watch(inbox, requests[0].request_id)
         try:
-            prepared = await self._prepare(requests[0])
-            host.submit(requests[0].request_id, prepared, inbox)
-            others = [(request.request_id, await self._fork(prepared, request)) for request in requests[1:]]
+            others = await self._begin(requests, inbox)
             while recorders:
                 batch, error = _until_error(await inbox.take())
                 for event in batch:
@@ -127,12 +127,22 @@ class Admission:
             for recorder in recorders.values():
                 recorder.finish(failure)
 
-    async def _prepare(self, request: GenerationRequest) -> Any:
-        self._host.ready_engine()  # or what became of it
-        return await self.in_pool(partial(self.member.prepare, self._until_deadline(request)))
-
-    async def _fork(self, prepared: Any, request: GenerationRequest) -> Any:
-        return await self.in_pool(partial(self.member.fork, prepared, self._until_deadline(request)))
+    async def _begin(self, requests: Sequence[GenerationRequest], inbox: Inbox) -> list[tuple[str, object]]:
+        """The first request is on its way to the engine. Returns the others, prepared, by their ids."""
+        host, first, member = self._host, requests[0], self.member
+        host.ready_engine()  # or what became of it
+        if self._deadline.is_over:
+            return []  # which stands in the inbox
+        work = partial(member.prepare, self._until_deadline(first))
+        if len(requests) == 1:
+            host.prepare(first.request_id, work, inbox)
+            return []
+        prepared = await self.in_pool(work)
+        host.submit(first.request_id, prepared, inbox)
+        return [
+            (request.request_id, await self.in_pool(partial(member.fork, prepared, self._until_deadline(request))))
+            for request in requests[1:]
+        ]
 
     def _recorder(self, request: GenerationRequest, *, is_copy: bool) -> RequestRecorder:
         is_fused = request.arm == "fused" and request.score_token_ids is None
