@@ -287,7 +287,8 @@ class EngineClient:
 
         preparation = self._preparations[stream] = Preparation(work, on_done, on_error)
         self._preparing.add(request_id)
-        preparation.start(self.pool)
+        # Not at once: whoever comes in this turn of the loop is to be known as company before the engine is woken.
+        asyncio.get_running_loop().call_soon(preparation.start, self.pool)
 
     def _fail(self, request_id: str, stream: Inbox, error: Exception) -> None:
         if self._streams.get(request_id) is stream:

@@ -1,7 +1,7 @@
 """One request on its way through the preprocess pool to the engine's thread, without a stop at the event loop.
 
-In: what prepares it, and what takes the result or the error. Out: exactly one of the two is called, in the pool's
-thread; or neither, once the event loop has called it off. Every stop at the loop would be another thread to wake.
+In: what prepares it, and what takes the result or the error. Out: exactly one of the two is called, as a rule in the
+pool's thread; or neither, once the event loop has called it off. A stop at the loop would be another thread to wake.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ class Preparation:
         self._future: Future[None] | None = None
 
     def start(self, pool: ThreadPoolExecutor) -> None:
-        self._future = pool.submit(self._run)
+        if self._is_over:
+            return
+        try:
+            self._future = pool.submit(self._run)
+        except RuntimeError as error:  # the pool has been shut down
+            self._end(self._on_error, error)
 
     def cancel(self) -> None:
         """Not begun, it never begins; begun, nobody hears of its end."""
