@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve worker up test test-heavy test-ops check fmt demo bench
+.PHONY: help install serve worker up test test-heavy test-ops soak check fmt demo bench
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -59,6 +59,9 @@ test-ops: $(VENV)/.dev ## what is deployed, against a real Prometheus and a real
 	@command -v prometheus >/dev/null && command -v nginx >/dev/null || { \
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus nginx; }
 	@$(BIN)/python -m pytest -m "ops or not heavy" tests/deploy $(ARGS)
+
+soak: $(VENV)/.dev ## an hour of mixed load on the real processes [DVE_SOAK_SECONDS=3600]
+	@$(BIN)/python -m pytest -m soak tests/operations $(ARGS)
 
 check: $(VENV)/.dev ## format, lint, types, import contracts
 	@$(BIN)/ruff format --check .

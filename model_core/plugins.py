@@ -1,10 +1,11 @@
-"""A registered name, or `package.module:Class`, as a class. The only import by name in the project."""
+"""A registered name, or `package.module:Class`, as a class; `package.module:name` as what is called. The only import
+by name in the project."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from model_core.errors import ConfigError
 
@@ -20,15 +21,31 @@ def load_class(name: str, registry: Mapping[str, type[Base]], base: type[Base], 
     if name in registry:
         return registry[name]
     allowed = ", ".join(registry) + f", or package.module:Class of your own {base.__name__}"
-    module_name, _, class_name = name.partition(":")
-    if not class_name:
+    found = _import(name, kind, allowed)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ConfigError(f"this is no {kind}", value=name, allowed=f"a subclass of {base.__module__}.{base.__name__}")
+    return found
+
+
+def load_part(name: str, kind: str) -> Callable[..., Any]:
+    """What `package.module:name` is, a class or a function.
+
+    Raises:
+        ConfigError: it can't be imported or called.
+    """
+    found: Callable[..., Any] = _import(name, kind, "package.module:name of a class or function")
+    if not callable(found):
+        raise ConfigError(f"this is no {kind}", value=name, allowed="a class or a function")
+    return found
+
+
+def _import(name: str, kind: str, allowed: str) -> Any:
+    module_name, _, attribute = name.partition(":")
+    if not attribute:
         raise ConfigError(f"unknown {kind}", value=name, allowed=allowed)
     try:
-        found = getattr(importlib.import_module(module_name), class_name)
+        return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"the {kind} can't be imported ({error})", value=name, allowed=allowed, fix="Is its package installed?"
         ) from error
-    if not (isinstance(found, type) and issubclass(found, base)):
-        raise ConfigError(f"this is no {kind}", value=name, allowed=f"a subclass of {base.__module__}.{base.__name__}")
-    return found

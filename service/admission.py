@@ -1,12 +1,15 @@
 """One admitted request's work: fetching, preparing, and its events up to the last one or the error that ended it.
 
 In: a host that has the engine and a place for it, a deadline, GenerationRequests. Out: batches of TokenEvents. It knows
-neither HTTP nor who else is admitted.
+neither HTTP nor who else is admitted. Its span is the request's: preparing is timed here, the engine's stages come with
+the last event, as durations that are laid out back to back up to it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -16,11 +19,13 @@ from typing import Protocol, TypeVar
 
 from model_core.analysis.compare import collect_answer
 from model_core.errors import DualVisionError, RequestFailedError
-from model_core.types import GenerationRequest, TokenEvent
+from model_core.types import GenerationRequest, Timings, TokenEvent
 from service.deadline import Deadline, late
+from service.errors import rule_for
 from service.fleet import Member
 from service.inbox import Inbox
 from service.metrics import Metrics, RequestRecorder
+from service.tracing.span import Span, current_span, laid_out
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -50,6 +55,7 @@ class Admission:
         """member: the model that answers."""
         self._host, self.member, self._deadline = host, member, deadline
         self._fetch_seconds = 0.0
+        self._span: Span = current_span.get()
 
     async def wait(self, work: Awaitable[T]) -> T:
         """Await anything else within the request's time."""
@@ -65,12 +71,16 @@ class Admission:
             host.num_busy -= 1
             self._fetch_seconds = host.clock() - begin
             host.metrics.preprocess_stages.labels("download").observe(self._fetch_seconds)
+            now = time.monotonic()
+            self._span.child("download", now - self._fetch_seconds, now)
 
     async def in_pool(self, work: Callable[[], T]) -> T:
         """Run blocking work in the preprocess pool. A cancelled caller's work is not begun, or not awaited."""
         host = self._host
         host.num_busy += 1
         try:
+            # In the caller's context: its ids stand in the pool's log lines too.
+            work = partial(contextvars.copy_context().run, work)
             return await self._deadline.bound(asyncio.get_running_loop().run_in_executor(host.pool, work))
         finally:
             host.num_busy -= 1
@@ -111,6 +121,7 @@ class Admission:
                 for event in batch:
                     if event.is_terminal:
                         recorders.pop(event.request_id).finish(None)
+                        tell_end(self._span, event, self.member.info.model_id)
                 while others and batch:
                     host.submit(*others.pop(0), inbox)
                 if batch:
@@ -119,6 +130,7 @@ class Admission:
                     raise self._in_time(error)
         except Exception as error:
             failure = error
+            self._span.fail(rule_for(error).code)
             raise
         finally:
             self._deadline.forget(inbox)
@@ -133,9 +145,10 @@ class Admission:
         host.ready_engine()  # or what became of it
         if self._deadline.is_over:
             return []  # which stands in the inbox
-        work = partial(member.prepare, self._until_deadline(first))
+        work = self._timed(partial(member.prepare, self._until_deadline(first)), len(first.messages))
         if len(requests) == 1:
-            host.prepare(first.request_id, work, inbox)
+            # In the caller's context, as in_pool has it.
+            host.prepare(first.request_id, partial(contextvars.copy_context().run, work), inbox)
             return []
         prepared = await self.in_pool(work)
         host.submit(first.request_id, prepared, inbox)
@@ -143,6 +156,17 @@ class Admission:
             (request.request_id, await self.in_pool(partial(member.fork, prepared, self._until_deadline(request))))
             for request in requests[1:]
         ]
+
+    def _timed(self, work: Callable[[], T], num_messages: int) -> Callable[[], T]:
+        span, begin = self._span, time.monotonic()
+
+        def timed() -> T:
+            try:
+                return work()
+            finally:
+                span.child("prepare", begin, time.monotonic(), dve__num_messages=num_messages)
+
+        return timed
 
     def _recorder(self, request: GenerationRequest, *, is_copy: bool) -> RequestRecorder:
         is_fused = request.arm == "fused" and request.score_token_ids is None
@@ -171,6 +195,31 @@ class Admission:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def tell_end(span: Span, event: TokenEvent, model_id: str) -> None:
+    """One answer's stages and counts, of its terminal event."""
+    if event.usage is not None:
+        span.set(
+            gen_ai__request__model=model_id,
+            gen_ai__usage__input_tokens=event.usage.prompt_tokens,
+            gen_ai__usage__output_tokens=event.usage.completion_tokens,
+            dve__finish_reason=event.finish_reason or "",
+            dve__cached_tokens=event.usage.cached_tokens,
+            dve__vision_tokens=event.usage.image_tokens,
+            dve__num_images=len(event.usage.image_pixels),
+        )
+    if event.timings is not None:
+        _tell_stages(span, event.timings, time.monotonic())
+
+
+def _tell_stages(span: Span, timings: Timings, end: float) -> None:
+    stages = ("queue", "encode", "prefill", "decode")
+    for stage, begin, until in laid_out([(s, getattr(timings, f"{s}_seconds")) for s in stages], end):
+        span.child(stage, begin, until)
+        if stage == "encode":
+            for encoder, seconds in timings.encoder_seconds.items():
+                span.child("encoder", begin, min(begin + seconds, until), dve__encoder=encoder)
 
 
 def _until_error(events: list[TokenEvent]) -> tuple[list[TokenEvent], DualVisionError | None]:

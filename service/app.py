@@ -23,6 +23,7 @@ from starlette.responses import Response
 from model_core.errors import DualVisionError
 from service.addresses import AllowedHosts
 from service.auth import KeyGate, scope_of
+from service.checkpoint_publisher import CheckpointPublisher
 from service.engine_client import EngineClient
 from service.errors import (
     ClientDisconnectedError,
@@ -42,7 +43,6 @@ from service.keys import KeyRing
 from service.limits import KeyLimits
 from service.logs import log_failure, request_id_var
 from service.media import MediaLimits, MediaSource
-from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestScope
 from service.preflight import Preflight
 from service.protocol.chat import ChatCompletionRequest
@@ -53,12 +53,23 @@ from service.request_limits import RequestLimits
 from service.routes import chat, files, fine_tuning, fusion, health, job_events, models
 from service.routes.parts import AppParts, parts_of
 from service.settings import JobSettings, Settings
+from service.store_watch import StoreWatch
+from service.tracing.span import Tracer
 from service.uploads import UploadStore
 from service.waiting import WaitingBytes
 
 #: Uploads for analysis, all together and each one's life; in memory only.
 _UPLOAD_BYTES = 64 * 2**20
 _UPLOAD_SECONDS = 3600.0
+
+_FASTAPI: Mapping[str, Any] = {
+    "title": "Dual Vision Encoder",
+    "docs_url": None,  # their pages load scripts from a CDN
+    "redoc_url": None,
+    "redirect_slashes": False,
+    # FastAPI's own spans and metrics: asked for nowhere (service/tracing has ours), yet looked for in every request.
+    "telemetry": {"tracing": False, "metrics": False, "logs": False},
+}
 
 #: Routes read these bodies themselves (strict JSON, OpenAI errors), so the schema must be told of them.
 _BODIES: Mapping[str, type[BaseModel]] = {
@@ -74,45 +85,38 @@ _BODIES: Mapping[str, type[BaseModel]] = {
 def create_app(
     settings: Settings,
     client: EngineClient,
-    metrics: Metrics,
     keys: KeyRing,
     store: Store,
     hot_models: HotModels,
     *,
     jobs: JobSettings,
     request_limits: RequestLimits,
+    tracer: Tracer | None = None,
     now: Callable[[], float] = time.time,
     clock: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
-    """`now`: the wall clock of `created` fields. `clock`: that of the limits.
+    """`tracer`: none records nothing. `now`: the wall clock of `created` fields. `clock`: that of the limits.
 
     The client must not have been started; the store is closed at the end. Raises ConfigError.
     """
-    folder = FileFolder(jobs.data_dir)
+    folder, metrics = FileFolder(jobs.data_dir), client.metrics
+    watch = StoreWatch(store, jobs.data_dir, metrics.store)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         client.start()
         hot_models.start()
-        async with _kept_in_order(store, folder, jobs.event_retention_days):
+        async with _kept_in_order(store, folder, watch, jobs.event_retention_days):
             yield
             await client.stop()
             await hot_models.stop()
 
-    app = FastAPI(
-        title="Dual Vision Encoder",
-        lifespan=lifespan,
-        docs_url=None,  # their pages load scripts from a CDN
-        redoc_url=None,
-        redirect_slashes=False,
-        # Spans and metrics of FastAPI's own: asked for nowhere, looked for in every request.
-        telemetry={"tracing": False, "metrics": False, "logs": False},
-    )
-    waiting = WaitingBytes(request_limits.max_waiting_bytes)
-    desk = JobDesk(settings, store, folder, Preflight(settings.device))
-    media = _media(settings, request_limits, folder, now)
+    app = FastAPI(lifespan=lifespan, **_FASTAPI)
+    waiting, media = WaitingBytes(request_limits.max_waiting_bytes), _media(settings, request_limits, folder, now)
+    desk = JobDesk(settings, store, folder, Preflight(settings.device), hot_models.published_as)
+    history, checkpoints = FusionHistory(), CheckpointPublisher(store, settings.data_dir)
     app.state.parts = AppParts(
-        settings, request_limits, client, hot_models, metrics, FusionHistory(), waiting, media, desk, now
+        settings, request_limits, client, hot_models, metrics, history, waiting, media, desk, checkpoints, now
     )
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, limits=request_limits, waiting=waiting, metrics=metrics)
@@ -127,7 +131,7 @@ def create_app(
         host_name=settings.host,
         routes=[route for router in routers for route in router.routes],
     )
-    app.add_middleware(RequestScope, metrics=metrics)
+    app.add_middleware(RequestScope, metrics=metrics, tracer=tracer)
     for router in routers:
         app.include_router(router)
     _shape_errors(app)
@@ -136,9 +140,11 @@ def create_app(
 
 
 @asynccontextmanager
-async def _kept_in_order(store: Store, folder: FileFolder, event_retention_days: float) -> AsyncGenerator[None, None]:
+async def _kept_in_order(
+    store: Store, folder: FileFolder, watch: StoreWatch, event_retention_days: float
+) -> AsyncGenerator[None, None]:
     """Housekeeping beside the server; at the end the store is closed."""
-    keeping = asyncio.create_task(keep_house(store, folder, event_retention_days * 24 * 3600))
+    keeping = asyncio.create_task(keep_house(store, folder, watch, event_retention_days * 24 * 3600))
     try:
         yield
     finally:

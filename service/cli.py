@@ -28,10 +28,12 @@ MOUNTED: Mapping[str, tuple[str, str]] = {
     "demo": ("model_core.cli.demo", "build or evaluate the demo model"),
     "jobs": ("service.job_commands", "training jobs of a server: list, show, watch, cancel, pause, resume"),
     "fit": ("model_core.cli.fit", "say whether serving and each training mode fit the memory"),
+    "doctor": ("service.doctor.command", "say whether server and worker would run here, and what to do where not"),
     "worker": ("service.worker_commands", "train the jobs that the server was given"),
     "up": ("service.together", "serve and worker together"),
     "publish": ("model_core.cli.publish", "make a trained model one that the server finds"),
     "bench": ("model_core.cli.bench", "time the engine or the encoders"),
+    "bench train": ("model_core.cli.bench_train", "time training beside transformers' Trainer"),
     "bench serve": ("service.bench", "time an endpoint under load, beside another one if wanted"),
 }
 

@@ -39,6 +39,7 @@ from service.inbox import Inbox
 from service.logs import logger
 from service.metrics import Metrics
 from service.preparation import Preparation
+from service.tracing.span import current_span
 
 State = Literal["new", "loading", "ready", "failed", "dead", "stopped"]
 T = TypeVar("T")
@@ -256,6 +257,7 @@ class EngineClient:
         member.num_active += num_places
         self._deadlines.add(deadline)
         self._idle.clear()
+        current_span.get().since_begin("admission", time.monotonic())
         try:
             yield Admission(self, member, deadline)
         finally:

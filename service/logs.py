@@ -1,7 +1,9 @@
-"""Log lines, JSON or plain, each with the request id or job id of the task that wrote it.
+"""Log lines, JSON or plain, each with the ids of the request, the job and the trace that its task works on.
 
-In: a format and a level. Out: configured `logging`, and two variables: the middleware sets `request_id_var`, the
-worker `job_id_var`.
+In: a format and a level. Out: configured `logging`, and three variables: the middleware sets `request_id_var` and
+`trace_id_var`, the worker `job_id_var` and those of the request that made the job.
+A line of any process is one object: time (UTC), level, logger, process and message, then the ids that there are, then
+fields of its own. `process` is server, worker or trainer; the trainer's lines are its events, told by its worker.
 It refuses to know what users send: no prompt, image or answer is ever logged, and since an exception's
 text may quote one, `log_failure` writes the exception's type and frames and keeps its text for DEBUG.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 import traceback
 from contextvars import ContextVar
 from typing import Literal, TextIO
@@ -21,6 +24,8 @@ LogFormat = Literal["json", "plain"]
 
 request_id_var: ContextVar[str] = ContextVar("dve_request_id", default="")
 job_id_var: ContextVar[str] = ContextVar("dve_job_id", default="")
+trace_id_var: ContextVar[str] = ContextVar("dve_trace_id", default="")
+_IDS = (("request_id", request_id_var), ("job_id", job_id_var), ("trace_id", trace_id_var))
 
 logger = logging.getLogger("dve")
 
@@ -29,34 +34,39 @@ _TECHNICAL: tuple[type[BaseException], ...] = (RuntimeError, MemoryError, OSErro
 
 
 class _Formatter(logging.Formatter):
-    def __init__(self, log_format: LogFormat) -> None:
+    converter = staticmethod(time.gmtime)
+
+    def __init__(self, log_format: LogFormat, process: str) -> None:
         super().__init__()
-        self._log_format = log_format
+        self._log_format, self._process = log_format, process
 
     def format(self, record: logging.LogRecord) -> str:
         fields: dict[str, object] = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}",
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
+            "process": self._process,
             "message": record.getMessage(),
         }
-        if request_id := request_id_var.get():
-            fields["request_id"] = request_id
-        if job_id := job_id_var.get():
-            fields["job_id"] = job_id
+        fields |= {name: value for name, variable in _IDS if (value := variable.get())}
         fields.update(getattr(record, "fields", {}))
+        if record.exc_info and "frames" not in fields:
+            # Of a library's own line: where it happened, not what its text may quote.
+            fields |= exception_fields(record.exc_info[1])
         if self._log_format == "json":
             return json.dumps(fields, default=str)
+        del fields["process"]
         head = f"{fields.pop('time')} {fields.pop('level'):<7} {fields.pop('logger')} {fields.pop('message')}"
         # json.dumps quotes control characters, so that no value can start a line of its own.
         tail = " ".join(f"{key}={json.dumps(value, default=str)}" for key, value in fields.items())
         return f"{head} {tail}".rstrip()
 
 
-def configure_logs(log_format: LogFormat, level: str, stream: TextIO | None = None) -> None:
-    """Replace the root handler. Called once, by the composition root."""
+def configure_logs(log_format: LogFormat, level: str, stream: TextIO | None = None, *, process: str = "server") -> None:
+    """Replace the root handler. Called once, by the composition root. Python's warnings become lines too."""
     handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(_Formatter(log_format))
+    handler.setFormatter(_Formatter(log_format, process))
+    logging.captureWarnings(True)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
@@ -78,11 +88,18 @@ def log_load_failure(error: BaseException) -> None:
         log_fields(logging.ERROR, "the model could not be loaded", error=type(error).__name__, trace=trace)
 
 
-def log_failure(message: str, error: BaseException) -> None:
-    """An unexpected exception: type and frames as an error, its text only where it can't quote a user."""
+def exception_fields(error: BaseException | None) -> dict[str, object]:
+    """Type and frames; its text only where it can't quote a user."""
+    if error is None:
+        return {}
     frames = [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)]
     fields: dict[str, object] = {"error": type(error).__name__, "frames": frames[-12:]}
     if isinstance(error, _TECHNICAL):
         fields["reason"] = str(error)[:300]
-    log_fields(logging.ERROR, message, **fields)
+    return fields
+
+
+def log_failure(message: str, error: BaseException) -> None:
+    """An unexpected exception, as an error."""
+    log_fields(logging.ERROR, message, **exception_fields(error))
     logger.debug("its text", exc_info=error, extra={"fields": {"text": str(error)}})

@@ -35,7 +35,9 @@ from service.logs import configure_logs, logger
 from service.metrics import Metrics
 from service.registry import FolderRegistry
 from service.request_limits import RequestLimits
-from service.settings import JobSettings, Settings
+from service.settings import JobSettings, Settings, wants_tracing
+from service.tracing.choose import open_tracer
+from service.tracing.span import Tracer
 from service.variant_loader import KV_SHARE, LoadedEngine, NoVariants, VariantLoader
 
 if TYPE_CHECKING:
@@ -176,6 +178,7 @@ def build_app(
     variants: VariantLoader | None = None,
     limits: EngineLimits | None = None,
     request_limits: RequestLimits | None = None,
+    tracer: Tracer | None = None,
 ) -> tuple[FastAPI, EngineClient]:
     """The app with its parts, its store opened and brought up to date. `variants`: none serves the base alone.
 
@@ -189,8 +192,9 @@ def build_app(
     registry = FolderRegistry(settings.data_dir / "models", time.time)
     models = HotModels(registry, client, variants or NoVariants(), metrics, on_pool_thread=on_pool_thread)
     app = create_app(
-        settings, client, metrics, keys, store_of(jobs), models,
+        settings, client, keys, store_of(jobs), models,
         jobs=jobs, request_limits=request_limits or RequestLimits.from_settings(settings, jobs), clock=clock,
+        tracer=tracer,
     )  # fmt: skip
     return app, client
 
@@ -264,6 +268,7 @@ class _Server(uvicorn.Server):
 def serve(settings: Settings, jobs: JobSettings, load: Callable[[], Engine] | None = None) -> int:
     """Run until a signal. `load` stands in for the real engine in tests. Raises ConfigError."""
     configure_logs(settings.log_format, settings.log_level)
+    tracer = open_tracer("dve-server", is_wanted=wants_tracing())
     servers: list[_Server] = []
 
     def give_up(_: BaseException) -> None:
@@ -276,13 +281,14 @@ def serve(settings: Settings, jobs: JobSettings, load: Callable[[], Engine] | No
     loader = ModelLoader(settings, request_limits)
     app, client = build_app(
         settings, jobs, load or loader.load_base, give_up, on_pool_thread,
-        variants=loader if load is None else None, request_limits=request_limits,
+        variants=loader if load is None else None, request_limits=request_limits, tracer=tracer,
     )  # fmt: skip
     listening = open_socket(settings.host, settings.port)
     servers.append(_Server(server_config(app), client))
     host, port = listening.getsockname()[:2]
     logger.info("listening on http://%s:%d, loading the model", f"[{host}]" if ":" in host else host, port)
     asyncio.run(servers[0].serve(sockets=[listening]))
+    tracer.close()
     code = 1 if servers[0].num_signals > 1 else 0
     if client.load_error is not None:
         code = 2 if isinstance(client.load_error, DualVisionError) else 1

@@ -7,6 +7,7 @@ the route table, reasons and codes from the error table.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ class Metrics:
         self._declare_requests()
         self._declare_engine()
         self._declare_vision()
+        self.store = StoreMetrics(self.registry)
 
     def _declare_requests(self) -> None:
         self.http_requests = self._counter("http_requests", "HTTP answers.", "route", "status")
@@ -230,6 +232,29 @@ class RequestRecorder:
             metrics._observe_timings(end.timings)
 
 
+class StoreMetrics:
+    """What the store of jobs and its disk say, on the registry of whoever asks them: each server, each worker.
+
+    All of one store show the same figures, so dashboards take the largest and not the sum.
+    """
+
+    def __init__(self, registry: CollectorRegistry, clock: Callable[[], float] = time.monotonic) -> None:
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"dve_{name}", text, labels, registry=registry)
+
+        self._clock, self._answered_at = clock, clock()
+        self.jobs = gauge("jobs", "Jobs by status.", "status")
+        self.workers = gauge("workers", "Workers that were seen within a minute.")
+        self.progress_age = gauge("job_progress_age_seconds", "Since the last step of the slowest running job.")
+        self.disk_free_bytes = gauge("data_disk_free_bytes", "Room left on the disk of the data folder.")
+        self.disk_free_ratio = gauge("data_disk_free_ratio", "Share of that disk that is free.")
+        silence = gauge("store_answer_age_seconds", "Since the store of jobs answered last.")
+        silence.set_function(lambda: self._clock() - self._answered_at)
+
+    def store_answered(self) -> None:
+        self._answered_at = self._clock()
+
+
 class TrainingMetrics:
     """What a worker shows of its jobs, on a registry of its own. Job ids are no labels: one trainer a device is usual,
     so the gauges of training are of whoever spoke last."""
@@ -244,7 +269,7 @@ class TrainingMetrics:
         self.samples = Counter("dve_train_samples", "Samples trained on.", ("dataset",), registry=self.registry)
         self.tokens_per_second = self._gauge("train_tokens_per_second", "Speed of the last step.")
         self.mfu = self._gauge("train_mfu_ratio", "Share of the device's peak.")
-        self.jobs = self._gauge("jobs", "Jobs by status.", "status")
+        self.store = StoreMetrics(self.registry)
         self.heartbeat_age = self._gauge("job_heartbeat_age_seconds", "Since the oldest lease was renewed.")
         self.attempts = Counter("dve_job_attempts", "Attempts by how they ended.", ("end",), registry=self.registry)
 
@@ -272,10 +297,6 @@ class TrainingMetrics:
             self.learning_rate.labels(_short(group)).set(rate)
         for dataset, count in (data.get("dataset_samples") or {"all": data.get("samples") or 0}).items():
             self.samples.labels(_short(dataset)).inc(count)
-
-    def set_counts(self, counts: Mapping[str, int]) -> None:
-        for status, count in counts.items():
-            self.jobs.labels(status).set(count)
 
     def exposition(self) -> bytes:
         return generate_latest(self.registry)

@@ -1,6 +1,6 @@
 """Pure ASGI layers around every request: its id, its time, its size limit, its last resort.
 
-In: ASGI. Out: ASGI with `x-request-id` and `server-timing`, one log line and one count a request; no
+In: ASGI. Out: ASGI with `x-request-id` and `server-timing`, one log line, one count and one span a request; no
 exception passes. They refuse to read bodies (they only count bytes) and to log what is in them.
 """
 
@@ -18,10 +18,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model_core.errors import DualVisionError, OverloadedError
 from service.errors import RequestTooLargeError, SlowClientError, error_response
-from service.logs import log_failure, log_fields, request_id_var
+from service.logs import log_failure, log_fields, request_id_var, trace_id_var
 from service.metrics import Metrics
 from service.request_limits import RequestLimits
 from service.security_headers import SECURITY_HEADERS
+from service.tracing.span import NO_SPAN, TRACEPARENT, TRACESTATE, NoTracer, Span, Tracer, current_span
 from service.waiting import WaitingBody, WaitingBytes
 
 _VALID_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
@@ -29,29 +30,41 @@ _VALID_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _LEAST_BYTES_PER_SECOND = 8 * 1024
 #: What a form has beside its file.
 _FORM_BYTES = 64 * 1024
+_STREAM = b"text/event-stream"
 _QUIET_ROUTES = ("/health", "/health/live", "/health/ready", "/metrics")
 
 
 class RequestScope:
-    """Outermost: gives the request an id, times it, counts it, and turns any stray exception into a 500."""
+    """Outermost: gives the request its ids and its span, times it, counts it, and makes a 500 of a stray exception."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        tracer: Tracer | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._app, self._metrics, self._clock = app, metrics, clock
+        self._tracer = tracer or NoTracer()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        sent = _header(scope, b"x-request-id")
-        request_id = sent if _VALID_ID.fullmatch(sent) else uuid.uuid4().hex
-        token = request_id_var.set(request_id)
-        start, status = self._clock(), 0
+        asked = _header(scope, b"x-request-id")
+        request_id = asked if _VALID_ID.fullmatch(asked) else uuid.uuid4().hex
+        span = self._begin_span(scope)
+        tokens = request_id_var.set(request_id), trace_id_var.set(span.trace_id), current_span.set(span)
+        start, status, stream_at = self._clock(), 0, 0.0
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal status
+            nonlocal status, stream_at
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = _completed(message.get("headers", ()), request_id, self._clock() - start)
+                headers = _completed(message.get("headers", ()), request_id, self._clock() - start)
+                is_stream = any(name == b"content-type" and value.startswith(_STREAM) for name, value in headers)
+                stream_at = time.monotonic() if is_stream else 0.0
+                message["headers"] = headers
             await send(message)
 
         try:
@@ -61,12 +74,34 @@ class RequestScope:
             if status == 0:
                 await error_response(error, request_id)(scope, receive, send_with_headers)
         finally:
+            if stream_at:
+                span.child("stream", stream_at, time.monotonic())
+            self._end_span(span, scope, status, request_id)
             self._note(scope, status, self._clock() - start)
-            request_id_var.reset(token)
+            request_id_var.reset(tokens[0])
+            trace_id_var.reset(tokens[1])
+            current_span.reset(tokens[2])
+
+    def _begin_span(self, scope: Scope) -> Span:
+        if scope["path"] in _QUIET_ROUTES:
+            return NO_SPAN
+        carrier = {name: _header(scope, name.encode()) for name in (TRACEPARENT, TRACESTATE)}
+        return self._tracer.begin(scope["method"], "server", carrier)
+
+    @staticmethod
+    def _end_span(span: Span, scope: Scope, status: int, request_id: str) -> None:
+        route = _route(scope)
+        caller = scope.get("state", {}).get("caller")
+        span.set(
+            http__request__method=scope["method"], http__route=route, http__response__status_code=status,
+            dve__request_id=request_id, dve__key_id="" if caller is None else caller.key_id,
+        )  # fmt: skip
+        if status >= 500:
+            span.fail(str(status))
+        span.end(f"{scope['method']} {route}")
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
-        # The template, never the path: paths are the client's and unbounded.
-        route = getattr(scope.get("route"), "path", None) or "unmatched"
+        route = _route(scope)
         self._metrics.http_requests.labels(route, str(status)).inc()
         state = scope.get("state", {})
         fields = dict(state.get("log_fields", {}))
@@ -76,6 +111,11 @@ class RequestScope:
         log_fields(
             level, "request", method=scope["method"], route=route, status=status, seconds=round(seconds, 4), **fields
         )
+
+
+def _route(scope: Scope) -> str:
+    """The template, never the path: paths are the client's and unbounded."""
+    return getattr(scope.get("route"), "path", None) or "unmatched"
 
 
 def _header(scope: Scope, wanted: bytes) -> str:

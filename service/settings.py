@@ -211,6 +211,38 @@ def _read(role: type[_Role], given: Mapping[str, object]) -> _Role:
         raise ConfigError("; ".join(_line(e["loc"], e["msg"], e["input"]) for e in error.errors())) from None
 
 
+def load_all_settings(assignments: Sequence[str] = ()) -> tuple[Settings, JobSettings, WorkerSettings]:
+    """Of server and worker, for who looks at both (`dve doctor`). Raises ConfigError."""
+    names = [assignment.partition("=")[0].strip().replace("-", "_") for assignment in assignments]
+    of_worker = [one for one, name in zip(assignments, names, strict=True) if name in WORKER_NAMES]
+    # What neither knows is refused in the server's name.
+    of_server = [
+        one for one, name in zip(assignments, names, strict=True) if one not in of_worker or name in SERVER_NAMES
+    ]
+    settings, jobs = load_settings({}, of_server)
+    return settings, jobs, load_worker_settings({}, of_worker)[0]
+
+
+def wants_tracing() -> bool:
+    """Whether OpenTelemetry's own variables say where traces go. Raises ConfigError for a way that is not built in."""
+    given = os.environ.get
+    endpoints = (given("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"), given("OTEL_EXPORTER_OTLP_ENDPOINT"))
+    if not any(endpoints) or (given("OTEL_SDK_DISABLED") or "").strip().lower() == "true":
+        return False
+    exporter = given("OTEL_TRACES_EXPORTER") or "otlp"
+    if exporter == "none":
+        return False
+    protocols = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+    ways = [("OTEL_TRACES_EXPORTER", exporter, "otlp"), *((name, given(name), "http/protobuf") for name in protocols)]
+    for name, value, allowed in ways:
+        if value and value != allowed:
+            raise ConfigError(
+                f"{name} asks for a way that this program does not send traces", value=value, allowed=allowed,
+                fix="Leave it out, or set OTEL_SDK_DISABLED=true for no traces",
+            )  # fmt: skip
+    return True
+
+
 def client_access() -> tuple[str, str | None]:
     """For programs that ask a server (`dve jobs`): its URL, and the key to show it. Raises ConfigError."""
     _refuse_unknown_names(os.environ)

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from prometheus_client import start_http_server
 
 from service.jobs.store import store_of
 from service.logs import configure_logs, logger
 from service.metrics import TrainingMetrics
-from service.settings import JobSettings, WorkerSettings
+from service.settings import JobSettings, WorkerSettings, wants_tracing
 from service.supervisor.devices import Device, LockFolder, parse_devices
 from service.supervisor.job_run import RunContext, RunLimits
 from service.supervisor.lease_keeper import StoreThreads
 from service.supervisor.warm_reader import WarmReader
 from service.supervisor.worker_loop import LoopLimits, WorkerLoop
 from service.supervisor.workshop import Programs, Workshop
+from service.tracing.choose import open_tracer
 
 _THREADS_PER_DEVICE = 6
 #: What reads a training file, and what that imports only once it is called.
@@ -29,17 +31,18 @@ _READER = ("model_core.cli.data", "model_core.training.data.scan", "model_core.t
 
 def work(
     settings: WorkerSettings, jobs: JobSettings, *, once: bool = False, programs: Programs | None = None,
-    poll_seconds: float = 0.25, backoff_seconds: tuple[float, float] = (2.0, 300.0),
+    poll_seconds: float = 0.25, limits: RunLimits | None = None,
 ) -> int:  # fmt: skip
     """Train until a signal; with `once` until nothing waits.
 
-    programs: stand in for the real ones in tests. poll_seconds: between two looks for work. backoff_seconds: before
-    the second attempt, doubled before each further one, up to the second figure.
+    programs: stand in for the real ones in tests. poll_seconds: between two looks for work. limits: of each run; the
+    settings lay the grace and the priority over them.
 
     Raises:
         ConfigError: devices that are not there, a store that can't be opened.
     """
-    configure_logs(settings.log_format, settings.log_level)
+    configure_logs(settings.log_format, settings.log_level, process="worker")
+    tracer = open_tracer("dve-worker", is_wanted=wants_tracing())
     devices = parse_devices(settings.worker_devices, settings.worker_concurrency)
     data_dir = jobs.data_dir.absolute()
     store = store_of(jobs)
@@ -48,14 +51,12 @@ def work(
     with ThreadPoolExecutor(_THREADS_PER_DEVICE * (len(devices) + 1), "store") as pool:
         call = StoreThreads(pool)
         workshop = Workshop(store, call, data_dir, programs or Programs())
-        limits = RunLimits(
-            grace_seconds=settings.worker_grace_seconds, backoff_base_seconds=backoff_seconds[0],
-            backoff_limit_seconds=backoff_seconds[1],
-            niceness=_niceness(settings, devices),
-        )  # fmt: skip
+        niceness = _niceness(settings, devices)
+        limits = replace(limits or RunLimits(), grace_seconds=settings.worker_grace_seconds, niceness=niceness)
         context = RunContext(
-            store, call, workshop, metrics, data_dir / "jobs", max_attempts=jobs.job_max_attempts, limits=limits
-        )
+            store, call, workshop, metrics, data_dir / "jobs", max_attempts=jobs.job_max_attempts, limits=limits,
+            tracer=tracer,
+        )  # fmt: skip
         # A worker that ends with its work needs nobody who waits for more.
         warm = None if once else WarmReader(_READER, limits.niceness)
         loop = WorkerLoop(
@@ -65,6 +66,7 @@ def work(
             return asyncio.run(loop.run())
         finally:
             store.close()
+            tracer.close()
 
 
 def _show_metrics(settings: WorkerSettings, metrics: TrainingMetrics) -> None:

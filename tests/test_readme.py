@@ -25,16 +25,16 @@ def test_the_first_snippet_runs_as_it_stands(
 
 
 def test_the_other_snippets_are_python() -> None:
-    assert len(SNIPPETS) == 5
+    assert len(SNIPPETS) == 6
     for snippet in SNIPPETS:
         compile(snippet, "README.md", "exec")
 
 
 def test_the_training_snippet_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a data set of two rows where the reader has his own."""
+    """With a data set of one batch where the reader has his own."""
     turns = [{"role": "user", "content": "what is this?"}, {"role": "assistant", "content": "a dog"}]
     shutil.copy(ROOT / "examples/dog.png", tmp_path)
-    (tmp_path / "train.json").write_text(json.dumps([{"image_path": "dog.png", "conversations": turns}] * 2))
+    (tmp_path / "train.json").write_text(json.dumps([{"image_path": "dog.png", "conversations": turns}] * 8))
     monkeypatch.chdir(tmp_path)
     snippet = next(one for one in SNIPPETS if "DualVisionTrainer" in one)
     exec(compile(snippet, "README.md", "exec"), {})

@@ -53,6 +53,11 @@ def mean(metric: str, by: str) -> tuple[tuple[str, str], ...]:
     return ((f"{total} / {count}", f"{{{{{by}}}}}"),)
 
 
+def shared(metric: str, by: str = "job") -> tuple[tuple[str, str], ...]:
+    """What every server and worker of one store shows alike."""
+    return ((f"max by ({by}) ({metric})", f"{{{{{by}}}}}"),)
+
+
 def gauge(metric: str, by: str = "instance") -> tuple[tuple[str, str], ...]:
     return ((f"sum by ({by}) ({metric}{{{FILTER}}})", f"{{{{{by}}}}}"),)
 
@@ -73,6 +78,12 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
               (("dve:http_error_ratio:rate5m", "{{instance}}"),)),
         Panel("Tokens generated", "short", "A second, over all requests.", rate("dve_generation_tokens_total")),
         Panel("Prompt tokens", "short", "A second, vision tokens included.", rate("dve_prompt_tokens_total")),
+        Panel("Store's silence", "s", "Since the store of jobs answered last; asked every few seconds.",
+              gauge("dve_store_answer_age_seconds")),
+        Panel("Disk left", "bytes", "Of the data folder: uploads, checkpoints, models, SQLite.",
+              gauge("dve_data_disk_free_bytes")),
+        Panel("Disk left, share", "percentunit", "Below a tenth it is time to clear up.",
+              gauge("dve_data_disk_free_ratio")),
         Panel("Model swaps", "short", "Loads, roll-backs and failures of fine-tuned models, a second.",
               rate("dve_model_swaps_total", "outcome")),
         Panel("Model", "none", "Which model, fusion, device and type are loaded.",
@@ -130,7 +141,10 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
         Panel("Pictures refused", "short", "A second, by error code.", rate("dve_media_rejected_total", "reason")),
     ),
     "Training": (
-        Panel("Jobs", "short", "By status, of all workers of one store.", gauge("dve_jobs", "status")),
+        Panel("Jobs", "short", "By status, of all workers of one store.", shared("dve_jobs", "status")),
+        Panel("Workers", "short", "Seen within a minute, at whichever job or at none.", shared("dve_workers")),
+        Panel("Slowest job", "s", "Since the last step of the running job that has gone longest without one.",
+              shared("dve_job_progress_age_seconds")),
         Panel("Oldest lease", "s", "Since a running job's worker spoke. Past the lease another takes the job over.",
               gauge("dve_job_heartbeat_age_seconds")),
         Panel("Attempts", "short", "Trainers that ended, by how.", rate("dve_job_attempts_total", "end")),

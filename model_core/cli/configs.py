@@ -17,6 +17,8 @@ from model_core.training.config import Stage, TrainConfig, load_config
 from model_core.training.freeze import trained_components
 
 SCENARIOS = Path(__file__).parents[1] / "training" / "scenarios"
+#: The recipe of the demo model. It is listed, and not among those to begin one's own from: its data are generated.
+DEMO_RECIPE = Path(__file__).parents[1] / "demo" / "config_demo.json"
 BAD_CONFIG = 78
 
 
@@ -44,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "list":
             return _list()
         config = load_config(args.file, args.overrides)
+        for stage in config.stages():
+            _check_trains(stage)
     except DualVisionError as error:
         print(f"dve configs {args.command}: error: {error}", file=sys.stderr)
         return BAD_CONFIG
@@ -76,18 +80,33 @@ def _create(out: Path, *, force: bool) -> int:
 
 
 def _list() -> int:
-    for path in sorted(SCENARIOS.glob("*.json")):
+    for path in (*sorted(SCENARIOS.glob("*.json")), DEMO_RECIPE):
         note = load_config(path).note
         print(f"{path.name}\n  {note.purpose}\n  cost: {note.cost}\n  expected: {note.expected}")
     return 0
 
 
+def _check_trains(stage: Stage) -> None:
+    """Raises ConfigError for a stage that no model could train anything in; a rule may still name parameters."""
+    if not trained_components(stage.freeze) and not any(rule.train for rule in stage.freeze.rules):
+        raise ConfigError(
+            f"nothing is left to train in stage {stage.index}",
+            value=stage.freeze.model_dump(exclude_defaults=True, mode="json"),
+            allowed="at least one component that is not frozen", fix="Leave one of the flags out",
+            param="freeze_config",
+        )  # fmt: skip
+
+
 def _describe(path: Path, config: TrainConfig) -> None:
     print(f"{path}: valid, fingerprint {config.fingerprint()}")
-    model = config.model or " + ".join(n for n in (config.qwen_model_name, config.dinov2_model_name) if n)
+    model = config.new_model and f"new, by {config.new_model.name}"
+    model = model or config.model or " + ".join(n for n in (config.qwen_model_name, config.dinov2_model_name) if n)
     print(f"model: {model or 'the embedded demo model'}")
     for stage in config.stages():
         print(f"stage {stage.index}: {_stage_line(stage, has_adapters=bool(config.lora.groups))}")
+    if config.batch_source is not None:
+        print(f"data: made by {config.batch_source.name}")
+        return
     if not config.datasets and config.train_data_path is None:
         print("warning: no training data is named: train_data_path or datasets")
         return
@@ -102,6 +121,9 @@ def _stage_line(stage: Stage, *, has_adapters: bool) -> str:
     if stage.freeze.rules:
         parts.append(f"{len(stage.freeze.rules)} rules")
     parts.append(f"{stage.epochs} epoch{'s' * (stage.epochs != 1)}")
+    if stage.steps is not None:
+        parts.append(f"at most {stage.steps} steps")
+    parts += [f"{name} loss times {weight:g}" for name, weight in stage.loss_weights.items()]
     shown = trained_components(stage.freeze) | ({"lora"} if has_adapters else set())
     parts.append(
         "rates " + " ".join(f"{name} {rate:g}" for name, rate in stage.learning_rates.items() if name in shown)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ def build_parser() -> argparse.ArgumentParser:
     build.add_argument("--device", default="auto", help="auto, cpu, cuda")
     build.add_argument("--scale", type=float, default=1.0, help="share of every stage's steps; below 1 for a trial")
     build.add_argument("--artwork", type=Path, help="where the artwork is kept (default: the user's cache)")
+    build.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C",
+                       help="lay a setting over the recipe, model_core/demo/config_demo.json")  # fmt: skip
     build.add_argument("--eval-count", type=int, default=400, help="held-out questions of each kind for the card")
     score = commands.add_parser("eval", help="score a demo model, fused and under each arm")
     score.add_argument("--model", type=Path, help="checkpoint folder (default: the embedded one)")
@@ -45,21 +47,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _build(args: argparse.Namespace) -> int:
     # The trainer and transformers take seconds to import; --help should not.
-    from model_core.checkpoint import LoadOptions
-    from model_core.demo.artwork import load_artwork
-    from model_core.demo.build import DemoBuilder
+    from model_core.cli.train import DONE, load_for_training, train_recipe
+    from model_core.demo.build import demo_recipe, has_begun, trained_minutes
     from model_core.demo.publish import default_out, publish
-    from model_core.demo.recipe import RECIPE
+    from model_core.processing.batch import InputFormat
+    from model_core.training.data.source import build_source
+    from model_core.training.runs import FINAL
 
-    recipe = RECIPE if args.scale == 1.0 else RECIPE.scaled(args.scale)
-    artwork = load_artwork(args.artwork)
-    device = str(LoadOptions(args.device).resolve_device())
-    builder = DemoBuilder(recipe, artwork, args.work, device)
-    with _Progress() as report:
-        builder.run(report)
-    out = args.out or default_out()
-    print(f"trained for {builder.seconds / 60:.0f} minutes in {args.work} (remove it to train anew); scoring ...")
-    publish(builder, out, artwork, eval_count=args.eval_count)
+    config = demo_recipe(
+        args.work, scale=args.scale, device=args.device, artwork=args.artwork, overrides=args.overrides
+    )
+    final = args.work / FINAL
+    if not final.exists():
+        code = train_recipe(config, args.work if has_begun(args.work) else None)
+        if code != DONE:
+            return code
+    out, minutes = args.out or default_out(), trained_minutes(args.work)
+    print(f"trained for {minutes:.0f} minutes in {args.work} (remove it to train anew); scoring ...")
+    begun = load_for_training(config)
+    source: Any = build_source(config, InputFormat.of(begun.processor, begun.model.model.mrope_layout))
+    history = f"`dve demo build`, seed {config.seed}, {minutes:.1f} minutes of training."
+    publish(final, out, config, source, history=history, eval_count=args.eval_count, device=str(begun.model.device))
     print(f"wrote {out}")
     return 0
 
@@ -80,28 +88,6 @@ def _eval(args: argparse.Namespace) -> int:
     else:
         print(render_table(arms))
     return 0
-
-
-class _Progress:
-    """A bar for each stage, with the latest scores beside it."""
-
-    def __enter__(self) -> Callable[[str, int, int, dict[str, float]], None]:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, TextColumn("{task.fields[scores]}"))
-        self._bar.start()
-        self._tasks: dict[str, Any] = {}
-        return self._report
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def _report(self, stage: str, step: int, steps: int, scores: dict[str, float]) -> None:
-        if stage not in self._tasks:
-            self._tasks[stage] = self._bar.add_task(stage, total=steps, scores="")
-        shown = " ".join(f"{name} {value:.3f}" for name, value in scores.items())
-        self._bar.update(self._tasks[stage], completed=step, scores=shown)
 
 
 if __name__ == "__main__":

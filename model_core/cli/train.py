@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from model_core.cli.train_display import Display
 from model_core.cli.training_pipe import Control, EventPipe
 from model_core.errors import CheckpointError, ConfigError, DualVisionError, InputError, ModelNotFoundError
+from model_core.published import is_variant
 from model_core.training.config import TRAINING_MODES, TrainConfig, load_config
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
                         help="end with fused against unfused on held-out data, with intervals and costs")  # fmt: skip
     parser.add_argument("--dry_run", "--dry-run", action="store_true",
                         help="check recipe, model and data, print the table, and train nothing")  # fmt: skip
+    parser.add_argument("--peak_tflops", "--peak-tflops", type=float, metavar="N",
+                        help="the device's dense peak, to show MFU (default: by its name, if known)")  # fmt: skip
     parser.add_argument("--events-fd", type=int, metavar="N", help="for a supervisor: events go to this open file")
     parser.add_argument("--control-fd", type=int, metavar="N", help="for a supervisor: commands come from this one")
     return parser
@@ -84,35 +87,57 @@ def _is_final(error: DualVisionError) -> bool:
 
 
 def _run(args: argparse.Namespace, pipe: EventPipe) -> int:
+    if args.peak_tflops is not None and not args.peak_tflops > 0:
+        raise ConfigError("--peak_tflops is out of range", value=args.peak_tflops, allowed="above 0")
     config = load_config(args.config, args.overrides)
     config = config.with_freeze(args.training_mode, {name: True for flag, name in FLAGS.items() if getattr(args, flag)})
     control = Control(args.control_fd)
     control.start()
+    return train_recipe(
+        config, args.resume, (pipe,), control,
+        dry_run=args.dry_run, wants_verdict=args.verdict, peak_tflops=args.peak_tflops,
+    )  # fmt: skip
+
+
+def train_recipe(
+    config: TrainConfig, resume: Path | None = None, listeners: tuple[Any, ...] = (), control: Control | None = None, *,
+    dry_run: bool = False, wants_verdict: bool = False, peak_tflops: float | None = None,
+) -> int:  # fmt: skip
+    """Train a recipe to its end, or until it is told to stop; the exit code. Raises DualVisionError."""
     # torch is imported from here on: a wrong recipe is told at once.
     from model_core.checkpoint import quiet_unless_terminal
     from model_core.training.data.source import build_source
+    from model_core.training.trainer import DualVisionTrainer
 
     quiet_unless_terminal()
+    if wants_verdict:
+        from model_core.cli.verdict import require_floor
+
+        require_floor(config)
     loaded = load_for_training(config)
     fmt = _input_format(loaded)
     source = build_source(config, fmt, split="train")
     val = build_source(config, fmt, split="val") if config.val_data_path else None
     display = Display(sys.stdout)
-    trainer = _trainer(config, loaded, source, val, (display, pipe), writes=not args.dry_run)
-    if args.dry_run:
+    hooks = _hooks(config, loaded, (display, *listeners), answers=val is not None, peak_tflops=peak_tflops)
+    trainer = DualVisionTrainer(
+        loaded.model, source, val, config, processor=loaded.processor, hooks=hooks, write=not dry_run
+    )
+    if dry_run:
         print(trainer.table.render())
         print(f"{trainer.curriculum.total_steps} steps in {len(trainer.curriculum.stages)} stages; nothing was trained")
         return DONE
-    control.attach(trainer)
+    if control is not None:
+        control.attach(trainer)
     with _stops_on_signals(trainer), display:
-        if args.resume is not None:
-            trainer.resume(args.resume)
+        if resume is not None:
+            trainer.resume(resume)
         outcome = trainer.train()
     if not outcome.is_finished:
         print(f"saved on request after {outcome.position.global_step} steps; go on with "
               f"--resume {trainer.run_folder.path}")  # fmt: skip
         return CHECKPOINTED
-    _finish(config, trainer, outcome, wants_verdict=args.verdict)
+    _finish(config, trainer, outcome, wants_verdict=wants_verdict)
     return DONE
 
 
@@ -124,17 +149,29 @@ def load_for_training(config: TrainConfig) -> Loaded:
     """
     import torch
 
-    from model_core.checkpoint import LoadOptions, combine_checkpoints, load_checkpoint
+    from model_core.checkpoint import Loaded, LoadOptions, combine_checkpoints, load_checkpoint
     from model_core.demo_model import demo_folder
+    from model_core.plugins import load_part
+    from model_core.training.saving import whole_model
+    from model_core.variant import load_variant
 
     source = config.model_source()
     options = LoadOptions(config.device, None, config.use_flash_attention)
+    if source.new is not None:
+        model, processor = load_part(source.new.name, "model builder")(seed=config.seed, **source.new.options)
+        return Loaded(model.to(options.resolve_device()), processor)
     on_cuda = options.resolve_device().type == "cuda"
     if config.precision == "float32" or (config.precision == "auto" and not on_cuda):
         options = replace(options, dtype=torch.float32)
+    start = None if config.start_from is None else Path(config.start_from)
+    if start is not None and not is_variant(start):
+        with whole_model(start) as folder:
+            return load_checkpoint(folder, options)
     if source.pair is not None:
-        return combine_checkpoints(*source.pair, options, **source.settings)
-    return load_checkpoint(source.model or demo_folder(), options)
+        base = combine_checkpoints(*source.pair, options, **source.settings)
+    else:
+        base = load_checkpoint(source.model or demo_folder(), options)
+    return base if start is None else load_variant(start, base)
 
 
 def _input_format(loaded: Loaded) -> Any:
@@ -143,17 +180,30 @@ def _input_format(loaded: Loaded) -> Any:
     return InputFormat.of(loaded.processor, loaded.model.model.mrope_layout)
 
 
-def _trainer(
-    config: TrainConfig, loaded: Loaded, source: Any, val: Any, listeners: tuple[Any, ...], *, writes: bool
-) -> DualVisionTrainer:
+def _hooks(
+    config: TrainConfig, loaded: Loaded, listeners: tuple[Any, ...], *, answers: bool, peak_tflops: float | None
+) -> RunHooks:
+    from model_core.analysis.flops import tower_flops
     from model_core.cli.answers import answerer
     from model_core.training.hooks import RunHooks
-    from model_core.training.trainer import DualVisionTrainer
 
-    hooks: RunHooks = RunHooks(
-        listeners=(*listeners, *_loggers(config)), clock=time.perf_counter, answer=answerer(loaded) if val else None
-    )
-    return DualVisionTrainer(loaded.model, source, val, config, processor=loaded.processor, hooks=hooks, write=writes)
+    return RunHooks(
+        listeners=(*listeners, *_loggers(config)), clock=time.perf_counter,
+        answer=answerer(loaded) if answers else None, tower_flops=tower_flops,
+        peak_flops_per_second=_peak(loaded, peak_tflops),
+    )  # fmt: skip
+
+
+def _peak(loaded: Loaded, tera: float | None) -> float | None:
+    """What MFU is a share of: what the user says, or what is known of the card; nothing is said of others."""
+    import torch
+
+    from model_core.analysis.peaks import peak_flops_per_second
+
+    if tera is not None:
+        return tera * 1e12
+    device = loaded.model.lm_head.weight.device
+    return peak_flops_per_second(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def _loggers(config: TrainConfig) -> list[Any]:

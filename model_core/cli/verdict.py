@@ -1,7 +1,8 @@
 """The verdict on a run: is the fused model better than the unfused one on held-out data, how surely, at what price?
 
 In: a trainer whose run has ended; out: differences with 95 % intervals (paired bootstrap over samples), and the
-seconds of an answer's encoders with and without the second one. It judges the data it is given and no other.
+seconds of a forward pass and of a generated answer with and without the fusion. It judges the data it is given and no
+other.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from model_core.errors import ConfigError
+from model_core.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from model_core.training.trainer import DualVisionTrainer
 
 _RESAMPLES = 2000
 _TIMED_PACKS = 8
+_TIMED_ANSWERS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,10 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """loss: per label token, below 0 is better fused; accuracy: of answers, above 0 is better fused."""
+    """loss: per label token, below 0 is better fused; accuracy: of answers, above 0 is better fused.
+
+    seconds_per_answer: of generated answers, in batches as the evaluation asks them; None where none are generated.
+    """
 
     word: str
     val_loss: float
@@ -45,6 +51,8 @@ class Verdict:
     num_answers: int
     seconds_per_sample: float
     unfused_seconds_per_sample: float
+    seconds_per_answer: float | None = None
+    unfused_seconds_per_answer: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -58,35 +66,37 @@ class Verdict:
         if self.accuracy is not None:
             a = self.accuracy
             lines.append(f"  answers: {a.value:+.1%} [{a.low:+.1%}, {a.high:+.1%}] right over {self.num_answers}")
-        ratio = self.seconds_per_sample / self.unfused_seconds_per_sample
-        lines.append(
-            f"  cost: {1000 * self.seconds_per_sample:.1f} ms a sample's forward pass, "
-            f"{1000 * self.unfused_seconds_per_sample:.1f} ms unfused ({ratio:.2f}x)"
-        )
+        forward = _cost(self.seconds_per_sample, self.unfused_seconds_per_sample)
+        lines.append(f"  cost: {forward} a sample's forward pass")
+        if self.seconds_per_answer is not None and self.unfused_seconds_per_answer is not None:
+            lines.append(f"  cost: {_cost(self.seconds_per_answer, self.unfused_seconds_per_answer)} an answer")
         return "\n".join(lines)
 
 
-def verdict(trainer: DualVisionTrainer) -> Verdict:
-    """Evaluate once more and judge.
-
-    Raises:
-        ConfigError: there is no held-out data, or the recipe leaves the unfused floor out.
-    """
-    if trainer.evaluator is None or not trainer.config.evaluation.unfused_floor:
+def require_floor(config: TrainConfig) -> None:
+    """Can there be a verdict? To be asked before a run, not after it. Raises ConfigError."""
+    if config.val_data_path is None or not config.evaluation.unfused_floor:
         raise ConfigError(
-            "a verdict compares fused with unfused on held-out data", allowed="val_data_path and unfused_floor=true",
-            fix="Name val_data_path in the recipe", param="val_data_path",
+            "a verdict compares fused with unfused on held-out data",
+            value=f"val_data_path={config.val_data_path}, unfused_floor={config.evaluation.unfused_floor}",
+            allowed="val_data_path and evaluation.unfused_floor=true", fix="Name val_data_path in the recipe",
+            param="val_data_path",
         )  # fmt: skip
+
+
+def verdict(trainer: DualVisionTrainer) -> Verdict:
+    """Evaluate once more and judge. The trainer has held-out data (`require_floor`)."""
     found = trainer.evaluate()
     pairs = [(fused, unfused or 0.0, count) for fused, unfused, count in found.sample_losses]
     loss = bootstrap(pairs, _loss_difference)
     hits = [(fused, floor) for fused, floor in found.hits if floor is not None]
     accuracy = bootstrap(hits, _hit_difference) if hits else None
     seconds = [_seconds(trainer, arm) for arm in ("fused", "unfused")]
+    answers = [_answer_seconds(trainer, arm) for arm in ("fused", "unfused")]
     return Verdict(
         word=_word(loss), val_loss=found.val_loss, unfused_loss=found.unfused_loss or 0.0, loss=loss,
         accuracy=accuracy, num_samples=found.num_samples, num_answers=len(hits), seconds_per_sample=seconds[0],
-        unfused_seconds_per_sample=seconds[1],
+        unfused_seconds_per_sample=seconds[1], seconds_per_answer=answers[0], unfused_seconds_per_answer=answers[1],
     )  # fmt: skip
 
 
@@ -126,3 +136,19 @@ def _seconds(trainer: DualVisionTrainer, arm: Any) -> float:
             measured.append((time.perf_counter() - begin) / len(pack.samples))
     counted = sorted(measured[1:] or measured)
     return counted[len(counted) // 2]
+
+
+def _answer_seconds(trainer: DualVisionTrainer, arm: Any) -> float | None:
+    """Of one generated answer: the better of two passes over a few; None where the recipe generates none."""
+    evaluator, passes = trainer.evaluator, []
+    if not evaluator.can_answer:
+        return None
+    for _ in range(2):
+        begin = time.perf_counter()
+        count = evaluator.answer_some(arm, min(_TIMED_ANSWERS, evaluator.config.num_answers))
+        passes.append((time.perf_counter() - begin) / max(1, count))
+    return min(passes)
+
+
+def _cost(fused: float, unfused: float) -> str:
+    return f"{1000 * fused:.1f} ms, {1000 * unfused:.1f} ms unfused ({fused / unfused:.2f}x)"

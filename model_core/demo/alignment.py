@@ -8,7 +8,7 @@ The image-text contrast of CLIP (2103.00020, section 2.3), cell by cell and agai
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,12 +36,12 @@ class WordAlignment:
             "count": [_table(tokenizer, [str(n) for n in range(1, MAX_COUNT + 1)], device)],
         }
 
-    def loss(self, tokens: Tensor, cells: dict[str, Tensor], words: Tensor) -> Tensor:
+    def loss(self, tokens: Tensor, cells: Mapping[str, Tensor], words: Tensor) -> Tensor:
         """tokens (S, D) fused, cells: labels of the S cells, words (V, D) the embedding -> mean over the tables."""
         targets = {
-            "class": cells["class"].flatten(),
-            "colour": cells["colour"].flatten(),
-            "count": cells["counts"].view(-1, 2)[:, 0],  # of its own name
+            "class": cells["class"],
+            "colour": cells["colour"],
+            "count": cells["counts"][:, 0],  # of its own name
         }
         directions, losses = F.normalize(tokens.float(), dim=-1), []
         for name, tables in self.tables.items():

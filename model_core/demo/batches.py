@@ -1,203 +1,153 @@
-"""Scenes and their conversations as training batches: a pure function of (recipe seed, stage, step).
+"""Generated scenes and their conversations as the trainer's packs: a pure function of (seed, stage, step).
 
-That is what makes a build resumable without saving any generator: step n is the same batch whenever
-it is asked for, in whichever process.
+In: a recipe and an InputFormat; out: a BatchSource, to be named as `batch_source` of a recipe. A data set is a kind
+of scene, so that `dataset_weights` mixes kinds and every kind has its loss. What the cells show travels as `targets`,
+for the losses of guidance.py. It trains nothing and keeps no generator: step n is the same whenever it is asked for.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 import random
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from model_core.demo.artwork import Artwork
-from model_core.demo.labels import cell_counts, cell_middles, cell_places
-from model_core.demo.questions import ask
-from model_core.demo.recipe import Recipe, Stage
-from model_core.demo.scenes import KINDS, make_scene
-from model_core.language.rope import MropeLayout, mrope_positions
-from model_core.processing.chat import SpecialIds, answer_labels, encode_chat, expand_placeholders
-from model_core.types import ChatMessage, ImagePart, Part, TextPart
+from model_core.demo.artwork import Artwork, load_artwork
+from model_core.demo.labels import cell_counts, cell_places, cell_shares
+from model_core.demo.rows import Row, answer_weights, blank_row, scene_row
+from model_core.demo.scenes import KINDS, Scene, make_scene
+from model_core.errors import ConfigError
+from model_core.processing.batch import InputFormat
+from model_core.training.config import Stage, TrainConfig
+from model_core.training.data.packs import PackedBatch, SampleRef
+from model_core.training.data.prefetch import in_order
+from model_core.types import ChatMessage
 
-PATCH, MERGE = 14, 2
-CONVERSATION_SHARE = 0.15
-_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
-_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """images: (B, H, W, 3) uint8; cells: {what: (B, gh, gw, ...)}, int64 but for places; the rest goes to the model.
-
-    weights: (B, T) of each label. An answer of n tokens weighs sqrt(n), not n: or descriptions, the longest answers,
-    would drown the one token of a yes.
-    """
-
-    images: Tensor
-    cells: dict[str, Tensor]
-    input_ids: Tensor | None
-    labels: Tensor | None
-    weights: Tensor | None
-    position_ids: Tensor | None
-    blocks: Tensor | None
-
-    def may_attend(self, device: torch.device) -> Tensor:
-        """(B, 1, T, T): causal, and a question sees no other question. Padding sees itself, to stay finite."""
-        blocks = self.blocks.to(device)
-        query, key = blocks[:, :, None], blocks[:, None, :]
-        causal = torch.ones(blocks.shape[1], blocks.shape[1], dtype=torch.bool, device=device).tril()
-        seen = causal & (key >= 0) & ((key == 0) | (key == query))
-        return (seen | torch.eye(blocks.shape[1], dtype=torch.bool, device=device))[:, None]
-
-    def pixel_values(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Patches (B*h*w, 1176) in Qwen's order and grids (B, 3), normalised on the device."""
-        x = self.images.to(device).permute(0, 3, 1, 2).float().div_(255)
-        x = (x - _MEAN.to(device)) / _STD.to(device)
-        b, _, height, width = x.shape
-        h, w = height // PATCH, width // PATCH
-        x = x.view(b, 3, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH).permute(0, 2, 5, 3, 6, 1, 4, 7)
-        x = x.reshape(b * h * w, 3, 1, PATCH, PATCH).expand(-1, -1, 2, -1, -1).reshape(b * h * w, -1)
-        return x, torch.tensor([[1, h, w]] * b)
-
-
-_CELLS = {
+#: Pictures of 16 to 25 cells: what a small model can learn and two cores can serve.
+SIZES = ((112, 112), (112, 112), (140, 140), (112, 168), (168, 112))
+#: Of what a scene's cells show, one row a cell in the order of the image tokens. Scenes hold them in small integers.
+TARGETS: Mapping[str, Callable[[Scene], np.ndarray]] = {
     "class": lambda scene: scene.cell_class.astype(np.int64),
     "colour": lambda scene: scene.cell_colour.astype(np.int64),
     "letters": lambda scene: scene.cell_letters.astype(np.int64),
     "spots": lambda scene: scene.cell_spots.astype(np.int64),
     "counts": lambda scene: cell_counts(scene).astype(np.int64),
-    "middles": lambda scene: cell_middles(scene).astype(np.int64),
+    "shares": cell_shares,
     "places": cell_places,
 }
 
 
-def answer_weights(labels: Tensor) -> Tensor:
-    """(T,): 1 / sqrt(n) for each of the n labels of one answer, 0 where there is no label (-100)."""
-    weights = torch.zeros(labels.shape)
-    is_label = torch.cat([torch.tensor([False]), labels != -100, torch.tensor([False])])
-    change = (is_label[1:] != is_label[:-1]).nonzero().flatten().tolist()
-    for begin, end in zip(change[::2], change[1::2], strict=True):
-        weights[begin:end] = (end - begin) ** -0.5
-    return weights
+class SceneSource:
+    """Steps of scenes. `batch_size` of the recipe is scenes a pack; training seeds stay below 2**40.
 
+    Args:
+        artwork: loaded, or the folder where it is kept; None is the user's cache.
+        steps_per_epoch: how long an epoch is, of scenes that have no end.
+        sizes: (height, width), one drawn for each pack.
+    """
 
-class SceneBatches(Dataset):
-    """Batch number `step` of a stage. Training seeds stay below 2**40; held-out seeds start there."""
+    dataset_names = KINDS
 
-    def __init__(self, recipe: Recipe, stage_index: int, artwork: Artwork, tokenizer: Any, layout: MropeLayout) -> None:
-        self.recipe, self.stage_index, self.artwork = recipe, stage_index, artwork
-        self.tokenizer, self.layout = tokenizer, layout
-        self.special = SpecialIds.from_tokenizer(tokenizer)
+    def __init__(
+        self, config: TrainConfig, fmt: InputFormat, *, artwork: Artwork | str | None = None,
+        steps_per_epoch: int = 50, sizes: Sequence[Sequence[int]] = SIZES,
+    ) -> None:  # fmt: skip
+        self._config, self._fmt, self._steps_per_epoch = config, fmt, steps_per_epoch
+        self._sizes = tuple((int(height), int(width)) for height, width in sizes)
+        self.artwork = artwork if isinstance(artwork, Artwork) else load_artwork(Path(artwork) if artwork else None)
 
-    @property
-    def stage(self) -> Stage:
-        return self.recipe.stages[self.stage_index]
+    def prepare_stage(self, stage: Stage) -> None:
+        unknown = sorted(set(stage.dataset_weights or ()) - set(KINDS))
+        if unknown:
+            raise ConfigError(
+                "a stage mixes kinds of scenes that there are not", value=", ".join(unknown), allowed=", ".join(KINDS),
+                param="curriculum_training.stages",
+            )  # fmt: skip
 
-    def __len__(self) -> int:
-        return self.stage.steps
+    def num_steps(self, stage: Stage, epoch: int) -> int:  # noqa: ARG002 - every epoch is as long
+        return self._steps_per_epoch
 
-    def __getitem__(self, step: int) -> Batch:
-        base = ((self.recipe.seed * 8 + self.stage_index) % 2**14) * 2**26 + step * 256
+    def steps(self, stage: Stage, epoch: int, *, first: int = 0) -> Iterator[list[PackedBatch]]:
+        size = self._config.gradient_accumulation_steps
+        begin = epoch * self._steps_per_epoch
+        numbers = range((begin + first) * size, (begin + self._steps_per_epoch) * size)
+        made = in_order(functools.partial(self.pack, stage), numbers, self._config.num_workers)
+        for _ in range(first, self._steps_per_epoch):
+            yield [next(made) for _ in range(size)]
+
+    def pack(self, stage: Stage, number: int) -> PackedBatch:
+        """Pack `number` of a stage, counted over its epochs."""
+        count = self._config.batch_size
+        base = ((self._config.seed * 8 + stage.index) % 2**14) * 2**26 + number * max(256, count)
         rng = random.Random(base)
-        size = rng.choice(self.recipe.sizes)
-        shares = self.stage.kinds
-        kinds = rng.choices(KINDS, shares, k=self.stage.batch_size) if shares else [None] * self.stage.batch_size
+        size = rng.choice(self._sizes)
+        mix = stage.dataset_weights
+        kinds: list[str | None] = [None] * count
+        if mix is not None:
+            kinds = list(rng.choices(KINDS, [mix.get(kind, 0.0) for kind in KINDS], k=count))
         scenes = [make_scene(base + i, self.artwork, size, kind) for i, kind in enumerate(kinds)]
-        cells = {name: torch.from_numpy(np.stack([read(s) for s in scenes])) for name, read in _CELLS.items()}
-        images = torch.from_numpy(np.stack([np.asarray(s.image) for s in scenes]))
-        text = self._text(scenes, rng, size) if self.stage.answer_weight else (None, None, None, None, None)
-        return Batch(images, cells, *text)
+        grid = (1, size[0] // self._fmt.patches.patch_size, size[1] // self._fmt.patches.patch_size)
+        row = scene_row if stage.loss_weights.get("language", 1.0) else blank_row
+        return self._collate([row(scene, rng, grid, self._fmt) for scene in scenes], scenes, base, grid)
 
-    def _text(self, scenes: list[Any], rng: random.Random, size: tuple[int, int]) -> tuple[Tensor, ...]:
-        grid = (1, size[0] // PATCH, size[1] // PATCH)
-        rows = [self._row(scene, rng, grid) for scene in scenes]
-        length = max(len(row.ids) for row in rows)
-        input_ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
-        labels = torch.full((len(rows), length), -100)
-        weights = torch.zeros(len(rows), length)
-        blocks = torch.full((len(rows), length), -1)
-        positions = torch.zeros(3, len(rows), length, dtype=torch.long)
-        for i, row in enumerate(rows):
-            n = len(row.ids)
-            input_ids[i, :n], labels[i, :n] = torch.tensor(row.ids), torch.tensor(row.labels)
-            weights[i, :n] = answer_weights(labels[i, :n])
-            blocks[i, :n], positions[:, i, :n] = torch.tensor(row.blocks), row.positions
-        return input_ids, labels, weights, positions, blocks
+    def _collate(
+        self, rows: Sequence[Row], scenes: Sequence[Scene], base: int, grid: tuple[int, int, int]
+    ) -> PackedBatch:
+        labels = torch.tensor([label for row in rows for label in row.labels])
+        lengths = tuple(len(row.ids) for row in rows)
+        if sum(lengths) > self._config.max_tokens:
+            raise ConfigError(
+                "the scenes of a pack are longer than a pack may be", value=f"{sum(lengths)} tokens",
+                allowed=f"max_tokens, {self._config.max_tokens}", fix="Raise max_tokens or lower batch_size",
+                param="max_tokens",
+            )  # fmt: skip
+        return PackedBatch(
+            input_ids=torch.tensor([token for row in rows for token in row.ids]),
+            labels=labels,
+            position_ids=torch.cat([row.positions for row in rows], dim=1),
+            sample_lengths=lengths,
+            pixels=np.concatenate([patches(scene.image, self._fmt) for scene in scenes]),
+            grids=(grid,) * len(rows),
+            images_per_sample=(1,) * len(rows),
+            samples=tuple(SampleRef(f"{s.kind}:{base + i}", s.kind, base + i) for i, s in enumerate(scenes)),
+            num_label_tokens=int((labels != -100).sum()),
+            blocks=torch.tensor([block for row in rows for block in row.blocks]),
+            label_weights=answer_weights(labels),
+            targets={name: _cells(read, scenes) for name, read in TARGETS.items()},
+        )
 
-    def _row(self, scene: Any, rng: random.Random, grid: tuple[int, int, int]) -> _Row:
-        """Most scenes: several questions that can't see each other, behind one picture. Some: a conversation.
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps([self._steps_per_epoch, self._sizes, KINDS]).encode()).hexdigest()[:16]
 
-        In a conversation an earlier answer often holds a later one's, so that it can be copied without
-        looking; a model trained on conversations alone learnt just that, and asked alone it guessed.
-        """
-        image = ImagePart(None)
-        if rng.random() < CONVERSATION_SHARE:
-            messages = []
-            for i, turn in enumerate(ask(scene, rng, limit=2)):
-                question = TextPart(turn.question)
-                parts: tuple[Part, ...] = (question,)
-                if i == 0:  # clients put the picture before the question or after it
-                    parts = (image, question) if rng.random() < 0.5 else (question, image)
-                messages += [ChatMessage("user", parts), ChatMessage("assistant", (TextPart(turn.answer),))]
-            return self._encode(messages, rng, grid)
-        system = self._system(rng)
-        rows = [
-            self._encode(
-                [
-                    *system,
-                    ChatMessage("user", (image, TextPart(turn.question))),
-                    ChatMessage("assistant", (TextPart(turn.answer),)),
-                ],
-                None,
-                grid,
-            )
-            for turn in ask(scene, rng, limit=6)
-        ]
-        # Everything up to <|vision_end|> is the same in all of them.
-        shared = len(rows[0].ids) - rows[0].ids[::-1].index(self.special.image) + 1
-        packed = _Row(rows[0].ids[:shared], [-100] * shared, [0] * shared, rows[0].positions[:, :shared])
-        for number, row in enumerate(rows, start=1):
-            tail = len(row.ids) - shared
-            packed = _Row(
-                packed.ids + row.ids[shared:],
-                packed.labels + row.labels[shared:],
-                packed.blocks + [number] * tail,
-                torch.cat([packed.positions, row.positions[:, shared:]], dim=1),
-            )
-        return packed
+    def quarantine_report(self) -> list[dict[str, Any]]:
+        return []
 
-    def _system(self, rng: random.Random) -> list[ChatMessage]:
-        return [ChatMessage("system", (TextPart(rng.choice(SYSTEM_PROMPTS)),))] if rng.random() < 0.1 else []
-
-    def _encode(self, messages: list[ChatMessage], rng: random.Random | None, grid: tuple[int, int, int]) -> _Row:
-        messages = [*(self._system(rng) if rng is not None else []), *messages]
-        chat = encode_chat(self.tokenizer, messages, add_generation_prompt=False)
-        labels = answer_labels(chat, [m.role for m in messages], self.special)
-        count = grid[1] * grid[2] // MERGE**2
-        ids, types = expand_placeholders(chat.ids, [count], self.special)
-        at = chat.ids.index(self.special.image)
-        labels = labels[:at] + [-100] * count + labels[at + 1 :]
-        return _Row(ids, labels, [0] * len(ids), mrope_positions(types, [grid], [], [], self.layout)[0])
+    def conversation(self, ref: SampleRef) -> list[ChatMessage]:
+        raise ConfigError(
+            "scenes are scored by `dve demo eval`, not in the run", value=ref.key, allowed="evaluation.num_answers 0",
+            param="evaluation.num_answers",
+        )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One sequence. blocks: 0 what all may see, n question n, which sees that and itself."""
-
-    ids: list[int]
-    labels: list[int]
-    blocks: list[int]
-    positions: Tensor
+def _cells(read: Callable[[Scene], np.ndarray], scenes: Sequence[Scene]) -> Tensor:
+    """(cells of all scenes, ...)."""
+    found = [read(scene) for scene in scenes]
+    return torch.from_numpy(np.concatenate([one.reshape(-1, *one.shape[2:]) for one in found]))
 
 
-SYSTEM_PROMPTS = (
-    "You are a careful assistant.",
-    "Answer briefly.",
-    "You answer questions about pictures.",
-    "Be precise and short.",
-)
+def patches(image: np.ndarray, fmt: InputFormat) -> np.ndarray:
+    """(H, W, 3) uint8 -> (h*w, 3*2*14*14) uint8 in Qwen's order: merged cells first, then within a cell."""
+    size, merge = fmt.patches.patch_size, fmt.patches.merge_size
+    h, w = image.shape[0] // size, image.shape[1] // size
+    x = image.reshape(h // merge, merge, size, w // merge, merge, size, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+    x = x.reshape(h * w, 3, 1, size, size)
+    return np.ascontiguousarray(np.broadcast_to(x, (h * w, 3, fmt.patches.temporal_patch_size, size, size))).reshape(
+        h * w, -1
+    )

@@ -3,37 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from model_core.demo.artwork import STYLES
-from model_core.demo.build import DemoBuilder
 from model_core.demo.scenes import COLOUR_NAMES, SHAPES
 from model_core.demo.scoring import Scores, render_table
 from model_core.demo.things import THINGS
+from model_core.training.config import Stage, TrainConfig
+from model_core.training.freeze import trained_components
 
 _TARGETS = {"name": 0.90, "colour": 0.97, "count": 0.95, "position": 0.95, "presence": 0.95, "read": 0.85}
 
 
-def write_card(builder: DemoBuilder, arms: Mapping[str, Scores], progress: Mapping[str, Any]) -> str:
+def write_card(config: TrainConfig, arms: Mapping[str, Scores], *, parameters: int, history: str) -> str:
     """Markdown with YAML front matter, as model hubs read it."""
-    parameters = sum(p.numel() for p in builder.model.parameters()) / 1e6
-    stages = "\n".join(
-        f"| {s.name} | {', '.join(s.trains)} | {s.steps} | {s.batch_size} | {s.learning_rate:g} | {s.dense_weight:g} "
-        f"| {s.answer_weight:g} | {s.encoder_dropout:g} |"
-        for s in builder.recipe.stages
-    )
     return _CARD.format(
-        parameters=f"{parameters:.1f}",
+        parameters=f"{parameters / 1e6:.1f}",
+        history=history,
+        batch=config.batch_size,
         num_things=len(THINGS),
         things=", ".join(thing.name for thing in THINGS),
         shapes=", ".join(SHAPES),
         colours=", ".join(COLOUR_NAMES),
         styles=" and ".join(STYLES),
-        stages=stages,
+        stages="\n".join(_stage_row(stage, config) for stage in config.stages()),
         table=render_table(arms, markdown=True),
         verdicts=_verdicts(arms["fused"]),
-        **progress,
     )
+
+
+def _stage_row(stage: Stage, config: TrainConfig) -> str:
+    per_epoch = config.batch_source.options["steps_per_epoch"] if config.batch_source else 1
+    steps = stage.steps or stage.epochs * per_epoch
+    weights = {"language": 1.0, **stage.loss_weights}
+    losses = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
+    trains = ", ".join(sorted(trained_components(stage.freeze)))
+    return f"| {stage.description} | {trains} | {steps} | {stage.learning_rate:g} | {losses} |"
 
 
 def _verdicts(fused: Scores) -> str:
@@ -85,19 +89,22 @@ the gate; `unfused` is Qwen's own tokens, for which this language model was neve
 
 ## How it was made
 
-`dve demo build`, seed {seed}, {minutes} minutes of training. Weights are stored in bfloat16 and computed in float32.
+{history}
 
-| stage | trains | steps | batch | learning rate | dense loss | answer loss | encoder dropout |
-|---|---|---|---|---|---|---|---|
+Weights are stored in bfloat16 and computed in float32. The recipe (`config_demo.json`), steps of {batch} pictures:
+
+| stage | trains | steps | learning rate | losses and their weights |
+|---|---|---|---|---|
 {stages}
 
-The dense loss asks each encoder, cell by cell, which thing and colour is there and where the object's middle is; Qwen's
-tower also which letter, and which of its word; DINOv2 how many such objects there are. So one eye reads and the other
-counts, as one was taught to read in life and the other was not. In the answering stages a fused token is drawn towards
-the words for what it shows; one attention head of the first layer is taught to look from a noun to its cells, and
-another to look evenly at the first token and at each thing's middle cell, from which a number can be read.
-Optimizer: Muon for the matrices inside blocks, AdamW for the rest; bfloat16 products where the machine has units for
-it. The gate learns at a twentieth of the rate and has a marginal KL loss.
+The loss on cells asks each encoder, cell by cell, which thing and colour is there and where the object's middle is;
+Qwen's tower also which letter, and which of its word; DINOv2 how many such objects there are. So one eye reads and the
+other counts, as one was taught to read in life and the other was not. In the answering stages a fused token is drawn
+towards the words for what it shows; one attention head of the first layer is taught to look from a noun to its cells,
+and another to look as much at each thing as at the first token, from which a number can be read. `language` is the loss
+on the answers' words; a loss that a stage does not name counts once. Optimizer: Muon for the matrices inside blocks,
+AdamW for the rest; bfloat16 products where the machine has units for it. The gate learns at a twentieth of the rate and
+has a marginal KL loss.
 
 Data: scenes composed from emoji artwork ({styles}) on varied backgrounds, plain shapes, and words in
 several fonts; every question is generated from the scene. See NOTICE for the artwork's licences.

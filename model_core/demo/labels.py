@@ -1,7 +1,7 @@
 """What each 28-pixel cell of a scene shows, as the dense losses of the demo's build ask for it.
 
 In: objects with their painted patches, letters with their places. Out: integer grids. An object takes the
-cells it covers; "place" and "counts" are told of every cell of an object, so that whoever reads any one of
+cells it covers; "places" and "counts" are told of every cell of an object, so that whoever reads any one of
 its cells knows where its middle is and how many of its kind there are.
 """
 
@@ -20,12 +20,15 @@ MAX_SPOT = 6
 
 class CellLabels:
     """Grids of (gh, gw): object (1-based index, 0 none), class and colour (0 none); of (gh, gw, 2), for the left
-    and right half of a cell: letter (1..26) and spot (which letter of its word, from 1), 0 for none."""
+    and right half of a cell: letter (1..26) and spot (which letter of its word, from 1), 0 for none.
+
+    cover: the share of the cell that its object paints, float (gh, gw)."""
 
     def __init__(self, height: int, width: int) -> None:
         grid = (height // CELL, width // CELL)
         self.object, self.class_, self.colour = (np.zeros(grid, np.int16) for _ in range(3))
         self.letters, self.spots = (np.zeros((*grid, 2), np.int16) for _ in range(2))
+        self.cover = np.zeros(grid, np.float32)
         self._best = np.full(grid, 0.25)
 
     def add_object(
@@ -38,11 +41,13 @@ class CellLabels:
         mask = np.zeros((rows * CELL, columns * CELL), bool)
         mask[top : top + patch.shape[0], left : left + patch.shape[1]] = patch[:, :, 3] > 127
         cover = mask.reshape(rows, CELL, columns, CELL).mean(axis=(1, 3))
+        painted = cover.copy()
         middle_x, middle_y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
         cover[int(middle_y) // CELL - y // CELL, int(middle_x) // CELL - x // CELL] += 1.0
         window = np.s_[y // CELL : y // CELL + rows, x // CELL : x // CELL + columns]
         won = cover >= self._best[window]
         self._best[window][won] = cover[won]
+        self.cover[window][won] = painted[won]
         for grid, value in ((self.object, number), (self.class_, class_), (self.colour, colour)):
             grid[window][won] = value
 
@@ -70,15 +75,6 @@ def cell_places(scene: Any) -> np.ndarray:
     return 2 * places - 1
 
 
-def cell_middles(scene: Any) -> np.ndarray:
-    """int16 (gh, gw): 2 where the middle of the cell's object lies, 1 in its other cells, 0 where there is none."""
-    middles = np.minimum(scene.cell_object, 1).astype(np.int16)
-    for one in scene.objects:
-        x, y = one.centre
-        middles[int(y) // CELL, int(x) // CELL] = 2
-    return middles
-
-
 def cell_counts(scene: Any) -> np.ndarray:
     """int16 (gh, gw, 2): in an object's cells how many objects of its name, and how many in all; else 0."""
     counts = np.zeros((*scene.cell_object.shape, 2), np.int16)
@@ -86,3 +82,13 @@ def cell_counts(scene: Any) -> np.ndarray:
     for number, one in enumerate(scene.objects, start=1):
         counts[scene.cell_object == number] = np.minimum((by_name[one.name], len(scene.objects)), MAX_COUNT)
     return counts
+
+
+def cell_shares(scene: Any) -> np.ndarray:
+    """float32 (gh, gw): how much of its object a cell holds, of what the object's own cells hold; 0 without object.
+
+    Over an object's cells they sum to 1, so over a picture's cells of one kind to how many of it there are.
+    """
+    held = scene.cell_cover + np.float32(1e-3)  # an object thinner than a pixel still has its middle's cell
+    totals = np.bincount(scene.cell_object.ravel(), weights=held.ravel(), minlength=len(scene.objects) + 1)
+    return np.where(scene.cell_object > 0, held / totals[scene.cell_object], 0.0).astype(np.float32)

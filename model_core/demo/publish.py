@@ -13,19 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from model_core import demo
-from model_core.checkpoint import save_checkpoint
+from model_core.checkpoint import LoadOptions, load_checkpoint, save_checkpoint
 from model_core.demo.artwork import Artwork
-from model_core.demo.batches import SceneBatches
-from model_core.demo.build import DemoBuilder
+from model_core.demo.batches import SceneSource
 from model_core.demo.card import write_card
-from model_core.demo.recipe import MAX_PIXELS, MIN_PIXELS
 from model_core.demo.scoring import Scores, evaluate, held_out_seeds
 from model_core.encoder import DualVisionEncoder
+from model_core.processing.batch import normalise_pixels
 from model_core.processing.processor import DualVisionProcessor
+from model_core.training.config import TrainConfig
 from model_core.types import ChatMessage, GenerationRequest, ImagePart, SamplingParams, TextPart
 
 CALIBRATION_BATCHES = 16
@@ -37,28 +35,36 @@ def default_out() -> Path:
     return Path(demo.__file__).parent / "weights"
 
 
-def publish(builder: DemoBuilder, out: Path, artwork: Artwork, *, eval_count: int) -> None:
-    """Write the checkpoint, score what was written, write the card into it."""
-    model = builder.model.eval()
-    model.calibrate(_calibration(builder))
+def publish(
+    run: Path,
+    out: Path,
+    config: TrainConfig,
+    source: SceneSource,
+    *,
+    history: str,
+    eval_count: int,
+    device: str = "cpu",
+) -> None:
+    """Write the checkpoint, score what was written, write the card into it.
+
+    Args:
+        run: the model folder that a run ended with; config: its recipe; source: its scenes.
+        history: how the weights came about, for the card.
+    """
+    loaded = load_checkpoint(run, LoadOptions(device, torch.float32))
+    model = loaded.model.eval()
+    model.calibrate(_calibration(source, config, model, loaded.processor))
     with torch.no_grad():  # what is stored is what is scored
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():
                 tensor.copy_(tensor.bfloat16().to(tensor.dtype))
-    ids = model.config.text_config
-    model.generation_config = GenerationConfig(
-        do_sample=False, eos_token_id=ids.eos_token_id, pad_token_id=ids.pad_token_id, bos_token_id=ids.bos_token_id
-    )
-    images = Qwen2VLImageProcessorPil(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
-    processor = DualVisionProcessor(images, builder.tokenizer)
-    recipe = builder.recipe
-    progress = {"minutes": round(builder.seconds / 60, 1), "seed": recipe.seed, "recipe": recipe.fingerprint}
-    _save(model, processor, out, progress)
-    encoder = DualVisionEncoder.from_pretrained(out, device=str(builder.device))
-    arms = score_arms(encoder, artwork, eval_count)
+    progress = {"seed": config.seed, "recipe": config.fingerprint()}
+    _save(model, loaded.processor, out, progress)
+    arms = score_arms(DualVisionEncoder.from_pretrained(out, device=device), source.artwork, eval_count)
     scores = {arm: found.to_dict() for arm, found in arms.items()}
-    card = write_card(builder, arms, progress)
-    _save(model, processor, out, progress, card=card, scores=scores)
+    parameters = sum(p.numel() for p in model.parameters())
+    card = write_card(config, arms, parameters=parameters, history=history)
+    _save(model, loaded.processor, out, progress, card=card, scores=scores)
 
 
 def _save(
@@ -86,12 +92,14 @@ def _save(
     model.to(torch.float32)
 
 
-def _calibration(builder: DemoBuilder) -> Iterator[tuple[Tensor, Tensor]]:
+def _calibration(
+    source: SceneSource, config: TrainConfig, model: Any, processor: DualVisionProcessor
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Training scenes again: the arms' means are part of the model, not of its test."""
-    layout = builder.model.model.mrope_layout
-    data = SceneBatches(builder.recipe, 0, builder.artwork, builder.tokenizer, layout)
-    for step in range(min(CALIBRATION_BATCHES, len(data))):
-        yield data[step].pixel_values(builder.device)
+    stage = config.stages()[0]
+    for number in range(min(CALIBRATION_BATCHES, stage.steps or CALIBRATION_BATCHES)):
+        pack = source.pack(stage, number)
+        yield normalise_pixels(pack.pixels, processor.patch_spec, model.lm_head.weight.device), torch.tensor(pack.grids)
 
 
 def score_arms(

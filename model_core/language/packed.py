@@ -2,12 +2,14 @@
 
 It is the layer that serving runs module by module (`decoder.py`), so that LoRA and hooks count in both, with an
 attention that keeps samples apart: on CUDA one variable-length kernel, elsewhere one causal call for each distinct
-length. No mask of S x S is ever made. It holds no cache and takes no logits.
+length. Within a sample, blocks that can't see each other (several questions behind one picture) cost a mask of that
+sample alone. No mask of S x S is ever made. It holds no cache and takes no logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,6 +22,8 @@ from model_core.language.decoder import decode_layer
 
 #: (S, H, dh), (S, K, dh), (S, K, dh) -> (S, H * dh)
 PackedAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+#: Is told each layer's number, its query (S, H, dh) and its key (S, K, dh), both rotated.
+Watch = Callable[[int, Tensor, Tensor], None]
 
 
 def packed_hidden(
@@ -28,6 +32,8 @@ def packed_hidden(
     positions: Tensor,
     lengths: Sequence[int],
     *,
+    blocks: Tensor | None = None,
+    watch: Watch | None = None,
     recompute: bool = False,
     use_flash_attention: bool = False,
 ) -> Tensor:
@@ -35,14 +41,17 @@ def packed_hidden(
 
     Args:
         embeds: (S, D); positions: (3, S) rotary positions; lengths: tokens of each sample, S in all.
+        blocks: (S,) within each sample: 0 is seen by all that follows, n > 0 by itself alone. Without it all is causal.
         recompute: activations inside a layer are computed again in the backward pass instead of kept.
     Returns:
         (S, D) after the final norm.
     """
     cos, sin = language_model.rotary_emb(embeds[None], positions[:, None])
-    attention = packed_attention(lengths, embeds.device, use_flash_attention=use_flash_attention)
+    attention = packed_attention(lengths, embeds.device, blocks=blocks, use_flash_attention=use_flash_attention)
 
-    def attend(_layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if watch is not None:
+            watch(layer, query, key)
         return attention(query, key, value)
 
     hidden = embeds
@@ -55,10 +64,13 @@ def packed_hidden(
     return language_model.norm(hidden)
 
 
-def packed_attention(lengths: Sequence[int], device: torch.device, *, use_flash_attention: bool) -> PackedAttention:
-    """The attention for samples of these lengths: flash-attn's or torch's varlen on CUDA in 16 bits, SDPA elsewhere."""
-    by_length = partial(_by_length, lengths=list(lengths))
-    if device.type != "cuda":
+def packed_attention(
+    lengths: Sequence[int], device: torch.device, *, blocks: Tensor | None = None, use_flash_attention: bool
+) -> PackedAttention:
+    """The attention for samples of these lengths: flash-attn's or torch's varlen on CUDA in 16 bits, SDPA elsewhere and
+    wherever there are blocks, which no such kernel knows."""
+    by_length = partial(_by_length, groups=_groups(lengths, device, blocks))
+    if device.type != "cuda" or blocks is not None:
         return by_length
     kernel = _flash_kernel() if use_flash_attention else _torch_kernel()
     if kernel is None:
@@ -74,16 +86,38 @@ def packed_attention(lengths: Sequence[int], device: torch.device, *, use_flash_
     return attend
 
 
-def _by_length(query: Tensor, key: Tensor, value: Tensor, *, lengths: list[int]) -> Tensor:
-    """One causal call for each distinct length. split, stack and cat: no scatter-add in the gradient."""
-    parts = [x.split(lengths) for x in (query, key, value)]
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    """Samples of one length each time: their numbers, and (n, 1, T, T) what may be seen; None is causal."""
+
+    lengths: list[int]
+    members: list[tuple[list[int], Tensor | None]]
+
+
+def _groups(lengths: Sequence[int], device: torch.device, blocks: Tensor | None) -> _Groups:
     members: dict[int, list[int]] = {}
     for number, length in enumerate(lengths):
         members.setdefault(length, []).append(number)
-    done: list[Any] = [None] * len(lengths)
-    for numbers in members.values():
+    own = None if blocks is None else blocks.to(device).split(list(lengths))
+    masks = [None if own is None else may_attend(torch.stack([own[i] for i in each])) for each in members.values()]
+    return _Groups(list(lengths), list(zip(members.values(), masks, strict=True)))
+
+
+def may_attend(blocks: Tensor) -> Tensor:
+    """Blocks (n, T) -> (n, 1, T, T) bool: backwards, to block 0 and to the token's own block."""
+    query, key = blocks[:, :, None], blocks[:, None, :]
+    causal = torch.ones(blocks.shape[1], blocks.shape[1], dtype=torch.bool, device=blocks.device).tril()
+    return (causal & ((key == 0) | (key == query)))[:, None]
+
+
+def _by_length(query: Tensor, key: Tensor, value: Tensor, *, groups: _Groups) -> Tensor:
+    """One call for each distinct length. split, stack and cat: no scatter-add in the gradient."""
+    parts = [x.split(groups.lengths) for x in (query, key, value)]
+    done: list[Any] = [None] * len(groups.lengths)
+    for numbers, mask in groups.members:
         q, k, v = (torch.stack([part[i] for i in numbers]).transpose(1, 2) for part in parts)  # (n, H or K, T, dh)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        has_groups = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=has_groups)
         for number, one in zip(numbers, out.transpose(1, 2).flatten(2).unbind(), strict=True):
             done[number] = one
     return torch.cat(done)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -36,6 +36,7 @@ from model_core.training.sections import (
     LoraGroup,
     LossConfig,
     Note,
+    PartConfig,
     Rate,
     RateGroup,
     Ratio,
@@ -65,6 +66,7 @@ __all__ = [
     "LossConfig",
     "ModelSource",
     "Note",
+    "PartConfig",
     "Stage",
     "StageConfig",
     "TrainConfig",
@@ -79,6 +81,7 @@ class Stage:
     """One stage with everything resolved.
 
     learning_rates: by component and `lora`; a rule's own rate goes above them.
+    steps: the most optimizer steps, where the stage names them. loss_weights: as StageConfig has them.
     """
 
     index: int
@@ -91,28 +94,37 @@ class Stage:
     dataset_weights: Mapping[str, float] | None
     reset_optimizer: bool
     encoder_dropout: float
+    steps: int | None = None
+    loss_weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """What to load: one dual checkpoint, or a pair to combine with these settings, or (neither) the demo model."""
+    """What to load: one dual checkpoint, or a pair to combine with these settings, or (neither) the demo model; or
+    `new`, what makes a model that was never trained."""
 
     model: str | None
     pair: tuple[str, str] | None
     settings: Mapping[str, Any]
+    new: PartConfig | None = None
 
 
 class TrainConfig(Section):
     """A whole run. Every key of the original's config.json has its old name and place.
 
     model: a dual checkpoint to start from, folder or hub id; instead of the two names.
+    start_from: a folder with weights of that model to begin with: a published version, or a step or the end of a run.
+    new_model: called with seed=, gives a model that was never trained and its processor; instead of any name.
     training_mode, freeze_config: without a curriculum; a curriculum's stages may override the flags.
     learning_rate: for every group that learning_rates does not name; None leaves DEFAULT_LEARNING_RATES.
     batch_size, max_tokens: a pack holds at most so many samples and tokens; a step takes
         batch_size * gradient_accumulation_steps of them on each process.
+    optimizer: adamw, or muon for the matrices inside blocks and adamw for everything else.
     schedule_span: the schedule runs anew in each stage, or once over all.
     rewarm_steps: warm-up of parameters that are unfrozen later than step 0.
     diversity_loss_weight: None is DEFAULT_DIVERSITY_LOSS_WEIGHT where there is a gate that learns.
+    auxiliary_loss: called with the model and its processor, gives an AuxiliaryLoss (auxiliary.py).
+    batch_source: called with the recipe and the InputFormat, gives a BatchSource; instead of files.
     precision: what products are computed in; weights that train have a float32 master in any case.
     gradient_checkpointing: components whose activations are computed twice; a frozen encoder never is.
     """
@@ -127,6 +139,8 @@ class TrainConfig(Section):
     model: str | None = None
     qwen_model_name: str | None = None
     dinov2_model_name: str | None = None
+    start_from: str | None = None
+    new_model: PartConfig | None = None
     encoder: str | None = None
     fusion: str | None = None
     common_dim: Count | None = None
@@ -148,6 +162,7 @@ class TrainConfig(Section):
     batch_size: int = Field(default=1, ge=1, le=65_536)
     max_tokens: int = Field(default=4096, ge=16, le=1 << 20)
     gradient_accumulation_steps: int = Field(default=1, ge=1, le=65_536)
+    optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
     epsilon: float = Field(default=1e-8, gt=0, le=1e-2)
@@ -164,7 +179,9 @@ class TrainConfig(Section):
     # The losses
     diversity_loss_weight: float | None = Field(default=None, ge=0)
     losses: LossConfig = LossConfig()
+    auxiliary_loss: PartConfig | None = None
     # The data
+    batch_source: PartConfig | None = None
     train_data_path: str | None = None
     val_data_path: str | None = None
     image_root: str | None = None
@@ -202,6 +219,14 @@ class TrainConfig(Section):
             unknown = sorted(set(stage.dataset_weights or ()) - known)
             if unknown and (self.datasets or self.train_data_path):
                 raise ValueError(f"dataset_weights of {', '.join(sorted(known))}, not {', '.join(unknown)}")
+        return self
+
+    @model_validator(mode="after")
+    def _has_one_beginning(self) -> Self:
+        if self.new_model is not None and (self.model or self.qwen_model_name or self.start_from):
+            raise ValueError("'new_model', or a model to load, not both")
+        if self.batch_source is not None and (self.train_data_path or self.datasets):
+            raise ValueError("'batch_source', or files to train on, not both")
         return self
 
     @property
@@ -259,6 +284,8 @@ class TrainConfig(Section):
             dataset_weights=stage.dataset_weights,
             reset_optimizer=stage.reset_optimizer,
             encoder_dropout=dropout,
+            steps=stage.steps,
+            loss_weights=stage.loss_weights,
         )
 
     def model_source(self) -> ModelSource:
@@ -277,7 +304,7 @@ class TrainConfig(Section):
                 allowed="these settings with qwen_model_name and dinov2_model_name", fix="Leave them out",
                 param=next(iter(settings)),
             )  # fmt: skip
-        return ModelSource(self.model, None, {})
+        return ModelSource(self.model, None, {}, self.new_model)
 
     def train_sources(self) -> tuple[DatasetConfig, ...]:
         """Where training samples come from.
@@ -285,6 +312,8 @@ class TrainConfig(Section):
         Raises:
             ConfigError: the recipe names none.
         """
+        if self.batch_source is not None:
+            return ()
         if self.datasets:
             return self.datasets
         if self.train_data_path is None:
@@ -296,7 +325,9 @@ class TrainConfig(Section):
 
     def fingerprint(self) -> str:
         """Of all that can change a weight; a resumed run must have the same, or say so."""
-        return hashlib.sha256(self.model_dump_json(exclude=set(self.HARMLESS)).encode()).hexdigest()[:16]
+        # A key that came later is left out where nobody gives it: older runs can still be gone on with.
+        left_out = {*self.HARMLESS} | ({"start_from"} if self.start_from is None else set())
+        return hashlib.sha256(self.model_dump_json(exclude=left_out).encode()).hexdigest()[:16]
 
 
 def parse_config(data: Any, overrides: Iterable[str] = ()) -> TrainConfig:

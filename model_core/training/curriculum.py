@@ -8,9 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from model_core.errors import ConfigError
 from model_core.training.config import Stage, TrainConfig
+
+if TYPE_CHECKING:
+    from model_core.training.data.packs import BatchSource
 
 
 def learning_rate_scale(config: TrainConfig, step: int, total_steps: int) -> float:
@@ -52,6 +56,16 @@ class Position:
     def stage_done(self) -> None:
         self.stage += 1
         self.epoch = self.epoch_step = self.stage_step = 0
+
+
+def stage_steps(config: TrainConfig, source: BatchSource) -> list[int]:
+    """Optimizer steps of each stage: its epochs', or fewer where the stage says so."""
+    found = []
+    for stage in config.stages():
+        source.prepare_stage(stage)
+        steps = sum(source.num_steps(stage, epoch) for epoch in range(stage.epochs))
+        found.append(steps if stage.steps is None else min(steps, stage.steps))
+    return found
 
 
 class Curriculum:

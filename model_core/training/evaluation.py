@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class Evaluation:
     num_samples: int
     num_answers: int
     dataset_losses: dict[str, float]
-    sample_losses: tuple[tuple[float, float | None, int], ...] = field(repr=False, default=())
+    sample_losses: tuple[tuple[float, float | None, float], ...] = field(repr=False, default=())
     hits: tuple[tuple[bool, bool | None], ...] = field(repr=False, default=())
 
     def metrics(self) -> dict[str, float]:
@@ -83,7 +84,7 @@ class Evaluator:
         """Every held-out sample's loss, and `num_answers` answers."""
         arms: list[Arm] = ["fused", "unfused"] if self.config.unfused_floor else ["fused"]
         losses: dict[str, list[float]] = {arm: [] for arm in arms}
-        counts: list[int] = []
+        counts: list[float] = []
         refs: list[SampleRef] = []
         weights = []
         with _evaluating(self.forward.model), torch.no_grad():
@@ -115,6 +116,15 @@ class Evaluator:
             sample_losses=tuple(zip(losses["fused"], unfused or [None] * len(counts), counts, strict=True)),
             hits=tuple(hits),
         )
+
+    def answer_some(self, arm: Arm, count: int) -> int:
+        """Generate answers to the first held-out samples, for whoever times it. Returns how many there were."""
+        refs = islice((ref for pack in self.packs() for ref in pack.samples), count)
+        asked = [self._source.conversation(ref)[:-1] for ref in refs]
+        if asked and self._answer is not None:
+            with _evaluating(self.forward.model), torch.no_grad():
+                self._answer(asked, arm, self.config.max_tokens)
+        return len(asked)
 
     def _hits(self, refs: Sequence[SampleRef]) -> list[tuple[bool, bool | None]]:
         if not self.can_answer:
@@ -162,7 +172,7 @@ def _text_of(message: ChatMessage) -> str:
     return "".join(part.text for part in message.parts if isinstance(part, TextPart))
 
 
-def _mean(losses: Iterable[tuple[float, int]]) -> float:
+def _mean(losses: Iterable[tuple[float, float]]) -> float:
     pairs = list(losses)
     return sum(loss for loss, _ in pairs) / max(1, sum(count for _, count in pairs))
 

@@ -1,12 +1,13 @@
 """One pack through the model, with gradients: pixels, fusion, the splice, the decoder, losses by sample.
 
-In: a `PackedBatch` and the images to hide; out: summed losses and gate weights. It takes the same encode path
-(`embed_images`) and the same decoder layer as serving. It divides by nothing and steps nothing.
+In: a `PackedBatch` and the images to hide; out: summed losses, gate weights, and what an auxiliary loss sees. It takes
+the same encode path (what `embed_images` is made of) and the same decoder layer as serving. It divides by nothing and
+steps nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +20,12 @@ from model_core.fusion.base import FusionOutput
 from model_core.language.packed import packed_hidden
 from model_core.processing.batch import normalise_pixels
 from model_core.processing.images import PatchSpec
+from model_core.training.auxiliary import PackView
 from model_core.training.data.packs import PackedBatch
 from model_core.training.freeze import FreezeTable
 from model_core.training.losses import sample_losses
 from model_core.types import Arm
+from model_core.vision_tokens import cell_grids
 
 #: Components whose outputs a frozen rest of the model still needs a gradient for.
 _BEFORE_THE_SPLICE = frozenset({"qwen_vision", "merger", "dinov2", "projections", "gate", "output_projector"})
@@ -30,10 +33,14 @@ _BEFORE_THE_SPLICE = frozenset({"qwen_vision", "merger", "dinov2", "projections"
 
 @dataclass(frozen=True, slots=True)
 class PackOutput:
-    """losses: (num_samples,) float32, each summed over its sample's labels; weights: (I, E) or None."""
+    """losses: (num_samples,) float32, each summed over its sample's labels; weights: (I, E) or None.
+
+    view: for an auxiliary loss, where `watch_layers` was told of one.
+    """
 
     losses: Tensor
     weights: Tensor | None
+    view: PackView | None = None
 
 
 class PackForward:
@@ -48,6 +55,8 @@ class PackForward:
         self.model, self.spec = model, spec
         self._autocasts = precision == "bfloat16" and next(model.parameters()).dtype == torch.float32
         self._wanted = frozenset(recompute)
+        self._watched: frozenset[int] | None = None
+        self._trained_towers: tuple[str, ...] = ()
         self._recompute_llm = False
         self._has_gradients_before = True
         self._flash = model.config._attn_implementation == "flash_attention_2"
@@ -56,45 +65,86 @@ class PackForward:
     def device(self) -> torch.device:
         return self.model.lm_head.weight.device
 
+    def watch_layers(self, layers: Sequence[int]) -> None:
+        """Give a view of every pass from now on, with the attention of these layers.
+
+        Raises:
+            ConfigError: the language model has no such layer.
+        """
+        count = len(self.model.model.language_model.layers)
+        beyond = [layer for layer in layers if not 0 <= layer < count]
+        if beyond:
+            raise ConfigError(
+                "there is no such layer to watch", value=beyond, allowed=f"0 to {count - 1}", param="auxiliary_loss"
+            )
+        self._watched = frozenset(layers)
+
     def set_freeze(self, table: FreezeTable) -> None:
         """Which parts need gradients from now on."""
         trained = table.trainable_components
         self._has_gradients_before = bool(trained & _BEFORE_THE_SPLICE)
+        backbone = self.model.model
+        own = {"qwen": {"qwen_vision", "merger"}, backbone.second_name: {"dinov2"}}
+        self._trained_towers = tuple(name for name in backbone.encoders if trained & own[name])
         # The language model's activations are kept whenever a gradient goes through it, so also while it is frozen.
         self._recompute_llm = "llm" in self._wanted and bool(trained)
-        backbone = self.model.model
         towers = {"qwen_vision": (backbone.visual, {"qwen_vision", "merger"}), "dinov2": (backbone.second, {"dinov2"})}
-        for name, (module, own) in towers.items():
-            if name in self._wanted and trained & own:
+        for name, (module, parts) in towers.items():
+            if name in self._wanted and trained & parts:
                 module.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
             elif name in self._wanted:
                 module.activation_checkpointing_disable()
 
     def __call__(self, pack: PackedBatch, *, removed: Tensor | None = None, arm: Arm | None = None) -> PackOutput:
         """removed: (I, E) bool, encoders to hide image by image; or one arm for all images, as an evaluation asks."""
+        attention: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def watch(layer: int, query: Tensor, key: Tensor) -> None:
+            if layer in self._watched:
+                attention[layer] = (query, key)
+
         with self._precision():
             ids = pack.input_ids.to(self.device)
             embeds = self.model.get_input_embeddings()(ids)
-            weights = None
+            features: Mapping[str, Tensor] = {}
+            fused = None
             if pack.grids:
-                fused = self._embed_images(pack, removed, arm)
-                embeds, weights = self._splice(ids, embeds, fused.tokens), fused.weights
+                features, fused = self._embed_images(pack, removed, arm)
+                embeds = self._splice(ids, embeds, fused.tokens)
             hidden = packed_hidden(
                 self.model.model.language_model, embeds, pack.position_ids.to(self.device), pack.sample_lengths,
-                recompute=self._recompute_llm, use_flash_attention=self._flash,
+                blocks=pack.blocks, watch=watch if self._watched else None, recompute=self._recompute_llm,
+                use_flash_attention=self._flash,
             )  # fmt: skip
             if self._autocasts:
                 hidden = hidden.to(torch.bfloat16)  # the head is the largest product of all
-            losses = sample_losses(hidden, self.model.lm_head.weight, pack.labels, pack.sample_lengths)
-        return PackOutput(losses, weights)
+            head = self.model.lm_head.weight
+            losses = sample_losses(hidden, head, pack.labels, pack.sample_lengths, pack.label_weights)
+        view = None if self._watched is None else PackView(pack, features, fused, attention)
+        return PackOutput(losses, None if fused is None else fused.weights, view)
 
-    def _embed_images(self, pack: PackedBatch, removed: Tensor | None, arm: Arm | None) -> FusionOutput:
+    def encode_only(self, pack: PackedBatch) -> PackView:
+        """The encoders that train, and nothing behind them: for a stage without the language loss."""
+        features: Mapping[str, Tensor] = {}
+        with self._precision():
+            if pack.grids and self._trained_towers:
+                pixels = normalise_pixels(pack.pixels, self.spec, self.device)
+                features = self.model.model.encode_images(pixels, torch.tensor(pack.grids), self._trained_towers)
+        return PackView(pack, features)
+
+    def _embed_images(
+        self, pack: PackedBatch, removed: Tensor | None, arm: Arm | None
+    ) -> tuple[Mapping[str, Tensor], FusionOutput]:
+        """`embed_images` in its two steps, since an auxiliary loss sees what stands between them."""
+        backbone = self.model.model
         pixels = normalise_pixels(pack.pixels, self.spec, self.device)
         grid = torch.tensor(pack.grids)
         arms = None if arm is None else [arm] * len(pack.grids)
         # Where nothing before the splice trains, no graph is made, and an encoder that is never heard is not run.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._has_gradients_before):
-            return self.model.embed_images(pixels, grid, arms, removed=removed)
+            features = backbone.encode_images(pixels, grid, backbone.needed_encoders(arms, removed))
+            grids = cell_grids(grid, backbone.config.merge_size)
+            return features, backbone.fuse(features, grids, arms, removed=removed)
 
     def _splice(self, ids: Tensor, embeds: Tensor, tokens: Tensor) -> Tensor:
         config = self.model.config

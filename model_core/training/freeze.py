@@ -191,6 +191,8 @@ def resolve_freeze(
     model: nn.Module,
     freeze: FreezeConfig | TrainingMode,
     learning_rates: Mapping[str, float] = DEFAULT_LEARNING_RATES,
+    *,
+    has_own_loss: bool = False,
 ) -> FreezeTable:
     """Decide for every parameter; nothing of the model is changed.
 
@@ -198,6 +200,7 @@ def resolve_freeze(
         model: a DualVisionModel, with its adapters if it will have any.
         freeze: settings, or the name of a mode.
         learning_rates: by component and `lora`, as `Stage.learning_rates`.
+        has_own_loss: an auxiliary loss may teach an encoder that the language model does not hear yet.
     Raises:
         ConfigError: an unknown mode, a rule that matches nothing, nothing left to train, or a fresh second encoder
             that could never be heard.
@@ -225,7 +228,7 @@ def resolve_freeze(
         for name, c in choices.items()
         if c.aliases and c.train
     ]
-    warnings += _check_silence(model, choices)
+    warnings += _check_silence(model, choices, has_own_loss=has_own_loss)
     if not any(choice.train for choice in choices.values()):
         raise ConfigError(
             "nothing is left to train", value=settings.model_dump(exclude_defaults=True, mode="json"),
@@ -272,7 +275,7 @@ def _refuse_idle_rules(settings: FreezeConfig, matched: set[FreezeRule], choices
             )  # fmt: skip
 
 
-def _check_silence(model: nn.Module, choices: Mapping[str, ParameterChoice]) -> list[str]:
+def _check_silence(model: nn.Module, choices: Mapping[str, ParameterChoice], *, has_own_loss: bool) -> list[str]:
     """A fresh fusion whose zeros stay frozen keeps the second encoder silent for ever."""
     fusion = _backbone(model).fusion
     zeros = fusion.silent_parameters()
@@ -284,7 +287,7 @@ def _check_silence(model: nn.Module, choices: Mapping[str, ParameterChoice]) -> 
     if any(choices[name].train for name in names):
         return []
     others = sorted({c.component for c in choices.values() if c.train and c.component in ("dinov2", *_FUSION)})
-    if not others:
+    if not others or has_own_loss:
         return ["fusion is untrained and stays so: the second encoder changes no answer in this stage"]
     raise ConfigError(
         f"fusion is untrained, and what would let the second encoder through is frozen, so {', '.join(others)} would "

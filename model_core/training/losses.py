@@ -42,12 +42,16 @@ def next_token_labels(labels: Tensor, sample_lengths: Sequence[int]) -> Tensor:
     return shifted.index_fill(0, ends, IGNORE)
 
 
-def sample_losses(hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, sample_lengths: Sequence[int]) -> Tensor:
+def sample_losses(
+    hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, sample_lengths: Sequence[int],
+    label_weights: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Cross entropy summed over each sample's label tokens.
 
     Args:
         hidden: (S, D) after the final norm; lm_head_weight: (V, D), computed in hidden's dtype.
         labels: (S,), the token at each place or -100; the shift by one is made here.
+        label_weights: (S,), what each label's loss is multiplied by, at the label's own place.
     Returns:
         (num_samples,) float32. The (S, V) logits of a large vocabulary never exist: rows without a label are left
         out, the rest goes through torch's chunked `linear_cross_entropy`, or a few rows at a time where torch has none.
@@ -55,6 +59,8 @@ def sample_losses(hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, sample
     targets = next_token_labels(labels, sample_lengths).to(hidden.device)
     rows = (targets != IGNORE).nonzero()[:, 0]
     each = _token_losses(hidden[rows], lm_head_weight.to(hidden.dtype), targets[rows])
+    if label_weights is not None:
+        each = each * label_weights.to(hidden.device)[rows + 1]
     lengths = torch.tensor(list(sample_lengths), device=hidden.device)
     owner = torch.arange(len(lengths), device=hidden.device).repeat_interleave(lengths)[rows]
     # A one-hot product instead of a scatter: the same sum every time, on CUDA too; in float32, whatever autocast says.

@@ -1,4 +1,4 @@
-"""One AdamW for a whole curriculum, its state kept by parameter name.
+"""One optimizer for a whole curriculum, AdamW or Muon with it, its state kept by parameter name.
 
 In: a model, a recipe and a freeze table; out: steps. What is frozen keeps its moments, on the CPU, and has them again
 when it trains again. Weights in 16 bits train through a float32 master. It decides neither what trains nor when a step
@@ -8,32 +8,41 @@ is taken, and writes no file: `state_tensors` and `scalars` are what a checkpoin
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from model_core.errors import CheckpointMismatchError
+from model_core.training.auxiliary import AuxiliaryLoss
 from model_core.training.config import TrainConfig
 from model_core.training.freeze import FreezeTable
+from model_core.training.muon import MuonAdamW, is_block_matrix
 
-#: Of AdamW's state, and the master weight beside it.
-SLOTS = ("exp_avg", "exp_avg_sq", "step", "master")
+#: Of AdamW's state and of Muon's, and the master weight beside it.
+SLOTS = ("exp_avg", "exp_avg_sq", "step", "momentum_buffer", "master")
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig, table: FreezeTable) -> NamedOptimizer:
+def build_optimizer(
+    model: nn.Module, config: TrainConfig, table: FreezeTable, auxiliary: AuxiliaryLoss | None = None
+) -> NamedOptimizer:
     """The optimizer of a run, with the groups of `table`; call `table.apply(model)` beside it."""
-    return NamedOptimizer(model, config, table)
+    return NamedOptimizer(model, config, table, auxiliary)
 
 
 class NamedOptimizer:
-    """AdamW (1711.05101) over named parameters. num_steps: taken so far, over all stages."""
+    """AdamW (1711.05101) over named parameters, Muon for some where the recipe says so; an auxiliary loss's own always
+    train. num_steps: taken so far, over all stages."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig, table: FreezeTable) -> None:
+    def __init__(
+        self, model: nn.Module, config: TrainConfig, table: FreezeTable, auxiliary: AuxiliaryLoss | None = None
+    ) -> None:
         self.config = config
         self.num_steps = 0
-        self._parameters = dict(model.named_parameters())
+        self._others: dict[str, nn.Parameter] = {} if auxiliary is None else auxiliary.named()
+        self._others_rate = 0.0 if auxiliary is None else auxiliary.learning_rate
+        self._parameters = dict(model.named_parameters()) | self._others
         self._masters: dict[str, Tensor] = {}
         self._parked: dict[str, dict[str, Tensor]] = {}
         self._unfrozen_at: dict[str, int] = {}
@@ -44,8 +53,12 @@ class NamedOptimizer:
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
-        """Parameters that train now, by name, in the model's order."""
+        """The model's parameters that train now, by name, in the model's order."""
         return {name: self._parameters[name] for name in self.table.trained_names}
+
+    @property
+    def _stepped(self) -> tuple[str, ...]:
+        return (*self.table.trained_names, *self._others)
 
     def weights(self) -> dict[str, Tensor]:
         """Every parameter by name; the float32 master of what trains in 16 bits."""
@@ -62,17 +75,17 @@ class NamedOptimizer:
 
     def set_freeze(self, table: FreezeTable) -> None:
         """Train what `table` says from the next step on. Moments of what stops are kept; what starts warms up."""
-        trained = set(table.trained_names)
+        self.table = table
+        trained = set(self._stepped)
         state = {} if self._adam is None else dict(self._adam.state)
         for name in [n for n in self._masters if n not in trained]:
             self._park(name, state)
-        for name in table.trained_names:
+        for name in self._stepped:
             if name not in self._masters:
                 self._unfrozen_at[name] = self.num_steps
                 self._masters[name] = self._master_of(name)
-        self.table = table
         self._adam = self._build_adam(state)
-        for name in table.trained_names:
+        for name in self._stepped:
             if name in self._parked:
                 self._restore(name, self._parked.pop(name))
         self.set_learning_rate(self._scale)
@@ -95,7 +108,7 @@ class NamedOptimizer:
             group["lr"] = group["base_lr"] * scale * warm
 
     def zero_grad(self) -> None:
-        """Gradients to None, never to zeros: AdamW would move and decay on a zero."""
+        """Gradients to None, never to zeros: an optimizer would move and decay on a zero."""
         for parameter in self._parameters.values():
             parameter.grad = None
         for master in self._masters.values():
@@ -105,8 +118,8 @@ class NamedOptimizer:
     def accumulate(self) -> None:
         """Move 16-bit gradients into the float32 masters'. Call it after each backward pass of a step: sums of
         gradients in 16 bits lose what is small. With float32 weights there is nothing to do."""
-        for name, parameter in self.trained.items():
-            master = self._masters[name]
+        for name in self._stepped:
+            parameter, master = self._parameters[name], self._masters[name]
             if master is parameter or parameter.grad is None:
                 continue
             gradient = parameter.grad.float()
@@ -114,9 +127,12 @@ class NamedOptimizer:
             parameter.grad = None
 
     def gradients(self) -> dict[str, Tensor]:
-        """The gradients of the step so far, float32, by name; those without are left out."""
+        """The model's gradients of the step so far, float32, by name; those without are left out."""
         self.accumulate()
-        found = {name: self._masters[name].grad for name in self.table.trained_names}
+        return self._gradients(self.table.trained_names)
+
+    def _gradients(self, names: Iterable[str]) -> dict[str, Tensor]:
+        found = {name: self._masters[name].grad for name in names}
         return {name: gradient for name, gradient in found.items() if gradient is not None}
 
     @torch.no_grad()
@@ -126,7 +142,8 @@ class NamedOptimizer:
         Returns:
             the norm of the gradients before clipping. Where it is not finite NOTHING was changed.
         """
-        gradients = list(self.gradients().values())
+        self.accumulate()
+        gradients = list(self._gradients(self._stepped).values())
         norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
         if not math.isfinite(norm):
             return norm
@@ -135,7 +152,8 @@ class NamedOptimizer:
             torch._foreach_mul_(gradients, limit / (norm + 1e-6))
         self.set_learning_rate(self._scale)
         self._adam.step()
-        copies = [(p, self._masters[n]) for n, p in self.trained.items() if self._masters[n] is not p]
+        pairs = [(self._parameters[name], self._masters[name]) for name in self._stepped]
+        copies = [(p, m) for p, m in pairs if m is not p]
         if copies:
             torch._foreach_copy_([p for p, _ in copies], [m for _, m in copies])
         self.num_steps += 1
@@ -201,21 +219,25 @@ class NamedOptimizer:
         return parameter.detach().to(torch.float32, copy=True).requires_grad_()
 
     def _build_adam(self, state: Mapping[Tensor, Any]) -> torch.optim.AdamW:
-        """Groups of one component, rate, decay and age each; `state` of what trains is taken along."""
+        """Groups of one component, rate, decay, age and kind each; `state` of what trains is taken along."""
         groups: dict[tuple[Any, ...], list[Tensor]] = {}
-        for name in self.table.trained_names:
-            choice, master = self.table.parameters[name], self._masters[name]
+        uses_muon = self.config.optimizer == "muon"
+        for name in self._stepped:
+            choice, master = self.table.parameters.get(name), self._masters[name]
             decay = self.config.weight_decay if master.ndim > 1 else 0.0
-            key = (choice.component, choice.learning_rate, decay, self._unfrozen_at[name])
-            groups.setdefault(key, []).append(master)
+            component, rate, is_matrix = "auxiliary", self._others_rate, False
+            if choice is not None:
+                component, rate = choice.component, choice.learning_rate
+                is_matrix = uses_muon and is_block_matrix(name, master)
+            groups.setdefault((component, rate, decay, self._unfrozen_at[name], is_matrix), []).append(master)
         on_cuda = all(m.is_cuda for m in self._masters.values())
-        adam = torch.optim.AdamW(
+        adam = (MuonAdamW if uses_muon else torch.optim.AdamW)(
             [
                 {
                     "params": members, "component": component, "lr": rate, "base_lr": rate, "weight_decay": decay,
-                    "unfrozen_at": since,
+                    "unfrozen_at": since, "is_matrix": is_matrix,
                 }
-                for (component, rate, decay, since), members in groups.items()
+                for (component, rate, decay, since, is_matrix), members in groups.items()
             ],
             betas=self.config.betas, eps=self.config.epsilon, fused=on_cuda,
         )  # fmt: skip

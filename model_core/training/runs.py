@@ -3,7 +3,7 @@
     outputs/
         recipe.json         what was asked
         events.jsonl        what happened
-        step-120/           a model folder; trainer.json, optimizer.safetensors and adapters.safetensors beside
+        step-120/           a model folder; trainer.json, optimizer, adapters, auxiliary (.safetensors) beside
         checkpoint_latest   a link to the newest step; best, to the best one
         final/              the result: an ordinary model folder
         summary.json        what came of it
@@ -32,6 +32,7 @@ from model_core.training.config import CheckpointConfig, TrainConfig
 from model_core.training.events import EVENTS_NAME
 
 TRAINER_NAME, OPTIMIZER_NAME, ADAPTERS_NAME = "trainer.json", "optimizer.safetensors", "adapters.safetensors"
+AUXILIARY_NAME = "auxiliary.safetensors"
 LATEST, BEST, FINAL, RECIPE, SUMMARY = "checkpoint_latest", "best", "final", "recipe.json", "summary.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _STEP = re.compile(r"step-(\d+)")

@@ -6,7 +6,9 @@ have no state here: every step draws from the seed and its own number (`step.py`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,14 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model_core.checkpoint import save_checkpoint
+from model_core.checkpoint import LoadOptions, load_checkpoint, save_checkpoint
 from model_core.errors import CheckpointError, CheckpointMismatchError
-from model_core.training.config import TrainConfig
+from model_core.training.auxiliary import AuxiliaryLoss
+from model_core.training.config import TrainConfig, parse_config
+from model_core.training.lora import apply_lora
 from model_core.training.runs import (
     ADAPTERS_NAME,
+    AUXILIARY_NAME,
     FINAL,
     OPTIMIZER_NAME,
     TRAINER_NAME,
@@ -54,7 +59,7 @@ class RunState:
 
 def save_step(
     folder: Path, model: nn.Module, processor: Any, config: TrainConfig, state: RunState, *,
-    reason: str, optimizer_tensors: Mapping[str, Tensor], data_fingerprint: str,
+    reason: str, optimizer_tensors: Mapping[str, Tensor], data_fingerprint: str, auxiliary: AuxiliaryLoss | None = None,
 ) -> None:  # fmt: skip
     """Write a step's folder. An older folder of the same step is replaced in one move."""
     content = {
@@ -65,6 +70,9 @@ def save_step(
     def write_more(target: Path) -> None:
         write_json(target / TRAINER_NAME, content)
         save_file(dict(optimizer_tensors), target / OPTIMIZER_NAME)
+        if auxiliary is not None:
+            own = {name: tensor.contiguous() for name, tensor in auxiliary.state_dict().items()}
+            save_file(own, target / AUXILIARY_NAME)
         adapters = adapter_state(model)
         if adapters:
             save_file(adapters, target / ADAPTERS_NAME)
@@ -77,9 +85,9 @@ def save_step(
 
 
 def load_step(
-    folder: Path, model: nn.Module, config: TrainConfig, data_fingerprint: str
+    folder: Path, model: nn.Module, config: TrainConfig, data_fingerprint: str, auxiliary: AuxiliaryLoss | None = None
 ) -> tuple[RunState, dict[str, Tensor]]:
-    """Load a step's weights into the model; its state and its optimizer's tensors.
+    """Load a step's weights into the model and the auxiliary loss; its state and its optimizer's tensors.
 
     Raises:
         CheckpointMismatchError: another recipe, data or model.
@@ -93,11 +101,24 @@ def load_step(
             f"this model: --set model={folder}", param="train_data_path",
         )  # fmt: skip
     load_weights(model, folder, folder / ADAPTERS_NAME)
+    if auxiliary is not None:
+        _load_auxiliary(auxiliary, folder / AUXILIARY_NAME)
     try:
         state = RunState(**{one.name: content[one.name] for one in fields(RunState)})
     except KeyError as error:
         raise CheckpointError(f"{TRAINER_NAME} lacks {error}", value=str(folder)) from error
     return state, load_file(folder / OPTIMIZER_NAME)
+
+
+def _load_auxiliary(auxiliary: AuxiliaryLoss, path: Path) -> None:
+    try:
+        auxiliary.load_state_dict(load_file(path))
+    except (OSError, RuntimeError) as error:
+        raise CheckpointMismatchError(
+            "the auxiliary loss is not the one that was saved", value=str(error).splitlines()[0],
+            allowed=f"the parameters of {path.name}", fix="Resume with the run's own auxiliary_loss",
+            param="auxiliary_loss",
+        ) from error  # fmt: skip
 
 
 def _check_recipe(content: Mapping[str, Any], config: TrainConfig) -> None:
@@ -125,3 +146,21 @@ def save_final(run: RunFolder, model: nn.Module, processor: Any, best: Path | No
     save_checkpoint(model, processor, target, {"from": best.name if best else "last step"},
                     state_dict=merged_state(model))  # fmt: skip
     return target
+
+
+@contextmanager
+def whole_model(folder: Path) -> Iterator[Path]:
+    """A folder of a run as an ordinary model: itself, or where adapters lie beside a step, a copy with them folded in.
+
+    The copy is gone when the context ends. Raises CheckpointError, ConfigError (peft is not installed).
+    """
+    if not (folder / ADAPTERS_NAME).is_file():
+        yield folder
+        return
+    loaded = load_checkpoint(folder, LoadOptions("cpu"))
+    apply_lora(loaded.model, parse_config(read_trainer(folder)["recipe"]).lora, seed=0)
+    load_weights(loaded.model, folder, folder / ADAPTERS_NAME)
+    with tempfile.TemporaryDirectory(prefix="dve-folded-") as scratch:
+        target = Path(scratch) / folder.name
+        save_checkpoint(loaded.model, loaded.processor, target, state_dict=merged_state(loaded.model))
+        yield target

@@ -43,6 +43,14 @@ Ratio = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
+class PartConfig(Section):
+    """A part of one's own: `package.module:name`, which is called with what its place in the recipe gives and with
+    these options. What a name in a recipe imports runs as code: recipes from strangers are to be read first."""
+
+    name: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", max_length=300)
+    options: dict[str, Any] = {}
+
+
 class FreezeRule(Section):
     """A rule on parameter names; of all that match, the last decides.
 
@@ -82,15 +90,20 @@ class StageConfig(Section):
     """One stage of a curriculum: a mode and/or freeze settings of its own, for some epochs.
 
     dataset_weights: the whole mixture of this stage, by data sets' names; those not named are left out of it.
+    steps: the stage ends after so many optimizer steps, wherever its epochs would have.
+    loss_weights: of the language loss (`language`) and of the auxiliary losses by name; those not named count once.
+        Without the language loss the language model is not run, and an encoder only where it trains.
     """
 
     mode: TrainingMode | None = None
     freeze_config: FreezeConfig | None = None
     epochs: int = Field(ge=1, le=100_000)
+    steps: Count | None = None
     description: str = Field(default="", max_length=1000)
     learning_rate: Rate | None = None
     learning_rates: dict[RateGroup, Rate] = {}
     dataset_weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    loss_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
     reset_optimizer: bool = False
 
 

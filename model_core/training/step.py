@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from model_core.errors import NonFiniteLossError, TrainingMemoryError
+from model_core.training.auxiliary import LANGUAGE, AuxiliaryLoss
 from model_core.training.config import Stage, TrainConfig
 from model_core.training.data.packs import PackedBatch
 from model_core.training.forward import PackForward, PackOutput
@@ -41,7 +42,10 @@ class StepPlace:
 
 @dataclass(slots=True)
 class StepResult:
-    """loss: per label token; gate_loss: weighted, per image; both nan where they were. dataset_losses: by name."""
+    """loss: per label token; gate_loss: weighted, per image; both nan where they were. dataset_losses: by name.
+
+    auxiliary_losses: by name, not weighted; a mean over the packs that had one.
+    """
 
     loss: float
     gate_loss: float
@@ -52,23 +56,27 @@ class StepResult:
     num_images: int
     gate: dict[str, Any] | None = None
     dataset_losses: dict[str, float] = field(default_factory=dict)
+    auxiliary_losses: dict[str, float] = field(default_factory=dict)
 
     @property
     def is_finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.gate_loss) and math.isfinite(self.grad_norm)
+        return all(map(math.isfinite, (self.loss, self.gate_loss, self.grad_norm, *self.auxiliary_losses.values())))
 
     @property
     def seen(self) -> str:
-        return f"loss {self.loss}, gate loss {self.gate_loss}, gradient norm {self.grad_norm}"
+        more = "".join(f", {name} {value}" for name, value in self.auxiliary_losses.items())
+        return f"loss {self.loss}, gate loss {self.gate_loss}{more}, gradient norm {self.grad_norm}"
 
 
 class StepRunner:
     """Runs steps of one model with one optimizer."""
 
     def __init__(
-        self, forward: PackForward, optimizer: NamedOptimizer, gate_loss: GateLoss | None, config: TrainConfig
-    ) -> None:
+        self, forward: PackForward, optimizer: NamedOptimizer, gate_loss: GateLoss | None, config: TrainConfig,
+        auxiliary: AuxiliaryLoss | None = None,
+    ) -> None:  # fmt: skip
         self.forward, self.optimizer, self.gate_loss, self.config = forward, optimizer, gate_loss, config
+        self.auxiliary = auxiliary
         self._fusion = forward.model.fusion
 
     def run(self, packs: Sequence[PackedBatch], place: StepPlace, check: FreezeCheck | None) -> StepResult:
@@ -101,14 +109,16 @@ class StepRunner:
         return result
 
     def _backward(self, pack: PackedBatch, place: StepPlace, sums: _Sums) -> None:
-        removed = self._hidden_encoders(pack, place)
         try:
-            output = self.forward(pack, removed=removed)
-            loss = output.losses.sum() / sums.num_label_tokens
+            output = self._forward(pack, place)
+            loss = output.losses.sum() / sums.num_labels
             gate = self._gate_loss(output)
             if gate is not None:
                 gate = gate * (len(pack.grids) / sums.num_images)
-            total = loss if gate is None else loss + gate
+            weight = place.stage.loss_weights.get(LANGUAGE, 1.0)
+            total = loss if weight == 1.0 else loss * weight
+            total = total if gate is None else total + gate
+            total = total + self._auxiliary_loss(output, place, sums)
             if total.requires_grad:
                 total.backward()
             self.optimizer.accumulate()
@@ -117,6 +127,25 @@ class StepRunner:
                 raise _out_of_memory(pack, self.config) from error
             raise
         sums.add(pack, output, loss, gate)
+
+    def _forward(self, pack: PackedBatch, place: StepPlace) -> PackOutput:
+        if place.stage.loss_weights.get(LANGUAGE, 1.0):
+            return self.forward(pack, removed=self._hidden_encoders(pack, place))
+        silent = torch.zeros(len(pack.samples), device=self.forward.device)
+        return PackOutput(silent, None, self.forward.encode_only(pack))
+
+    def _auxiliary_loss(self, output: PackOutput, place: StepPlace, sums: _Sums) -> Tensor | float:
+        """The weighted sum, this pack's share of the step."""
+        if self.auxiliary is None or output.view is None:
+            return 0.0
+        with torch.autocast(self.forward.device.type, enabled=False):
+            found = self.auxiliary(output.view)
+        share = len(output.view.pack.samples) / sums.num_samples
+        weights = place.stage.loss_weights
+        sums.add_auxiliary(found)
+        # A loss that counts nothing stays out: its gradient of zeros would move what has momentum.
+        counted = {name: loss for name, loss in found.items() if weights.get(name, 1.0)}
+        return sum((weights.get(name, 1.0) * share * loss for name, loss in counted.items()), 0.0)
 
     def _gate_loss(self, output: PackOutput) -> Tensor | None:
         if self.gate_loss is None or output.weights is None or not output.weights.requires_grad:
@@ -136,13 +165,21 @@ class _Sums:
     """What a step adds up, over its packs."""
 
     def __init__(self, packs: Sequence[PackedBatch]) -> None:
-        self.num_label_tokens = max(1, sum(pack.num_label_tokens for pack in packs))
+        weighted = any(pack.label_weights is not None for pack in packs)
+        counts = (sum(label_counts(pack)) if weighted else pack.num_label_tokens for pack in packs)
+        self.num_labels = sum(counts) or 1
+        self.num_samples = max(1, sum(len(pack.samples) for pack in packs))
         self.num_images = max(1, sum(len(pack.grids) for pack in packs))
         self._packs = packs
         self._loss: list[Tensor] = []
         self._gate: list[Tensor] = []
         self._weights: list[Tensor] = []
-        self._by_dataset: dict[str, tuple[list[Tensor], int]] = {}
+        self._by_dataset: dict[str, tuple[list[Tensor], float]] = {}
+        self._auxiliary: dict[str, list[Tensor]] = {}
+
+    def add_auxiliary(self, found: Mapping[str, Tensor]) -> None:
+        for name, loss in found.items():
+            self._auxiliary.setdefault(name, []).append(loss.detach())
 
     def add(self, pack: PackedBatch, output: PackOutput, loss: Tensor, gate: Tensor | None) -> None:
         self._loss.append(loss.detach())
@@ -160,7 +197,7 @@ class _Sums:
     def result(self) -> StepResult:
         # Summed once more by dataset, from the same numbers: the step's own loss is what was differentiated.
         by_dataset = {
-            name: float(torch.stack(found).sum()) / max(1, count) for name, (found, count) in self._by_dataset.items()
+            name: float(torch.stack(found).sum()) / (count or 1) for name, (found, count) in self._by_dataset.items()
         }
         return StepResult(
             loss=float(torch.stack(self._loss).sum()) if self._loss else 0.0,
@@ -172,13 +209,17 @@ class _Sums:
             num_images=sum(len(pack.grids) for pack in self._packs),
             gate=gate_statistics(torch.cat(self._weights)) if self._weights else None,
             dataset_losses=by_dataset,
+            auxiliary_losses={name: float(torch.stack(found).mean()) for name, found in self._auxiliary.items()},
         )
 
 
-def label_counts(pack: PackedBatch) -> list[int]:
-    """Label tokens that count, of each sample."""
+def label_counts(pack: PackedBatch) -> Sequence[float]:
+    """Label tokens that count, of each sample; their weights' sums where they have weights."""
     targets = next_token_labels(pack.labels, pack.sample_lengths) != IGNORE
-    return [int(part.sum()) for part in targets.split(list(pack.sample_lengths))]
+    if pack.label_weights is None:
+        return [int(part.sum()) for part in targets.split(list(pack.sample_lengths))]
+    weights = pack.label_weights.roll(-1) * targets
+    return [float(part.sum()) for part in weights.split(list(pack.sample_lengths))]
 
 
 def step_seed(seed: int, global_step: int) -> int:

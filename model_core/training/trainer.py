@@ -14,9 +14,10 @@ from typing import Any
 
 from model_core.errors import CheckpointMismatchError, ConfigError
 from model_core.processing.batch import InputFormat
+from model_core.training.auxiliary import build_auxiliary, check_loss_weights
 from model_core.training.config import FreezeConfig, Stage, TrainConfig, TrainingMode, parse_config
 from model_core.training.context import ProcessContext
-from model_core.training.curriculum import Curriculum, Position
+from model_core.training.curriculum import Curriculum, Position, stage_steps
 from model_core.training.data.packs import BatchSource, PackedBatch
 from model_core.training.data.source import as_source
 from model_core.training.evaluation import Evaluation, Evaluator, check_early_stopping
@@ -77,12 +78,16 @@ class DualVisionTrainer:
         precision = resolve_precision(config.precision, self.model)
         spec, recompute = self.processor.patch_spec, config.gradient_checkpointing
         self.forward = PackForward(self.model, spec, precision=precision, recompute=recompute)
-        self.curriculum = Curriculum(config, [self._stage_steps(stage) for stage in config.stages()])
+        self.auxiliary = build_auxiliary(config, self.model, self.processor)
+        check_loss_weights(self.auxiliary, config)
+        if self.auxiliary is not None:
+            self.forward.watch_layers(self.auxiliary.watched_layers)
+        self.curriculum = Curriculum(config, stage_steps(config, self.train_source))
         self.position, self.scores, self._state = Position(), Scores(), RunState()
         self.table = self._resolve(self._stage.freeze)
         self.gate_loss = build_gate_loss(self.model, config)
-        self.optimizer = build_optimizer(self.model, config, self.table)
-        self._runner = StepRunner(self.forward, self.optimizer, self.gate_loss, config)
+        self.optimizer = build_optimizer(self.model, config, self.table, self.auxiliary)
+        self._runner = StepRunner(self.forward, self.optimizer, self.gate_loss, config, self.auxiliary)
         self.evaluator = None
         if val_loader is not None:
             val_source = as_source(val_loader, config, fmt, "val")
@@ -173,7 +178,8 @@ class DualVisionTrainer:
         if self._writes:
             point.run.tidy()
             self.run_folder.take_over(point, self.config)
-        state, tensors = load_step(point.path, self.model, self.config, self.train_source.fingerprint())
+        data, own = self.train_source.fingerprint(), self.auxiliary
+        state, tensors = load_step(point.path, self.model, self.config, data, own)
         if (state.gate_loss is None) != (self.gate_loss is None):
             raise CheckpointMismatchError("the saved run had another gate loss", value=state.gate_loss, param="losses")
         self._state, self.position, self.scores = state, Position(**state.position), Scores(**state.scores)
@@ -331,12 +337,8 @@ class DualVisionTrainer:
 
     # Parts
 
-    def _stage_steps(self, stage: Stage) -> int:
-        self.train_source.prepare_stage(stage)
-        return sum(self.train_source.num_steps(stage, epoch) for epoch in range(stage.epochs))
-
     def _resolve(self, freeze: FreezeConfig) -> FreezeTable:
-        return resolve_freeze(self.model, freeze, self._stage.learning_rates)
+        return resolve_freeze(self.model, freeze, self._stage.learning_rates, has_own_loss=self.auxiliary is not None)
 
     def _use(self, table: FreezeTable) -> None:
         self.table = table
@@ -373,6 +375,7 @@ class DualVisionTrainer:
             save_step(
                 folder, self.model, self.processor, self.config, state, reason=reason,
                 optimizer_tensors=self.optimizer.state_tensors(), data_fingerprint=self.train_source.fingerprint(),
+                auxiliary=self.auxiliary,
             )  # fmt: skip
         self._announce(folder)
         self.run_folder.prune(self.config.checkpoints)
@@ -380,6 +383,7 @@ class DualVisionTrainer:
     def _end(self, reason: str) -> Outcome:
         best = self.run_folder.best() if self._writes else None
         if reason == "requested":
+            self._wants_stop = False  # the request is met: another `train()` goes on
             return Outcome(reason, self.position, self.scores.latest, best)
         if reason == "early_stopping":
             self._save("final")

@@ -9,19 +9,24 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import Connection, create_engine, event, text
+from sqlalchemy import Connection, create_engine, event, select, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, OperationalError
 
 from model_core.errors import ConfigError
 from service.errors import InvalidBodyError, StorageFullError, StoreUnavailableError
+from service.jobs.schema import db_now
 
 SQLITE_NAME = "jobs.sqlite3"
 _BUSY_SECONDS = 15.0
@@ -45,6 +50,7 @@ class Database:
             event.listen(self._engine, "connect", _prepare_sqlite)
             event.listen(self._engine, "begin", _begin_sqlite)
         self._writing = self._engine.execution_options(dve_begin="BEGIN IMMEDIATE")
+        self._next, self._own_turn = threading.Lock(), threading.Lock()
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
@@ -55,8 +61,31 @@ class Database:
     @contextlib.contextmanager
     def write(self) -> Iterator[Connection]:
         """A transaction that may write; SQLite's write lock is taken at once. Commits unless an error passes."""
-        with _translated(), self._writing.begin() as connection:
+        with self._one_at_a_time(), _translated(), self._writing.begin() as connection:
             yield connection
+
+    @contextlib.contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        """Of SQLite's writers in this process.
+
+        SQLite itself lets who waits look again every tenth of a second: a worker that took over a job and wrote one
+        thing after another kept its own renewals out until its lease was over. Of two locks the first is held by
+        whoever comes next, so that who has just written can't come before him.
+        """
+        if not self.is_sqlite:
+            yield
+            return
+        give_up_at = time.monotonic() + _BUSY_SECONDS
+        has_turn = False
+        if self._next.acquire(timeout=_BUSY_SECONDS):
+            has_turn = self._own_turn.acquire(timeout=max(give_up_at - time.monotonic(), 0.0))
+            self._next.release()
+        if not has_turn:
+            raise StoreUnavailableError("the database does not answer (another write does not end)")
+        try:
+            yield
+        finally:
+            self._own_turn.release()
 
     def take_turn(self, connection: Connection, name: str) -> None:
         """Until this transaction ends, other processes that take a turn of this name wait.
@@ -82,6 +111,21 @@ class Database:
                     value=self._url.render_as_string(hide_password=True), allowed="a store of this version or older",
                     fix="Run the newer program, or restore a backup",
                 ) from None  # fmt: skip
+
+    def revision(self) -> tuple[str | None, str, bool]:
+        """The schema's version, None before the first; this program's; and whether it knows the first. Only reads."""
+        config = Config()
+        config.set_main_option("script_location", str(_MIGRATIONS))
+        scripts = ScriptDirectory.from_config(config)
+        with self.read() as connection:
+            current = MigrationContext.configure(connection).get_current_revision()
+        known = {script.revision for script in scripts.walk_revisions()}
+        return current, str(scripts.get_current_head()), current is None or current in known
+
+    def now(self) -> float:
+        """Seconds since 1970 by the database's clock."""
+        with self.read() as connection:
+            return float(connection.execute(select(db_now())).scalar_one())
 
     @contextlib.contextmanager
     def _migration_lock(self) -> Iterator[None]:

@@ -60,7 +60,8 @@ class NewJob:
     fusion: the request's own `fusion` object, echoed. num_gpus: the least that a worker must have; 0 any.
     resume_from: id of a checkpoint whose training state the job goes on from.
     body_hash: of the request, for idempotency; idempotency_key: the header's. is_retry: the client says that it asked
-    before, so the same body of the same owner within ten minutes is the same job.
+    before, so the same body of the same owner within ten minutes is the same job. request_id, traceparent: of the
+    request that made it; the worker's log and traces go on from them.
     """
 
     owner: str
@@ -81,6 +82,8 @@ class NewJob:
     body_hash: str = ""
     idempotency_key: str | None = None
     is_retry: bool = False
+    request_id: str = ""
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +138,8 @@ class Job:
     fine_tuned_model: str | None
     result_files: list[str]
     error: dict[str, Any] | None
+    request_id: str
+    traceparent: str
 
     @property
     def is_terminal(self) -> bool:
@@ -147,17 +152,28 @@ class Job:
 
     @property
     def fine_tuned_name(self) -> str:
-        """The id under which the result is served: `ft:{base}:{org}:{suffix}:{8 characters}`."""
-        base = self.model.split(":")[1] if self.model.startswith("ft:") else self.model
-        return f"ft:{base}:{ORGANISATION}:{self.suffix or ''}:{self.id[-8:]}"
+        """The id under which the result is served."""
+        return fine_tuned_name(self.model, self.suffix, self.id)
 
     def checkpoint_name(self, step: int) -> str:
         """The id under which one checkpoint of this job is served."""
-        return f"{self.fine_tuned_name}:ckpt-step-{step}"
+        return checkpoint_name(self.fine_tuned_name, step)
 
 
 #: Of every job and every fine-tuned name: one server is one organisation.
 ORGANISATION = "dve"
+
+
+def fine_tuned_name(model: str, suffix: str | None, job_id: str) -> str:
+    """`ft:{base}:{org}:{suffix}:{8 characters}`. Of a fine-tuned model it is that one's base."""
+    base = model
+    if base.startswith("ft:"):
+        base = base.removeprefix("ft:").partition(":ckpt-step-")[0].rsplit(":", 3)[0]
+    return f"ft:{base}:{ORGANISATION}:{suffix or ''}:{job_id[-8:]}"
+
+
+def checkpoint_name(fine_tuned: str, step: int) -> str:
+    return f"{fine_tuned}:ckpt-step-{step}"
 
 
 @dataclass(frozen=True, slots=True)

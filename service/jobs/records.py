@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, and_, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, and_, case, delete, func, insert, or_, select, update
 
 from service.errors import FileInUseError, InvalidBodyError, QuotaExceededError, UploadNotFoundError
 from service.jobs.database import Database
@@ -220,6 +220,15 @@ class WorkerRows:
             statement = statement.where(workers.c.seen_at > db_now() - seen_within_seconds)
         with self._database.read() as connection:
             return [to_record(WorkerRecord, row) for row in connection.execute(statement).mappings()]
+
+    def heartbeat(self, alive_within_seconds: float) -> tuple[int, float | None]:
+        """How many beat lately, and seconds since the last beat of any; None where no worker is known."""
+        is_alive = case((workers.c.seen_at > db_now() - alive_within_seconds, 1), else_=0)
+        with self._database.read() as connection:
+            row = connection.execute(
+                select(func.coalesce(func.sum(is_alive), 0), db_now() - func.max(workers.c.seen_at))
+            ).one()
+            return int(row[0]), None if row[1] is None else max(float(row[1]), 0.0)
 
     def drop_unseen(self, seconds: float) -> int:
         """Forget workers that have not beaten for so long; how many."""

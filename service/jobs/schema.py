@@ -97,6 +97,8 @@ jobs = Table(
     Column("fine_tuned_model", Text),
     Column("result_files", JSON, nullable=False),
     Column("error", JSON(none_as_null=True)),
+    Column("request_id", String(128), nullable=False, server_default=""),
+    Column("traceparent", String(64), nullable=False, server_default=""),
     Index("jobs_runnable", "status", "priority", "seq"),
     Index("jobs_of_owner", "owner", "body_hash", "created_at"),
     sqlite_autoincrement=True,

@@ -12,9 +12,11 @@ from starlette.responses import JSONResponse, Response
 from service.errors import InvalidBodyError
 from service.job_desk import Asking, hash_body
 from service.job_objects import job_object, list_object
+from service.logs import request_id_var
 from service.protocol.body import header_list, parse_body
 from service.protocol.fine_tuning import CreateJobRequest, PatchFusion
 from service.routes.parts import CallerOf, Parts
+from service.tracing.span import current_span
 
 router = APIRouter()
 
@@ -35,9 +37,13 @@ async def create_fine_tuning_job(request: Request, parts: Parts, caller: CallerO
             allowed=f"1 to {_MAX_KEY_CHARACTERS} characters", param="Idempotency-Key",
         )  # fmt: skip
     retries = request.headers.get("x-stainless-retry-count", "0")
-    asking = Asking(caller, hash_body(raw), key, is_retry=retries.isdecimal() and retries.strip("0") != "")
+    asking = Asking(
+        caller, hash_body(raw), key, is_retry=retries.isdecimal() and retries.strip("0") != "",
+        request_id=request_id_var.get(), traceparent=current_span.get().traceparent,
+    )  # fmt: skip
     job = await parts.desk.create(body, asking, parts.client.info)
     request.state.log_fields = {"job_id": job.id, "model": job.model}
+    current_span.get().set(dve__job_id=job.id)
     return JSONResponse(job_object(job), headers=_ignored(body))
 
 

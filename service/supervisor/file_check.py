@@ -14,15 +14,17 @@ from typing import Any, Protocol
 
 from model_core.errors import DualVisionError
 from service.jobs.job import Claim, Job, LeaseLostError
-from service.logs import job_id_var, log_fields
+from service.logs import log_fields
 from service.supervisor.attempts import EVENTS, LOG, JobFolder
 from service.supervisor.check_report import judge_report, read_report
 from service.supervisor.event_file import EventFile
 from service.supervisor.job_run import RunContext, Start
 from service.supervisor.lease_keeper import LeaseKeeper, work_under
 from service.supervisor.process import Launch, TrainerProcess
+from service.supervisor.telling import begin_attempt, tell_verdict, tell_whole_life
 from service.supervisor.verdict import Verdict, judge, of_os_error, of_refusal
 from service.supervisor.warm_reader import WarmReader
+from service.tracing.span import NO_SPAN, Span
 
 _FOLDER = "validation"
 
@@ -53,11 +55,15 @@ class FileCheck:
         self.keeper = LeaseKeeper(context.store.leases, context.call, claim, claimed_at)
         self._folder = JobFolder(context.jobs_folder / claim.job.id).path / _FOLDER
         self._process: TrainerProcess | None = None
+        self._span: Span = NO_SPAN
 
     async def run(self) -> None:
         """Ends with the lease lost or the claim settled."""
-        job_id_var.set(self._lease.job_id)
-        await work_under(self.keeper, self._work(), self._end_child)
+        self._span = begin_attempt(self._context.tracer, "read files", self.keeper.job)
+        try:
+            await work_under(self.keeper, self._work(), self._end_child)
+        finally:
+            self._span.end()
 
     async def _end_child(self) -> None:
         if self._process is not None:
@@ -86,16 +92,20 @@ class FileCheck:
         await self._settle(verdict, reports, param)
 
     async def _settle(self, verdict: Verdict, reports: list[Mapping[str, Any]], param: str | None) -> None:
-        log_fields(logging.INFO, "files were read", end=verdict.end, code=verdict.code, reason=verdict.message)
+        # Not what was wrong with a file: that quotes it, and is the job's own, in the store.
+        log_fields(logging.INFO, "files were read", end=verdict.end, code=verdict.code)
+        tell_verdict(self._span, verdict)
         call, leases = self._context.call, self._context.store.leases
         error = {"code": verdict.code, "message": verdict.message, "param": param}
         if verdict.end == "succeeded":
-            await call.insist(leases.validated, self._lease, {"files": reports})
+            job = await call.insist(leases.validated, self._lease, {"files": reports})
         elif verdict.end == "failed":
-            await call.insist(leases.fail, self._lease, error)
+            job = await call.insist(leases.fail, self._lease, error)
         else:
             delay = self._context.limits.backoff_base_seconds
-            await call.insist(leases.retry, self._lease, error, delay_seconds=delay)
+            job = await call.insist(leases.retry, self._lease, error, delay_seconds=delay)
+        if job.is_terminal:
+            tell_whole_life(self._context.tracer, job, job.status)
 
     async def _check(self, check: Check, number: int) -> tuple[Verdict, Mapping[str, Any]]:
         output, events = self._folder / f"check-{number}.json", self._folder / EVENTS

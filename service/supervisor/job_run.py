@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from model_core.errors import CheckpointError, CheckpointIncompleteError, DualVi
 from model_core.manifest import verify_folder
 from service.jobs.job import Claim, Job, Lease, LeaseLostError
 from service.jobs.store import Store
-from service.logs import job_id_var, log_fields
+from service.logs import log_fields
 from service.metrics import TrainingMetrics
 from service.supervisor.attempts import EVENTS, LOG, JobFolder
 from service.supervisor.devices import Device, DeviceLock
@@ -29,18 +30,23 @@ from service.supervisor.event_file import EventFile
 from service.supervisor.lease_keeper import LeaseKeeper, StoreThreads, work_under
 from service.supervisor.process import Launch, TrainerProcess
 from service.supervisor.progress import Progress
+from service.supervisor.telling import begin_attempt, tell_verdict, tell_whole_life
 from service.supervisor.verdict import Verdict, backoff_seconds, judge, of_os_error, of_refusal
+from service.tracing.span import NO_SPAN, NoTracer, Span, Tracer
 
-_TAIL_SECONDS = 0.4
 _LOCK_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class RunLimits:
-    """grace_seconds: from the request to save until the kill. watch_seconds: between two looks at what people want."""
+    """grace_seconds: from the request to save until the kill. watch_seconds: between two looks at what people want.
+    tail_seconds: between two looks at what the trainer told; each is a transaction, and an event may be so late.
+    recheck_seconds: until a job that lacks memory is tried again.
+    """
 
     grace_seconds: float = 120.0
     watch_seconds: float = 1.0
+    tail_seconds: float = 0.5
     backoff_base_seconds: float = 2.0
     backoff_limit_seconds: float = 300.0
     recheck_seconds: float = 30.0
@@ -86,6 +92,7 @@ class RunContext:
     jobs_folder: Path
     max_attempts: int = 3
     limits: RunLimits = field(default_factory=RunLimits)
+    tracer: Tracer = field(default_factory=NoTracer)
 
 
 class JobRun:
@@ -103,6 +110,7 @@ class JobRun:
         self._is_draining = False
         self._job_lock: int | None = None
         self._resume: Path | None = None
+        self._span: Span = NO_SPAN
 
     @property
     def job_id(self) -> str:
@@ -125,10 +133,11 @@ class JobRun:
 
     async def run(self) -> None:
         """Ends with the lease lost or the job settled; what the store or the trainer did is told, not raised."""
-        job_id_var.set(self.job_id)
+        self._span = begin_attempt(self._context.tracer, "attempt", self.keeper.job)
         try:
             await work_under(self.keeper, self._work(), self._end_child)
         finally:
+            self._span.end()
             # The child first, then the slot: the next owner may begin as soon as the lock is free.
             if self._job_lock is not None:
                 os.close(self._job_lock)
@@ -213,7 +222,7 @@ class JobRun:
                 inherits=self._inherited(), niceness=self._context.limits.niceness,
             )
         )  # fmt: skip
-        self._process = process
+        self._process, begin = process, time.monotonic()
         process.extend_deadline(self.keeper.remaining_seconds)
         self.keeper.on_renewed = lambda _: process.extend_deadline(self.keeper.remaining_seconds)
         resumed = None if self._resume is None else str(self._resume)
@@ -229,6 +238,7 @@ class JobRun:
             if isinstance(end, Exception):
                 raise end
         exit_code = await process.wait()
+        self._span.child("train", begin, time.monotonic(), dve__exit_code=exit_code)
         self._folder.mark_read(self._lease.attempt)
         log_fields(logging.INFO, "trainer ended", exit_code=exit_code, num_damaged_lines=events.num_damaged)
         return exit_code
@@ -240,22 +250,22 @@ class JobRun:
         while process.exit_code is None:
             await self._progress.read(events)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), _TAIL_SECONDS)
+                await asyncio.wait_for(process.wait(), self._context.limits.tail_seconds)
         await self._progress.read(events)
 
     async def _watch(self, process: TrainerProcess) -> None:
         """Pause and cancel, and live switches of the mode, as the store shows them."""
         sent, from_step = 0, self._resume_step()
         while True:
-            job = await self._call.insist(self._store.jobs.get, self.job_id)
-            if job.requested_action is not None:
+            action, num_switches = await self._call.insist(self._store.leases.wishes, self._lease)
+            if action is not None:
                 self._stop_asked.set()
-            if job.num_switches > sent:
+            if num_switches > sent:
                 for switch in await self._call.insist(self._store.jobs.switches, self.job_id, from_step=from_step):
                     if switch.number > sent:
                         self._progress.note_sent_switch(switch.number)
                         process.send({"command": "freeze", "freeze": switch.freeze})
-                sent = job.num_switches
+                sent = num_switches
             await asyncio.sleep(self._context.limits.watch_seconds)
 
     def _resume_step(self) -> int:
@@ -272,13 +282,18 @@ class JobRun:
 
     async def _publish(self) -> None:
         attempt_folder = self._folder.attempt(self._lease.attempt)
+        begin = time.monotonic()
         done = await self._context.workshop.publish(self.keeper.job, self._lease, self._folder, attempt_folder)
+        await self._progress.drop_surplus()
+        self._span.child("publish", begin, time.monotonic())
         tokens = self._progress.summary.get("trained_tokens")
-        await self._call.insist(
+        job = await self._call.insist(
             self._store.leases.succeed, self._lease, fine_tuned_model=done.fine_tuned_model,
             result_files=done.result_files, trained_tokens=tokens if isinstance(tokens, int) else None,
         )  # fmt: skip
         self._context.metrics.attempts.labels("succeeded").inc()
+        tell_verdict(self._span, Verdict("succeeded"))
+        tell_whole_life(self._context.tracer, job, job.status)
         log_fields(logging.INFO, "job succeeded", model=done.fine_tuned_model)
 
     async def _settle(self, verdict: Verdict) -> None:
@@ -288,17 +303,22 @@ class JobRun:
             # Killed after the grace, or broken while it saved: the checkpoint before counts.
             verdict = Verdict("stopped")
         self._context.metrics.attempts.labels(verdict.end).inc()
-        log_fields(logging.INFO, "attempt settled", end=verdict.end, code=verdict.code, reason=verdict.message)
+        tell_verdict(self._span, verdict)
+        # Its words are the job's own, in the store: they may quote what a file says.
+        log_fields(logging.INFO, "attempt settled", end=verdict.end, code=verdict.code)
         error = {"code": verdict.code, "message": verdict.message, "param": None}
         if verdict.end == "stopped":
-            await self._call.insist(leases.stopped, lease)
+            job = await self._call.insist(leases.stopped, lease)
         elif verdict.end == "postponed":
-            delay = self._context.limits.recheck_seconds
-            await self._call.insist(leases.stopped, lease, delay_seconds=delay, message=verdict.message)
+            # Not evenly: two that waited in step would try the same two GPUs for ever, each the other one's.
+            delay = self._context.limits.recheck_seconds * random.uniform(0.5, 1.5)
+            job = await self._call.insist(leases.postponed, lease, verdict.message, delay)
         elif verdict.end == "failed":
-            await self._call.insist(leases.fail, lease, error)
-        elif verdict.end == "retry":
+            job = await self._call.insist(leases.fail, lease, error)
+        else:
             limits = self._context.limits
             failures = max(self._context.max_attempts - self.keeper.job.attempts_left, 1)
             delay = backoff_seconds(failures, base=limits.backoff_base_seconds, limit=limits.backoff_limit_seconds)
-            await self._call.insist(leases.retry, lease, error, delay_seconds=delay)
+            job = await self._call.insist(leases.retry, lease, error, delay_seconds=delay)
+        if job.is_terminal:
+            tell_whole_life(self._context.tracer, job, job.status)

@@ -7,6 +7,7 @@ a renewal is sent, so that this side always gives up first. It refuses to know p
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -36,7 +37,9 @@ class StoreThreads:
         self._pool = pool
 
     async def __call__(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, partial(function, *args, **kwargs))
+        # In the caller's context: a thread's log lines have the job's ids too.
+        call = partial(contextvars.copy_context().run, function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, call)
 
     async def insist(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Again and again while the store does not answer; whoever waits is cancelled when the lease is over."""
@@ -67,8 +70,9 @@ class LeaseKeeper:
     async def keep(self) -> None:
         """Renews until it can't. Raises LeaseLostError, at the latest when `remaining_seconds` has run out."""
         while True:
-            pause = min(self.lease.seconds / RENEWALS_PER_LEASE, max(self.remaining_seconds, 0.0))
-            await asyncio.sleep(pause)
+            # From when the last one was sent: what a slow store took of the lease is not waited for again.
+            due_in = self.renewed_at + self.lease.seconds / RENEWALS_PER_LEASE - time.monotonic()
+            await asyncio.sleep(min(max(due_in, 0.0), max(self.remaining_seconds, 0.0)))
             sent_at = time.monotonic()
             try:
                 async with asyncio.timeout(self.remaining_seconds):
@@ -110,6 +114,8 @@ async def work_under(keeper: LeaseKeeper, work: Coroutine[Any, Any, None], end_c
         for task in tasks:
             task.cancel()
         ends = await asyncio.gather(*tasks, return_exceptions=True)
+    if ends[0] is None:
+        return  # settled; a renewal that was on its way then found no lease any more
     for end in ends:
         if isinstance(end, LeaseLostError):
             log_fields(logging.WARNING, "dropped out of the job", reason=str(end))

@@ -19,6 +19,7 @@ from typing import Any
 
 from service.jobs.job import Claim
 from service.logs import job_id_var, log_failure, log_fields, logger
+from service.store_watch import StoreWatch
 from service.supervisor.devices import Device, DeviceLock, LockFolder
 from service.supervisor.file_check import FileCheck, FileReader
 from service.supervisor.job_run import JobRun, RunContext
@@ -48,7 +49,9 @@ class WorkerLoop:
         limits: LoopLimits = LoopLimits(), warm: WarmReader | None = None,
     ) -> None:  # fmt: skip
         self._context, self._reader, self._limits = context, reader, limits
-        self._devices, self._locks, self._warm = tuple(devices), locks, warm
+        # In the order in which they are offered work: the one that got some goes to the end, so that a job which does
+        # not fit one GPU is tried on the next.
+        self._devices, self._locks, self._warm = list(devices), locks, warm
         self.worker_id = f"{socket.gethostname()}:{os.getpid()}:{time.time_ns() % 10**9}"
         self._runs: dict[asyncio.Task[None], JobRun] = {}
         self._checks: set[asyncio.Task[None]] = set()
@@ -162,6 +165,8 @@ class WorkerLoop:
 
     def _start_training(self, claim: Claim, sent_at: float, lock: DeviceLock) -> None:
         run = JobRun(self._context, claim, sent_at, lock)
+        self._devices.remove(lock.device)
+        self._devices.append(lock.device)
         if self._drains:
             run.drain()
         log_fields(logging.INFO, "claimed", job_id=claim.job.id, attempt=claim.lease.attempt, device=lock.device.name)
@@ -184,15 +189,16 @@ class WorkerLoop:
     async def _beat(self) -> None:
         """A row for people to see; leases, not this, decide about jobs."""
         workers = self._context.store.workers
+        watch = StoreWatch(self._context.store, self._context.jobs_folder.parent, self._context.metrics.store)
         while True:
             job_id = next((run.job_id for run in self._runs.values()), None)
             names = [device.name for device in self._devices]
-            with contextlib.suppress(*PASSING):
+            with contextlib.suppress(*PASSING, OSError):
                 await self._context.call(
                     workers.beat, self.worker_id, socket.gethostname(), os.getpid(), names, job_id=job_id
                 )
                 await self._context.call(workers.drop_unseen, _FORGET_WORKERS_SECONDS)
-                self._context.metrics.set_counts(await self._context.call(self._context.store.jobs.counts))
+                await self._context.call(watch.look)
             await asyncio.sleep(_BEAT_SECONDS)
 
 

@@ -59,7 +59,7 @@ def unsafe_loading(root: Path) -> list[str]:
     return [
         f"{source.name}:{line}: {what}"
         for source in python_sources(root, *PACKAGES)
-        for node in source.walk()
+        for node in source.nodes
         for line, what in _unsafe(node)
     ]
 
@@ -70,7 +70,7 @@ def broad_excepts(root: Path) -> list[str]:
         f"{source.name}:{node.lineno}: except Exception outside the borders {sorted(BROAD_EXCEPT_ALLOWED)}"
         for source in python_sources(root, *PACKAGES)
         if source.name not in BROAD_EXCEPT_ALLOWED
-        for node in source.walk()
+        for node in source.nodes
         if isinstance(node, ast.ExceptHandler) and _is_broad(node)
     ]
 
@@ -80,7 +80,7 @@ def stale_allowances(root: Path) -> list[str]:
     catching = {
         source.name
         for source in python_sources(root, *PACKAGES)
-        for node in source.walk()
+        for node in source.nodes
         if isinstance(node, ast.ExceptHandler) and _is_broad(node)
     }
     return [f"{name}: allowed a broad except, has none" for name in sorted(BROAD_EXCEPT_ALLOWED.keys() - catching)]
@@ -92,7 +92,7 @@ def prints(root: Path) -> list[str]:
         f"{source.name}:{node.lineno}: print"
         for source in python_sources(root, *PACKAGES)
         if not source.name.startswith(TERMINAL)
-        for node in source.walk()
+        for node in source.nodes
         if isinstance(node, ast.Call) and dotted_name(node.func) == "print"
     ]
 
@@ -113,7 +113,7 @@ def environment_reads(root: Path) -> list[str]:
         f"{source.name}:{node.lineno}: reads the environment; {SETTINGS} does that, once"
         for source in python_sources(root, *PACKAGES)
         if source.name != SETTINGS and not source.name.startswith(TERMINAL[:2])
-        for node in source.walk()
+        for node in source.nodes
         if isinstance(node, ast.Attribute) and dotted_name(node) in ENVIRONMENT
     ]
 
@@ -151,7 +151,7 @@ def _is_broad(handler: ast.ExceptHandler) -> bool:
 
 
 def _impure(source: Source) -> Iterator[tuple[int, str]]:
-    for node in source.walk():
+    for node in source.nodes:
         for name in imported_names(node):
             if name.split(".")[0] in IMPURE_MODULES or name.startswith("urllib.request"):
                 yield node.lineno, f"imports {name}"

@@ -86,7 +86,7 @@ def non_ascii(root: Path) -> list[str]:
 
 def _functions(root: Path) -> Iterator[tuple[str, Function]]:
     for source in python_sources(root, *PACKAGES):
-        for node in source.walk():
+        for node in source.nodes:
             if isinstance(node, Function):
                 yield f"{source.name}:{node.lineno}", node
 

@@ -54,7 +54,7 @@ def test_torch_stays_out_of_memory(module: str, root: Path) -> None:
 
 
 def test_the_probe_sees_torch(root: Path) -> None:
-    assert loads_torch("model_core.model", root)
+    assert loads_torch("model_core.linear", root)
 
 
 def test_the_contracts_hold(root: Path) -> None:

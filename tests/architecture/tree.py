@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 
 PACKAGES = ("model_core", "service")
@@ -21,8 +22,15 @@ class Source:
     text: str
     tree: ast.Module
 
-    def walk(self) -> Iterator[ast.AST]:
-        return ast.walk(self.tree)
+    @cached_property
+    def nodes(self) -> tuple[ast.AST, ...]:
+        return tuple(ast.walk(self.tree))
+
+
+@cache
+def parse(name: str, text: str) -> Source:
+    """A dozen policies read the same few hundred files."""
+    return Source(name, text, ast.parse(text, name))
 
 
 def python_sources(root: Path, *folders: str) -> Iterator[Source]:
@@ -31,7 +39,7 @@ def python_sources(root: Path, *folders: str) -> Iterator[Source]:
         for path in sorted((root / folder).rglob("*.py")):
             if GENERATED.isdisjoint(path.relative_to(root).parts):
                 text = path.read_text(encoding="utf-8")
-                yield Source(path.relative_to(root).as_posix(), text, ast.parse(text, str(path)))
+                yield parse(path.relative_to(root).as_posix(), text)
 
 
 def text_files(root: Path) -> Iterator[tuple[str, str]]:

@@ -25,6 +25,7 @@ from service.main import build_app, engine_limits, open_socket, server_config
 from service.remote import RemoteImages
 from service.request_limits import RequestLimits
 from service.settings import SERVER_NAMES, JobSettings, Settings
+from service.tracing.span import Tracer
 from service.variant_loader import VariantLoader
 from tests.service.fakes import PNG, FakeEngine
 
@@ -74,6 +75,7 @@ def run_server(
     clock: Callable[[], float] = time.monotonic,
     edge: EdgeLimits | None = None,
     variants: VariantLoader | None = None,
+    tracer: Tracer | None = None,
     **values,
 ) -> Iterator[LiveServer]:
     """`remote`: instead of the settings' own, one that may reach loopback. `clock`: that of the keys' limits.
@@ -93,6 +95,7 @@ def run_server(
         load or (lambda: engine),
         clock=clock,
         variants=variants,
+        tracer=tracer,
         limits=with_values(engine_limits(chosen), derived),
         request_limits=with_values(RequestLimits.from_settings(chosen, jobs), derived),
     )

@@ -1,8 +1,9 @@
 """The exposition parses, every declared metric is fed by ordinary traffic, and labels stay bounded."""
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.metrics import Metrics
+from service.metrics import Metrics, TrainingMetrics
 from tests.service.conftest import LiveServer, ask
 from tests.service.fakes import FakeEngine
 
@@ -17,6 +18,8 @@ def families(live: LiveServer) -> dict:
 DECLARED = {
     "admission_rejections": ("counter", ("reason",)),
     "batch_size": ("histogram", ("stage",)),
+    "data_disk_free_bytes": ("gauge", ()),
+    "data_disk_free_ratio": ("gauge", ()),
     "e2e_request_latency_seconds": ("histogram", ()),
     "encoder_batch_images": ("histogram", ("encoder",)),
     "encoder_cache_bytes": ("gauge", ("encoder",)),
@@ -32,6 +35,8 @@ DECLARED = {
     "image_pixels": ("histogram", ()),
     "inter_token_latency_seconds": ("histogram", ()),
     "iteration_tokens": ("histogram", ()),
+    "job_progress_age_seconds": ("gauge", ()),
+    "jobs": ("gauge", ("status",)),
     "kv_cache_usage_ratio": ("gauge", ()),
     "media_rejected": ("counter", ("reason",)),
     "model_info": ("gauge", ("model", "fusion", "device", "dtype")),
@@ -52,9 +57,31 @@ DECLARED = {
     "request_queue_time_seconds": ("histogram", ()),
     "request_success": ("counter", ("finished_reason",)),
     "request_time_per_output_token_seconds": ("histogram", ()),
+    "store_answer_age_seconds": ("gauge", ()),
     "time_to_first_token_seconds": ("histogram", ()),
     "visual_tokens": ("histogram", ()),
     "waiting_body_bytes": ("gauge", ()),
+    "workers": ("gauge", ()),
+}
+
+#: The worker's own; what it shares with the server is `StoreMetrics`.
+TRAINING = {
+    "data_disk_free_bytes": ("gauge", ()),
+    "data_disk_free_ratio": ("gauge", ()),
+    "job_attempts": ("counter", ("end",)),
+    "job_heartbeat_age_seconds": ("gauge", ()),
+    "job_progress_age_seconds": ("gauge", ()),
+    "jobs": ("gauge", ("status",)),
+    "store_answer_age_seconds": ("gauge", ()),
+    "train_diversity_loss": ("gauge", ()),
+    "train_learning_rate": ("gauge", ("group",)),
+    "train_loss": ("gauge", ()),
+    "train_mfu_ratio": ("gauge", ()),
+    "train_samples": ("counter", ("dataset",)),
+    "train_stage": ("gauge", ()),
+    "train_tokens_per_second": ("gauge", ()),
+    "train_trainable_parameters": ("gauge", ("component",)),
+    "workers": ("gauge", ()),
 }
 
 #: Everything that the engine counts by itself.
@@ -73,13 +100,13 @@ COUNTED = {
 }
 
 
-def test_names_types_and_labels_are_pinned():
-    metrics = Metrics()
+@pytest.mark.parametrize(("make", "declared"), [(Metrics, DECLARED), (TrainingMetrics, TRAINING)])
+def test_names_types_and_labels_are_pinned(make, declared):
     found = {
         metric._name.removeprefix("dve_"): (metric._type, metric._labelnames)
-        for metric in metrics.registry._collector_to_names
+        for metric in make().registry._collector_to_names
     }
-    assert found == DECLARED
+    assert found == declared
 
 
 def test_every_metric_is_fed(start):
@@ -90,6 +117,8 @@ def test_every_metric_is_fed(start):
     assert live.http.post("/v1/chat/completions", json=broken).status_code == 400
     live.client.begin_drain()
     assert live.chat().json()["error"]["code"] == "server_draining"
+    while not live.metric("dve_data_disk_free_ratio"):  # housekeeping's first look
+        pass
     found = families(live)
     assert {name.removeprefix("dve_") for name in found if not name.endswith("_created")} == set(DECLARED)
     unfed = [
@@ -97,8 +126,17 @@ def test_every_metric_is_fed(start):
         for name, family in found.items()
         if not name.endswith("_created") and not any(sample.value for sample in family.samples)
     ]
-    # Gauges that are rightly at zero when nothing runs; and a base alone swaps nothing (test_hot_models.py).
-    assert set(unfed) == {"dve_num_requests_running", "dve_waiting_body_bytes", "dve_model_swaps"}
+    # Gauges that are rightly at zero when nothing runs; a base alone swaps nothing (test_hot_models.py), and without
+    # jobs and workers the store has nothing to tell of them (jobs/test_store_watch.py).
+    at_rest = {
+        "num_requests_running",
+        "waiting_body_bytes",
+        "model_swaps",
+        "jobs",
+        "workers",
+        "job_progress_age_seconds",
+    }
+    assert set(unfed) == {f"dve_{name}" for name in at_rest}
 
 
 def test_what_the_engine_counts(start):

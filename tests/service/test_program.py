@@ -23,6 +23,7 @@ from service.logs import configure_logs, log_failure, log_fields, request_id_var
 from service.main import open_socket
 from service.settings import ROLES, SERVER_NAMES, WORKER_NAMES, Settings, load_settings, load_worker_settings
 from service.worker_commands import build_parser
+from tests.service.log_schema import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -230,14 +231,17 @@ def running_program(*assignments: str) -> Iterator[tuple[subprocess.Popen[str], 
 
 def test_the_program_serves_until_a_signal_and_logs_json(tmp_path: Path):
     with running_program(f"data_dir={tmp_path}") as (process, url):
-        answer = httpx.get(f"{url}/v1/models", headers={"x-request-id": "abc"}, timeout=20)
+        traceparent = f"00-{'a' * 32}-{'b' * 16}-01"
+        sent = {"x-request-id": "abc", "traceparent": traceparent}
+        answer = httpx.get(f"{url}/v1/models", headers=sent, timeout=20)
         assert answer.status_code == 200
         process.send_signal(signal.SIGTERM)
         _, rest = process.communicate(timeout=20)
         assert process.returncode == 0
-    logged = [json.loads(line) for line in rest.splitlines()]
+    logged = read_log(rest)
     (request,) = [line for line in logged if line["message"] == "request"]
     assert (request["request_id"], request["route"], request["status"]) == ("abc", "/v1/models", 200)
+    assert (request["trace_id"], request["process"]) == ("a" * 32, "server")
 
 
 # Logs
@@ -251,6 +255,7 @@ def log_stream(tmp_path: Path):
         yield stream
     root.handlers[:] = before
     root.setLevel(level)
+    logging.captureWarnings(False)
 
 
 @pytest.mark.parametrize("log_format", ["json", "plain"])
@@ -336,17 +341,25 @@ def test_the_pool_computes_on_one_torch_thread_and_nobody_else():
     assert done.returncode == 0, done.stderr
 
 
-LOADED = "import sys; import {}; sys.exit(any(m.partition('.')[0] in ('torch', 'transformers') for m in sys.modules))"
+LOADED = """
+import sys
+import {}
+heavy = ("torch", "transformers", "opentelemetry.sdk")
+sys.exit(any(name == one or name.startswith(one + ".") for name in sys.modules for one in heavy))
+"""
 
 
-@pytest.mark.parametrize("module", ["service.app", "service.main", "service.cli", "model_core.analysis.compare"])
-def test_the_service_imports_no_torch(module: str):
+@pytest.mark.parametrize(
+    "module", ["service.app", "service.main", "service.cli", "service.worker", "model_core.analysis.compare"]
+)
+def test_the_service_imports_no_torch_and_no_tracer(module: str):
     done = run(LOADED.format(module))
     assert done.returncode == 0, done.stderr
 
 
 def test_and_that_test_can_fail():
     assert run(LOADED.format("torch")).returncode == 1
+    assert run(LOADED.format("service.tracing.otel")).returncode == 1
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "service").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))

@@ -6,8 +6,8 @@ no file, no format and no model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -37,6 +37,9 @@ class PackedBatch:
     pixels: (P, 3*f*p*p) uint8 patches of all images in order, or None; `normalise_pixels` makes them values.
     grids: patch grids (t, h, w), one an image, in the order of the placeholders.
     num_label_tokens: labels that are trained on: all but those at a sample's first place, which nothing predicts.
+    blocks: (S,) long; parts of a sample that can't see each other, as `packed_hidden` takes them.
+    label_weights: (S,) float; how much each label counts. None: 1.
+    targets: what a source tells an auxiliary loss of these samples, by names of their own.
     """
 
     input_ids: Tensor
@@ -48,6 +51,9 @@ class PackedBatch:
     images_per_sample: tuple[int, ...]
     samples: tuple[SampleRef, ...]
     num_label_tokens: int
+    blocks: Tensor | None = None
+    label_weights: Tensor | None = None
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @runtime_checkable

@@ -17,8 +17,9 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from model_core.errors import ConfigError, InputError, RecordError
+from model_core.plugins import load_part
 from model_core.processing.batch import InputFormat
-from model_core.training.config import DatasetConfig, Stage, TrainConfig
+from model_core.training.config import DatasetConfig, PartConfig, Stage, TrainConfig
 from model_core.training.context import ProcessContext
 from model_core.training.data.bad_samples import Quarantine
 from model_core.training.data.collate import EncodedSample, encode_sample, pack
@@ -65,6 +66,8 @@ class PackSource:
         self._usable = [part.report.usable for part in self._parts]
         self._quarantine = Quarantine(config.bad_samples, sum(part.report.num_rows for part in self._parts))
         self._quarantine.add(problem for part in self._parts for problem in part.report.errors)
+        if split == "train":
+            _check_batch(config.batch_size, sum(len(usable) for usable in self._usable))
         self._work = functools.partial(
             _make_pack, [part.dataset for part in self._parts], [part.report.lengths for part in self._parts],
             replace(fmt, allow_paths=False), config.max_tokens,
@@ -158,6 +161,8 @@ def build_source(
     Raises:
         ConfigError: the recipe names none. DataError: files or rows that can't be used.
     """
+    if split == "train" and config.batch_source is not None:
+        return _own_source(config.batch_source, config, fmt)
     if split == "train":
         described = config.train_sources()
     elif config.val_data_path is None:
@@ -177,6 +182,16 @@ def build_source(
         for one in described
     ]
     return PackSource(parts, config, fmt, context=context, split=split)
+
+
+def _own_source(part: PartConfig, config: TrainConfig, fmt: InputFormat) -> BatchSource:
+    source = load_part(part.name, "batch source")(config, fmt, **part.options)
+    if not isinstance(source, BatchSource):
+        raise ConfigError(
+            "this is no batch source", value=part.name, allowed=f"what {BatchSource.__module__}.BatchSource asks for",
+            fix="Give it every method of that protocol", param="batch_source.name",
+        )  # fmt: skip
+    return source
 
 
 def as_source(
@@ -204,6 +219,16 @@ def as_source(
         allowed="a DualVisionDataset, a MultiDataset, a DataLoader over one, or a BatchSource",
         fix="Derive your data set from DualVisionDataset and override format_conversations",
     )  # fmt: skip
+
+
+def _check_batch(batch_size: int, num_samples: int) -> None:
+    """An epoch of less than one batch is a mistake in one of the two numbers."""
+    if 0 < num_samples < batch_size:
+        raise ConfigError(
+            "a batch is larger than the data", value=f"batch_size {batch_size}, {num_samples} samples that can train",
+            allowed=f"batch_size up to {num_samples}", fix="Lower batch_size, or name the data that was meant",
+            param="batch_size",
+        )  # fmt: skip
 
 
 def _make_pack(

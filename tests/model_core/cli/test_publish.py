@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -37,12 +38,17 @@ def base(base_folder: Path) -> Loaded:
     return load_checkpoint(base_folder)
 
 
-@pytest.fixture
-def run(base: Loaded, tmp_path: Path) -> Path:
-    """A run's folder as a worker finds it on a disk: without its manifest every damage is seen by its own check."""
-    folder = train(base, tmp_path / "run")
+@pytest.fixture(scope="module")
+def trained(base: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = train(base, tmp_path_factory.mktemp("trained") / "run")
     (folder / "manifest.json").unlink()
     return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A run's folder as a worker finds it on a disk: without its manifest every damage is seen by its own check."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def publish(base: Path, run: Path, models: Path, *more: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -11,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from model_core.checkpoint import load_checkpoint, save_checkpoint
 from model_core.cli import checkpoints, train
+from model_core.training.config import TrainConfig, parse_config
 from model_core.training.events import read_events
-from tests.model_core import tiny
+from model_core.variant import publish_variant
+from tests.model_core import tiny, variants
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (250, 250, 250)}
 
@@ -55,7 +59,14 @@ def test_a_recipe_becomes_a_model(corpus: Path, tmp_path: Path, capsys: pytest.C
     out = tmp_path / "run"
     assert run(corpus, out, "--training-mode", "fusion_only", "--verdict") == 0
     said = capsys.readouterr().out
-    for text in ("PARAMETER FREEZE STATUS", "Gating Network", "step 4/4: loss", "val_accuracy", "verdict: ", "cost: "):
+    for text in (
+        "PARAMETER FREEZE STATUS",
+        "Gating Network",
+        "step 4/4: loss",
+        "val_accuracy",
+        "verdict: ",
+        "an answer",
+    ):
         assert text in said
     assert load_checkpoint(out / "final").model.fusion.is_trained
     with Image.open(out / "curves.png") as drawn:
@@ -63,6 +74,7 @@ def test_a_recipe_becomes_a_model(corpus: Path, tmp_path: Path, capsys: pytest.C
     assert list((out / "tensorboard").glob("events.out*"))
     verdict = json.loads((out / "verdict.json").read_text())
     assert verdict["num_samples"] == 4 and verdict["num_answers"] == 2
+    assert verdict["seconds_per_answer"] > 0 and verdict["unfused_seconds_per_answer"] > 0
     assert verdict["loss"]["low"] <= verdict["loss"]["value"] <= verdict["loss"]["high"]
     start = next(e for e in read_events(out) if e.kind == "evaluation")
     assert start.global_step == 0 and start.data["val_loss"] == pytest.approx(start.data["unfused_loss"], rel=1e-6)
@@ -88,6 +100,8 @@ def test_flags_go_over_the_recipe(corpus: Path, tmp_path: Path, capsys: pytest.C
         (["--set", "model=./nowhere"], "nowhere"),
         (["--resume", "outputs/checkpoint_latest.pth"], "pickle"),
         (["--training-mode", "llm_only", "--freeze-llm"], "nothing is left to train"),
+        (["--verdict", "--set", "val_data_path=null"], "a verdict compares"),
+        (["--set", "batch_size=9"], "a batch is larger than the data"),
         (["--set", "early_stopping.metric=val_accuracy", "--set", "evaluation.num_answers=0"], "num_answers"),
     ],
 )  # fmt: skip
@@ -108,19 +122,45 @@ def test_a_folder_of_another_run_is_left_alone(corpus: Path, tmp_path: Path, cap
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
 
 
+SUPERVISED = ("--set", "evaluation.num_answers=0", "--set", 'loggers=["jsonl"]', "--set", "num_epochs=500")
+
+
 def start(corpus: Path, out: Path, *flags: str) -> tuple[subprocess.Popen[bytes], int, int]:
     """A trainer in a process of its own; the events' reading end and the commands' writing end."""
     events_read, events_write = os.pipe()
     control_read, control_write = os.pipe()
     command = [
         sys.executable, "-m", "model_core.cli.train", "--config", str(corpus / "config.json"),
-        "--set", f"output_dir={out}", "--set", "evaluation.num_answers=0", "--set", 'loggers=["jsonl"]',
-        "--events-fd", str(events_write), "--control-fd", str(control_read), *flags,
+        "--set", f"output_dir={out}", "--events-fd", str(events_write), "--control-fd", str(control_read),
+        *SUPERVISED, *flags,
     ]  # fmt: skip
     child = subprocess.Popen(command, pass_fds=(events_write, control_read), stdout=subprocess.DEVNULL)
     os.close(events_write)
     os.close(control_read)
     return child, events_read, control_write
+
+
+def fork(corpus: Path, out: Path, *flags: str) -> tuple[int, int, int]:
+    """As `start`, without seconds of imports: a fork of this process. Its number instead of a handle."""
+    events_read, events_write = os.pipe()
+    control_read, control_write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(control_write)  # or the child would hold its own supervisor alive
+            os.close(events_read)
+            torch.set_num_threads(1)  # a pool of more does not survive a fork
+            ends = ("--events-fd", str(events_write), "--control-fd", str(control_read))
+            os._exit(run(corpus, out, *ends, *SUPERVISED, *flags))
+        finally:
+            os._exit(3)  # never back into pytest
+    os.close(events_write)
+    os.close(control_read)
+    return child, events_read, control_write
+
+
+def exit_code(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def read_until(descriptor: int, kind: str) -> list[dict[str, Any]]:
@@ -135,35 +175,34 @@ def read_until(descriptor: int, kind: str) -> list[dict[str, Any]]:
 
 def test_a_supervisor_stops_resumes_and_hears_every_event(corpus: Path, tmp_path: Path) -> None:
     """SIGTERM saves and ends with 75; the next attempt writes to its own folder and goes on."""
-    child, events, control = start(corpus, tmp_path / "attempt-1", "--set", "num_epochs=500")
+    child, events, control = start(corpus, tmp_path / "attempt-1")
     for order in ({"command": "deadline", "seconds": 100}, {"command": "freeze", "freeze": {"freeze_llm": True}}):
         os.write(control, json.dumps(order).encode() + b"\n")
     first = read_until(events, "switched")
     assert {"validated", "freeze", "stage", "switched"} <= {event["kind"] for event in first}
     child.send_signal(signal.SIGTERM)
     rest = read_until(events, "never")
-    assert child.wait(60) == train.CHECKPOINTED
+    assert child.wait(110) == train.CHECKPOINTED
     saved = rest[-1]
     assert saved["kind"] == "checkpoint" and saved["data"]["reason"] == "requested"
     os.close(control)
     os.close(events)
-    flags = ("--set", "num_epochs=500", "--resume", str(tmp_path / "attempt-1"))
-    child, events, control = start(corpus, tmp_path / "attempt-2", *flags)
+    number, events, control = fork(corpus, tmp_path / "attempt-2", "--resume", str(tmp_path / "attempt-1"))
     second = read_until(events, "step")
     assert "resumed" in {event["kind"] for event in second}
     assert second[-1]["global_step"] == saved["global_step"] + 1
     os.write(control, b'{"command": "deadline", "seconds": 0.05}\n')
-    assert child.wait(60) == 79
+    assert exit_code(number) == 79
     assert not list((tmp_path / "attempt-2").glob("step-*"))
     os.close(control)
     os.close(events)
 
 
 def test_a_supervisor_that_dies_takes_its_trainer_along(corpus: Path, tmp_path: Path) -> None:
-    child, events, control = start(corpus, tmp_path / "run", "--set", "num_epochs=500")
+    number, events, control = fork(corpus, tmp_path / "run")
     read_until(events, "step")
     os.close(control)
-    assert child.wait(60) == 79
+    assert exit_code(number) == 79
     os.close(events)
 
 
@@ -175,3 +214,30 @@ def test_an_error_is_the_last_event(corpus: Path, tmp_path: Path) -> None:
     told = read_until(read, "never")
     os.close(read)
     assert told[-1]["kind"] == "error" and told[-1]["data"]["retry"] is False
+
+
+def test_a_run_begins_from_another_ones_step_with_its_adapters_folded_in(corpus: Path, tmp_path: Path) -> None:
+    """A step's folder holds the model without its adapters, which lie beside it: as a model it had learnt nothing."""
+    out = tmp_path / "run"
+    assert run(corpus, out, "--set", 'lora={"llm": {"rank": 2}}', "--set", "training_mode=llm_only") == 0
+    last = load_checkpoint(out / "final").model.state_dict()
+    recipe = parse_config({"model": str(corpus / "model"), "start_from": str(out / "step-4"), "device": "cpu"})
+    begun = train.load_for_training(recipe).model.state_dict()
+    fresh = load_checkpoint(corpus / "model").model.state_dict()
+    assert all(torch.equal(begun[name], last[name]) for name in last)
+    assert not all(torch.equal(begun[name], fresh[name]) for name in fresh)
+
+
+def test_a_run_begins_from_a_published_version(corpus: Path, tmp_path: Path) -> None:
+    """What is published is what differs from its base; a key that nobody gave leaves older runs' fingerprints alone."""
+    base = load_checkpoint(corpus / "model")
+    trained = variants.train(base, tmp_path / "trained")
+    record, version = publish_variant(base, trained, tmp_path / "out", base_name="tiny", created_unix=0)
+    assert record.components == ("fusion",)
+    recipe = parse_config({"model": str(corpus / "model"), "start_from": str(version), "device": "cpu"})
+    begun, wanted = train.load_for_training(recipe).model.state_dict(), load_checkpoint(trained).model.state_dict()
+    assert all(torch.equal(begun[name], wanted[name]) for name in wanted)
+    without = TrainConfig(model="m")
+    assert without.fingerprint() != without.model_copy(update={"start_from": "x"}).fingerprint()
+    older = without.model_dump_json(exclude={*TrainConfig.HARMLESS, "start_from"})
+    assert without.fingerprint() == hashlib.sha256(older.encode()).hexdigest()[:16]

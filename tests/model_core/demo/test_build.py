@@ -1,161 +1,166 @@
-"""The demo's build, small: it trains every stage, stops and resumes to the same weights, and ships a whole folder."""
+"""The demo's build, small: the trainer runs its recipe from nothing, resumes it to the bit, ships a whole folder."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from model_core.cli import demo as command
+from model_core.cli.train import load_for_training
 from model_core.demo.artwork import Artwork
-from model_core.demo.batches import SceneBatches
-from model_core.demo.build import DemoBuilder, component_of, is_trained, schedule
-from model_core.demo.publish import publish
-from model_core.demo.recipe import RECIPE, Recipe
+from model_core.demo.batches import SceneSource
+from model_core.demo.build import has_begun, scaled
 from model_core.encoder import DualVisionEncoder
-from model_core.errors import ConfigError
-
-TINY = replace(
-    RECIPE,
-    stages=tuple(replace(stage, steps=2, batch_size=2) for stage in RECIPE.stages),
-    sizes=((112, 112),),
-    hidden=128,
-    llm_layers=1,
-    vision_hidden=64,
-    vision_layers=2,
-    dinov2_layers=1,
-)
+from model_core.errors import CheckpointMismatchError, ConfigError
+from model_core.processing.batch import InputFormat
+from model_core.training.config import TrainConfig
+from model_core.training.data.packs import PackedBatch
+from model_core.training.data.source import build_source
+from model_core.training.events import Event
+from model_core.training.freeze import trained_components
+from model_core.training.hooks import RunHooks
+from model_core.training.trainer import DualVisionTrainer
+from tests.model_core.demo.conftest import SMALL, small_recipe
 
 
-def quiet(*_: object) -> None:
-    """No report."""
+def trainer_of(config: TrainConfig, *listeners: Any, write: bool = True) -> DualVisionTrainer:
+    loaded = load_for_training(config)
+    source = build_source(config, InputFormat.of(loaded.processor, loaded.model.model.mrope_layout))
+    hooks = RunHooks(listeners=listeners)
+    return DualVisionTrainer(loaded.model, source, None, config, processor=loaded.processor, hooks=hooks, write=write)
 
 
-class InterruptedBuildError(Exception):
-    pass
+def source_of(config: TrainConfig) -> SceneSource:
+    loaded = load_for_training(config)
+    return build_source(config, InputFormat.of(loaded.processor, loaded.model.model.mrope_layout))
 
 
-def build(work: Path, artwork: Artwork, *, stop_after: int | None = None, recipe: Recipe = TINY) -> DemoBuilder:
-    builder, steps = DemoBuilder(recipe, artwork, work), 0
-
-    def report(*_: object) -> None:
-        nonlocal steps
-        steps += 1
-        if steps == stop_after:
-            builder.save()
-            raise InterruptedBuildError
-
-    if stop_after is None:
-        assert builder.run(report)
-    else:
-        with pytest.raises(InterruptedBuildError):
-            builder.run(report)
-    return builder
+def answering_pack(tmp_path: Path, number: int, batch_size: int = 4) -> PackedBatch:
+    config = small_recipe(tmp_path, f"batch_size={batch_size}")
+    stage = next(s for s in config.stages() if s.loss_weights.get("language", 1.0))
+    return source_of(config).pack(stage, number)
 
 
-@pytest.mark.parametrize("stop_after", [1, 3, 5])
-def test_an_interrupted_build_ends_in_the_same_weights(tmp_path: Path, artwork: Artwork, stop_after: int) -> None:
-    whole = build(tmp_path / "whole", artwork).model.state_dict()
-    build(tmp_path / "parts", artwork, stop_after=stop_after)
-    resumed = build(tmp_path / "parts", artwork).model.state_dict()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+class Stop:
+    """Asks its trainer to stop at a step."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.trainer = at, None
+
+    def __call__(self, event: Event) -> None:
+        if event.kind == "step" and event.global_step == self.at:
+            self.trainer.request_stop()
 
 
-def test_each_stage_trains_what_it_names(tmp_path: Path, artwork: Artwork) -> None:
-    for stage in TINY.stages:
-        builder = DemoBuilder(replace(TINY, stages=(stage,)), artwork, tmp_path / stage.name)
-        before = {name: p.detach().clone() for name, p in builder.model.named_parameters()}
-        builder.run(quiet)
-        changed = [f"model.{n}" for n, p in builder.model.named_parameters() if not torch.equal(p, before[n])]
-        assert {component_of(name) for name in changed} == {"encoders" if t == "qwen" else t for t in stage.trains}
-        assert all(is_trained(name, stage) for name in changed), stage.name
+def test_an_interrupted_build_ends_in_the_same_bits(tmp_path: Path) -> None:
+    """Weights, read-outs and both optimizers' state; stopped within stages and across their borders."""
+    names = ("model.safetensors", "auxiliary.safetensors", "optimizer.safetensors")
+    config = small_recipe(tmp_path / "whole")
+    whole = trainer_of(config)
+    whole.train()
+    last = tmp_path / "whole" / "checkpoint_latest"
+    config = small_recipe(tmp_path / "parts")
+    for steps in (1, whole.position.global_step // 2):
+        stop = Stop(steps)
+        stop.trainer = one = trainer_of(config, stop)
+        if has_begun(tmp_path / "parts"):
+            one.resume(tmp_path / "parts")
+        assert not one.train().is_finished
+    final = trainer_of(config)
+    final.resume(tmp_path / "parts")
+    final.train()
+    for name in names:
+        one, other = load_file(last / name), load_file(tmp_path / "parts" / "checkpoint_latest" / name)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+    assert any(key.endswith("momentum_buffer") for key in load_file(last / names[2])), "Muon took part"
+    assert not list((tmp_path / "parts" / "final").glob("auxiliary*")), "read-outs are never published"
 
 
-def test_fusion_owns_the_projector_that_is_called_dinov2() -> None:
-    """It was counted to the encoders and stayed zero while they were frozen: the second eye was never wired in."""
-    assert component_of("model.model.fusion.projectors.dinov2.weight") == "fusion"
-    assert component_of("model.model.fusion.norms.dinov2.bias") == "fusion"
-    assert component_of("model.model.dinov2.encoder.layer.0.norm1.weight") == "encoders"
-    assert component_of("model.model.visual.merger.ln_q.weight") == "encoders"
-    assert component_of("model.model.language_model.norm.weight") == "llm"
+def test_each_stage_trains_what_it_names(tmp_path: Path) -> None:
+    """By the hashes that the trainer itself takes: what moved in the first step of each stage."""
+    config, moved = small_recipe(tmp_path), {}
+
+    def listen(event: Event) -> None:
+        if event.kind == "verified":
+            rows = event.data["rows"]
+            moved.setdefault(event.stage, set()).update(row["component"] for row in rows if row["is_changed"])
+
+    trainer_of(config, listen, write=False).train()
+    for stage in config.stages():
+        assert moved[stage.index] == trained_components(stage.freeze), stage.description
 
 
-def test_the_gate_learns_slower_than_what_it_weighs(tmp_path: Path, artwork: Artwork) -> None:
-    """At the others' learning rate it closed on the second encoder before that had learnt anything."""
-    join = next(stage for stage in TINY.stages if "fusion" in stage.trains)
-    builder = DemoBuilder(replace(TINY, stages=(join,)), artwork, tmp_path)
-    builder.run(quiet)
-    optimizers = builder._begin(join)
-    optimizers.step(1.0)
-    rates = {id(p): group["lr"] for part in optimizers.parts for group in part.param_groups for p in group["params"]}
-    gate = {rates[id(p)] for p in builder.model.fusion.gate.parameters()}
-    others = {rates[id(p)] for p in builder.model.fusion.projectors.parameters()}
-    assert max(gate) < 0.1 * min(others)
-
-
-def test_a_batch_is_a_function_of_its_number(tmp_path: Path, artwork: Artwork) -> None:
-    builder = DemoBuilder(TINY, artwork, tmp_path)
-    join = next(i for i, stage in enumerate(TINY.stages) if stage.answer_weight)
-    data = SceneBatches(TINY, join, artwork, builder.tokenizer, builder.model.model.mrope_layout)
-    one, again, other = data[1], data[1], data[0]
-    assert torch.equal(one.images, again.images)
+def test_a_pack_is_a_function_of_its_number(tmp_path: Path) -> None:
+    one, again, other = (answering_pack(tmp_path, number) for number in (1, 1, 0))
+    assert (one.pixels == again.pixels).all()
     assert torch.equal(one.input_ids, again.input_ids)
-    assert not torch.equal(one.images, other.images)
+    assert one.pixels.tobytes() != other.pixels.tobytes()
     labels = one.labels[one.labels != -100]
     assert 0 < labels.numel() < one.labels.numel() / 2, "answers carry labels, prompts and pictures don't"
-    image = builder.model.config.image_token_id
-    assert (one.input_ids == image).sum(1).tolist() == [16, 16]
+    assert len(one.targets["class"]) == 4 * 16, "a target for each image token"
 
 
-def test_questions_behind_one_picture_do_not_see_each_other(tmp_path: Path, artwork: Artwork) -> None:
+def test_questions_behind_one_picture_do_not_see_each_other(tmp_path: Path) -> None:
     """Trained on conversations, the model copied answers from earlier turns and, asked alone, guessed."""
-    builder = DemoBuilder(TINY, artwork, tmp_path)
-    join = next(i for i, stage in enumerate(TINY.stages) if stage.answer_weight)
-    data = SceneBatches(TINY, join, artwork, builder.tokenizer, builder.model.model.mrope_layout)
-    batch = next(b for b in (data[i] for i in range(50)) if int(b.blocks.max()) >= 2)
-    row = int((batch.blocks == 2).any(1).nonzero()[0])
-    sees, blocks = batch.may_attend(torch.device("cpu"))[row, 0], batch.blocks[row]
-    first, second = (int((blocks == n).nonzero()[-1]) for n in (1, 2))
-    assert set(blocks[sees[second]].tolist()) == {0, 2}
-    assert set(blocks[sees[first]].tolist()) == {0, 1}
-    starts = [batch.position_ids[0, row, int((blocks == n).nonzero()[0])] for n in (1, 2)]
-    assert starts[0] == starts[1], "each question stands where it would stand alone"
+    pack = answering_pack(tmp_path, 0, batch_size=8)
+    rows = zip(pack.blocks.split(list(pack.sample_lengths)), pack.position_ids.split(list(pack.sample_lengths), dim=1),
+               strict=True)  # fmt: skip
+    several = [(blocks, positions) for blocks, positions in rows if int(blocks.max()) >= 2]
+    assert several
+    for blocks, positions in several:
+        starts = {int(positions[0, int((blocks == n).nonzero()[0])]) for n in range(1, int(blocks.max()) + 1)}
+        assert len(starts) == 1, "each question stands where it would stand alone"
 
 
-def test_published_folder_answers_and_tells_its_scores(tmp_path: Path, artwork: Artwork) -> None:
-    builder = build(tmp_path / "work", artwork)
-    out = tmp_path / "demo"
-    publish(builder, out, artwork, eval_count=1)
+def test_the_command_builds_a_folder_that_answers_and_tells_its_scores(
+    tmp_path: Path, artwork: Artwork, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From nothing to a checkpoint, as `dve demo build --scale 0.002` does it."""
+    out, work = tmp_path / "demo", tmp_path / "work"
+    sets = [part for setting in SMALL for part in ("--set", setting)]
+    call = ["build", "--work", str(work), "--out", str(out), "--scale", "0.002", "--device", "cpu", "--eval-count", "1"]
+    assert command.main([*call, *sets]) == 0
     encoder = DualVisionEncoder.from_pretrained(out)
     assert encoder.info.dtype == "float32"
     assert int(encoder.model.fusion.means.count) > 0
     card = (out / "README.md").read_text()
     assert "It knows nothing else" in card
-    assert "NOT met" in card, "two steps can't have reached the targets"
+    assert "NOT met" in card, "a few steps can't have reached the targets"
     assert "| name" in card
     stored = sum(f.stat().st_size for f in out.glob("*.safetensors"))
     assert stored < 2.3 * encoder.info.num_parameters, "two bytes a weight"
+    capsys.readouterr()
+    assert command.main([*call, *sets]) == 0
+    assert "step" not in capsys.readouterr().out, "a finished build has nothing left to train"
 
 
-def test_schedule_warms_up_and_falls() -> None:
-    values = [schedule(step, 100) for step in range(100)]
-    assert values[0] < values[3] < max(values) == pytest.approx(1.0, abs=0.01)
-    assert values[99] == pytest.approx(0.05, abs=0.01)
-    assert values[5:] == sorted(values[5:], reverse=True)
+def test_a_build_goes_on_only_under_its_own_recipe(tmp_path: Path) -> None:
+    config = small_recipe(tmp_path, "max_steps=1")
+    trainer_of(config).train()
+    with pytest.raises(CheckpointMismatchError, match="recipe"):
+        trainer_of(small_recipe(tmp_path, "max_steps=1", "seed=5")).resume(tmp_path)
 
 
-def test_a_build_goes_on_only_under_its_own_recipe(tmp_path: Path, artwork: Artwork) -> None:
-    build(tmp_path, artwork, stop_after=1)
-    other = replace(TINY, seed=TINY.seed + 1)
-    with pytest.raises(ConfigError, match="another recipe"):
-        DemoBuilder(other, artwork, tmp_path).run(quiet)
+def test_scaling_shortens_every_stage_and_ends_where_it_says(tmp_path: Path) -> None:
+    assert [stage.steps for stage in small_recipe(tmp_path, scale=0.01).stages()] == [10, 6, 4, 4, 3, 6, 4]
+    with pytest.raises(ConfigError, match="can't be scaled"):
+        scaled({}, 0.0)
 
 
-def test_one_saved_state_is_kept(tmp_path: Path, artwork: Artwork) -> None:
-    builder = build(tmp_path, artwork)
-    assert len(list(tmp_path.glob("state-*"))) == 1
-    assert builder.seconds > 0
-    again = DemoBuilder(TINY, artwork, tmp_path)
-    assert again.run(quiet), "a finished build has nothing left to train"
-    assert again.seconds == builder.seconds
+def test_the_gate_learns_slower_than_what_it_weighs(tmp_path: Path) -> None:
+    """At the others' learning rate it closed on the second encoder before that had learnt anything."""
+    for stage in small_recipe(tmp_path).stages():
+        assert stage.learning_rates["gate"] < 0.1 * stage.learning_rates["projections"]
+
+
+def test_a_stage_that_mixes_unknown_kinds_is_refused(tmp_path: Path) -> None:
+    source = source_of(small_recipe(tmp_path))
+    stage = small_recipe(tmp_path).stages()[0]
+    with pytest.raises(ConfigError, match="kinds of scenes"):
+        source.prepare_stage(replace(stage, dataset_weights={"pages": 1.0}))

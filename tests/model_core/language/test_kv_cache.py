@@ -15,10 +15,11 @@ HEADS, BLOCK = 4, 4
 
 
 def plain_attention(query: Tensor, tokens: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """One query (H, dh) over all (key, value) pairs (K, dh) so far -> (H * dh,)."""
+    """The last n queries (n, H, dh), each over all (key, value) pairs (K, dh) up to its own -> (n, H * dh)."""
     keys, values = (torch.stack([t[side] for t in tokens]).repeat_interleave(2, dim=1) for side in (0, 1))  # (T, H, dh)
-    scores = torch.einsum("hd,thd->ht", query, keys) / SHAPE.head_dim**0.5
-    return torch.einsum("ht,thd->hd", scores.softmax(-1), values).flatten()
+    scores = torch.einsum("nhd,thd->hnt", query, keys) / SHAPE.head_dim**0.5
+    later = torch.ones(scores.shape[1:], dtype=torch.bool).triu(len(tokens) - len(query) + 1)
+    return torch.einsum("hnt,thd->nhd", scores.masked_fill(later, -torch.inf).softmax(-1), values).flatten(1)
 
 
 class Bench:
@@ -50,9 +51,9 @@ class Bench:
             found, at = attend(layer, query, key, value), 0
             for w in work:
                 tokens = self.plain[str(w.key)][layer]
-                for i in range(at, at + w.length):
-                    tokens.append((key[i], value[i]))
-                    assert torch.allclose(found[i], plain_attention(query[i], tokens), atol=1e-5), (w, i)
+                here = slice(at, at + w.length)
+                tokens.extend(zip(key[here], value[here], strict=True))
+                assert torch.allclose(found[here], plain_attention(query[here], tokens), atol=1e-5), w
                 at += w.length
 
 

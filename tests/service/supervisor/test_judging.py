@@ -139,7 +139,7 @@ def test_metrics_of_training() -> None:
         {"loss": 0.5, "gate_loss": 0.1, "tokens_per_second": 900.0, "samples": 4, "learning_rates": {"gate": 1e-5}},
     )  # fmt: skip
     metrics.observe("step", 1, {"loss": None, "samples": 4})
-    metrics.set_counts({"queued": 3})
+    metrics.store.jobs.labels("queued").set(3)
     shown = metrics.exposition().decode()
     for line in (
         "dve_train_loss 0.5", "dve_train_diversity_loss 0.1", "dve_train_stage 1.0", 'dve_jobs{status="queued"} 3.0',

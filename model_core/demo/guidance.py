@@ -1,0 +1,122 @@
+"""What the demo's build teaches beside the answers: what is in each cell, words that look like it, and where to look.
+
+In: a pack's view with the `targets` of batches.py; out: four losses. Named as `auxiliary_loss` of the demo's recipe;
+its read-outs train with the model and never leave the run's folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from model_core.demo.alignment import WordAlignment
+from model_core.demo.labels import MAX_COUNT, MAX_SPOT
+from model_core.demo.lookup import LAYER, Asked, Lookup
+from model_core.demo.scenes import CLASS_NAMES, COLOUR_NAMES
+from model_core.language.packed import may_attend
+from model_core.training.auxiliary import AuxiliaryLoss, PackView
+from model_core.training.data.packs import PackedBatch
+
+NUM_LETTERS = 27
+
+
+class DenseHeads(nn.Module):
+    """Linear read-outs of each encoder's cells.
+
+    Both learn what is in a cell, its colour and where the object's middle is. Letters are asked of Qwen's tower
+    only and how many there are of DINOv2 only: one was taught to read and the other knows one object from the
+    next, in life as here, so that there is something to learn from which of them an answer relied on.
+    """
+
+    def __init__(self, dims: Mapping[str, int]) -> None:
+        super().__init__()
+        self.classes = nn.ModuleDict({n: nn.Linear(d, len(CLASS_NAMES)) for n, d in dims.items()})
+        self.colours = nn.ModuleDict({n: nn.Linear(d, len(COLOUR_NAMES) + 1) for n, d in dims.items()})
+        self.places = nn.ModuleDict({n: nn.Linear(d, 2) for n, d in dims.items()})
+        self.letters = nn.Linear(dims["qwen"], 2 * NUM_LETTERS)
+        self.spots = nn.Linear(dims["qwen"], 2 * (MAX_SPOT + 1))
+        self.counts = nn.Linear(dims["dinov2"], 2 * (MAX_COUNT + 1))
+        self.shares = nn.Linear(dims["dinov2"], 1)
+
+    def forward(self, features: Mapping[str, Tensor], cells: Mapping[str, Tensor]) -> Tensor:
+        """features: (N, C_e) by encoder, those that there are -> the summed loss."""
+        losses = []
+
+        def read(head: nn.Linear, x: Tensor, name: str, weight: float) -> None:
+            target = cells[name].flatten()
+            losses.append(weight * _weighted(head(x).view(len(target), -1), target))
+
+        for name, x in ((n, f.float()) for n, f in features.items()):
+            read(self.classes[name], x, "class", 1.0)
+            read(self.colours[name], x, "colour", 0.5)
+            losses.append(F.mse_loss(self.places[name](x), cells["places"]))
+        if "qwen" in features:
+            read(self.letters, features["qwen"].float(), "letters", 1.5)
+            read(self.spots, features["qwen"].float(), "spots", 0.5)
+        if "dinov2" in features:
+            x = features["dinov2"].float()
+            read(self.counts, x, "counts", 0.5)
+            shares = self.shares(x)[:, 0]
+            # A share is a probability: the sum of the read ones over a kind's cells is how many there are.
+            losses.append(4.0 * F.binary_cross_entropy_with_logits(shares, cells["shares"]))
+        return torch.stack(losses).sum()
+
+
+def _weighted(logits: Tensor, target: Tensor, background: float = 0.1) -> Tensor:
+    """Cross entropy in which class 0, the background, which is most of every picture, counts a tenth."""
+    weight = torch.ones(logits.shape[-1], device=logits.device)
+    weight[0] = background
+    return F.cross_entropy(logits, target, weight=weight)
+
+
+class DemoGuidance(AuxiliaryLoss):
+    """cells: DenseHeads. alignment: fused tokens that look like their words. look, tally: the two guided heads."""
+
+    names = ("cells", "alignment", "look", "tally")
+    watched_layers = (LAYER,)
+
+    def __init__(self, model: Any, processor: Any, *, learning_rate: float = 2e-3) -> None:
+        super().__init__()
+        self.learning_rate = learning_rate
+        backbone, tokenizer = model.model, processor.tokenizer
+        self.heads = DenseHeads({name: encoder.output_dim for name, encoder in backbone.encoders.items()})
+        self._words = model.get_input_embeddings  # a bound method: the embedding is the model's, not this module's
+        text = model.config.text_config
+        self._alignment = WordAlignment(tokenizer, model.lm_head.weight.device)
+        self._lookup = Lookup(tokenizer, text.num_attention_heads, text.num_key_value_heads)
+        self._image_token_id = model.config.image_token_id
+
+    def forward(self, view: PackView) -> dict[str, Tensor]:
+        device = self.heads.letters.weight.device
+        cells = {name: target.to(device) for name, target in view.pack.targets.items()}
+        found = {}
+        if view.features:
+            found["cells"] = self.heads(view.features, cells)
+        if view.fused is not None and view.attention:
+            found["alignment"] = self._alignment.loss(view.fused.tokens, cells, self._words().weight)
+            query, key = (_padded(part, view.pack) for part in view.attention[LAYER])
+            found["look"], found["tally"] = self._lookup.loss(asked(view.pack, self._image_token_id), query, key)
+        return found
+
+
+def asked(pack: PackedBatch, image_token_id: int) -> Asked:
+    """A pack's rows side by side, with what the cells behind their image tokens show."""
+    is_image = pack.input_ids == image_token_id
+    shows = torch.zeros_like(pack.input_ids).masked_scatter(is_image, pack.targets["class"])
+    shares = torch.zeros(len(pack.input_ids)).masked_scatter(is_image, pack.targets["shares"])
+    return Asked(
+        _padded(pack.input_ids, pack),
+        _padded(shows, pack),
+        _padded(shares, pack),
+        may_attend(_padded(pack.blocks, pack, value=-1))[:, 0],
+    )
+
+
+def _padded(packed: Tensor, pack: PackedBatch, value: int = 0) -> Tensor:
+    """(S, ...) -> (B, T, ...)."""
+    return pad_sequence(list(packed.split(list(pack.sample_lengths))), batch_first=True, padding_value=value)
