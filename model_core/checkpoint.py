@@ -6,7 +6,6 @@ pickle. Both ways of loading give the same `Loaded`, and everything else goes th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -30,12 +29,15 @@ from model_core.errors import (
     ConfigError,
     HubUnreachableError,
 )
-from model_core.manifest import Manifest, verify_folder, write_folder
+from model_core.fingerprint import of_files, of_manifest, of_parts
+from model_core.manifest import verify_folder, write_folder
 from model_core.model import DualVisionModel
 from model_core.processing.processor import DualVisionProcessor
 
 MAX_SHARD_SIZE = "4GB"
 SECOND_ENCODERS = ("dinov2", "dinov2_with_registers")
+#: Of a pair that is combined: what its fresh fusion is made of.
+FUSION_SETTINGS = ("encoder", "fusion", "common_dim", "static_weights", "dinov2_max_patches")
 
 #: Lets transformers' Auto classes (and engines built on them) find our classes in a saved folder.
 _SHIM = '''"""Names this folder's classes for transformers' Auto classes. Needs `pip install dual-vision-encoder`."""
@@ -56,7 +58,7 @@ _AUTO_MAP = {
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """fingerprint, created_unix: of the folder; "" and 0 where there is no manifest."""
+    """fingerprint: of the files that it was read from (fingerprint.py). created_unix: of a folder with manifest."""
 
     model: DualVisionModel
     processor: DualVisionProcessor
@@ -154,16 +156,9 @@ def load_checkpoint(name: str | Path, options: LoadOptions = LoadOptions(), **hu
     manifest = verify_folder(Path(name), deep=False) if Path(name).is_dir() else None
     model = _from_pretrained(DualVisionModel, name, config=config, **options.kwargs(config), **hub)
     processor = _read_processor(name, config, "model", **hub)
-    fingerprint = "" if manifest is None else _fingerprint(manifest)
+    fingerprint = of_files(name, **hub) if manifest is None else of_manifest(manifest)
     created = int((Path(name) / "config.json").stat().st_mtime) if manifest is not None else 0
     return Loaded(model.to(options.resolve_device()).eval(), processor, fingerprint, created)
-
-
-def _fingerprint(manifest: Manifest) -> str:
-    """Of everything that can change an answer: weights, configuration, tokenizer, preprocessing."""
-    relevant = (".safetensors", "config.json", "tokenizer.json", "preprocessor_config.json", ".jinja")
-    parts = [f"{n}:{e.sha256}" for n, e in sorted(manifest.files.items()) if n.endswith(relevant)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 def combine_checkpoints(
@@ -199,7 +194,8 @@ def combine_checkpoints(
     )
     model = assemble(config, qwen, second).to(options.resolve_device()).eval()
     processor = _read_processor(qwen_name, config, "qwen_model_name")
-    return Loaded(model, processor)
+    parts = (of_files(qwen_name), of_files(dinov2_name))
+    return Loaded(model, processor, of_parts(parts, {key: getattr(config, key) for key in FUSION_SETTINGS}))
 
 
 def assemble(

@@ -33,7 +33,7 @@ def load_part(name: str, kind: str) -> Callable[..., Any]:
     Raises:
         ConfigError: it can't be imported or called.
     """
-    found = _import(name, kind, "package.module:name of a class or function")
+    found: Callable[..., Any] = _import(name, kind, "package.module:name of a class or function")
     if not callable(found):
         raise ConfigError(f"this is no {kind}", value=name, allowed="a class or a function")
     made: Callable[..., Any] = found

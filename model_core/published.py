@@ -90,6 +90,11 @@ class ModelState:
         return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
 
 
+def is_variant(folder: Path) -> bool:
+    """Whether it holds what differs from a base, and not a whole model."""
+    return (folder / RECORD_NAME).is_file()
+
+
 def folder_name(model_id: str) -> str:
     """An id as one folder's name: ids hold `/` and `:`. Raises InvalidRequestError."""
     try:

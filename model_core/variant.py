@@ -59,8 +59,9 @@ def publish_variant(
     """
     if not base.fingerprint:
         raise ConfigError(
-            "the base has no manifest, so nobody could tell later whether it is the same", value=base_name,
-            allowed="a folder that save_pretrained wrote", fix="Save it once with DualVisionEncoder.save_pretrained",
+            "the base's files can't be found, so nobody could tell later whether it is the same", value=base_name,
+            allowed="a folder, a hub id or a pair that was loaded from this disk",
+            fix="Save it once with DualVisionEncoder.save_pretrained",
         )  # fmt: skip
     own, record = _as_corrupt(lambda: _compare(base, run, base_name, created_unix))
     target = out / record.fingerprint

@@ -23,6 +23,7 @@ from starlette.responses import Response
 from model_core.errors import DualVisionError
 from service.addresses import AllowedHosts
 from service.auth import KeyGate, scope_of
+from service.checkpoint_publisher import CheckpointPublisher
 from service.engine_client import EngineClient
 from service.errors import (
     ClientDisconnectedError,
@@ -60,6 +61,15 @@ from service.waiting import WaitingBytes
 #: Uploads for analysis, all together and each one's life; in memory only.
 _UPLOAD_BYTES = 64 * 2**20
 _UPLOAD_SECONDS = 3600.0
+
+_FASTAPI: Mapping[str, Any] = {
+    "title": "Dual Vision Encoder",
+    "docs_url": None,  # their pages load scripts from a CDN
+    "redoc_url": None,
+    "redirect_slashes": False,
+    # FastAPI's own spans and metrics: asked for nowhere (service/tracing has ours), yet looked for in every request.
+    "telemetry": {"tracing": False, "metrics": False, "logs": False},
+}
 
 #: Routes read these bodies themselves (strict JSON, OpenAI errors), so the schema must be told of them.
 _BODIES: Mapping[str, type[BaseModel]] = {
@@ -101,17 +111,12 @@ def create_app(
             await client.stop()
             await hot_models.stop()
 
-    app = FastAPI(
-        title="Dual Vision Encoder",
-        lifespan=lifespan,
-        docs_url=None,  # their pages load scripts from a CDN
-        redoc_url=None,
-        redirect_slashes=False,
-    )
+    app = FastAPI(lifespan=lifespan, **_FASTAPI)
     waiting, media = WaitingBytes(request_limits.max_waiting_bytes), _media(settings, request_limits, folder, now)
-    desk = JobDesk(settings, store, folder, Preflight(settings.device))
+    desk = JobDesk(settings, store, folder, Preflight(settings.device), hot_models.published_as)
+    history, checkpoints = FusionHistory(), CheckpointPublisher(store, settings.data_dir)
     app.state.parts = AppParts(
-        settings, request_limits, client, hot_models, metrics, FusionHistory(), waiting, media, desk, now
+        settings, request_limits, client, hot_models, metrics, history, waiting, media, desk, checkpoints, now
     )
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, limits=request_limits, waiting=waiting, metrics=metrics)

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import shutil
+from pathlib import Path
 
 from model_core.errors import DualVisionError
 from service.jobs.files import FileFolder
@@ -18,6 +21,7 @@ from service.store_watch import StoreWatch
 
 _PURGE_SECONDS = 60.0
 _WORKER_SECONDS = 24 * 3600.0
+_JOBS_AT_ONCE = 500
 
 
 async def keep_house(
@@ -42,9 +46,26 @@ async def keep_house(
 
 
 def purge(store: Store, folder: FileFolder, event_retention_seconds: float) -> None:
-    """Drop what has expired: files, events of ended jobs, workers that were not seen for a day."""
+    """Drop what has expired: files, events and folders of ended jobs, workers that were not seen for a day."""
     for record in store.files.take_expired():
         folder.delete(record.path)
     folder.drop_stale()
     store.jobs.purge_events(event_retention_seconds)
+    purge_jobs(store, folder.data_dir / "jobs", event_retention_seconds)
     store.workers.drop_unseen(_WORKER_SECONDS)
+
+
+def purge_jobs(store: Store, root: Path, retention_seconds: float) -> None:
+    """Folders of jobs below `root`: checkpoints, recipes, logs. Published models lie elsewhere and stay.
+
+    What the store does not know is left alone: it may be another store's.
+    """
+    try:
+        names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False))
+    except FileNotFoundError:
+        return
+    for begin in range(0, len(names), _JOBS_AT_ONCE):
+        for job_id in store.jobs.take_stale(names[begin : begin + _JOBS_AT_ONCE], retention_seconds):
+            # Killed in between, the folder is found again: its job is as stale as before.
+            shutil.rmtree(root / job_id, ignore_errors=True)
+            log_fields(logging.INFO, "a job's folder was cleared away", job_id=job_id)

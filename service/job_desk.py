@@ -10,13 +10,13 @@ import asyncio
 import hashlib
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from model_core.errors import InputError, InvalidRequestError, ModelNotFoundError
-from model_core.training.config import TrainConfig
+from model_core.training.config import TrainConfig, parse_config
 from model_core.types import ModelInfo
 from service.errors import InvalidBodyError, UploadNotFoundError, error_body
 from service.jobs.files import FileFolder
@@ -26,9 +26,12 @@ from service.keys import Caller
 from service.preflight import Preflight
 from service.protocol.fine_tuning import CreateJobRequest, FreezeRequest, JobFusion, check_supported
 from service.recipes import ModelSource, files_of, num_gpus_of, to_freeze_settings, to_recipe
+from service.registry import PublishedModel
 from service.settings import Settings
 
 _SEEDS = 2**31
+#: A recipe's and the settings' names of the model that is served.
+_BASE_KEYS = ("model", "qwen_model_name", "dinov2_model_name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,39 +57,45 @@ def hash_body(raw: bytes) -> str:
 @dataclass(frozen=True, slots=True)
 class JobDesk:
     """`turn`: jobs are created one after another, in the order in which requests came, so that a retry that overtakes
-    nothing finds the job of the request that it repeats."""
+    nothing finds the job of the request that it repeats. published_as: a served model by its name, None for the base
+    and its arms; asked in the event loop. Raises ModelNotFoundError."""
 
     settings: Settings
     store: Store
     folder: FileFolder
     preflight: Preflight
+    published_as: Callable[[str], PublishedModel | None]
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def create(self, body: CreateJobRequest, asking: Asking, info: ModelInfo) -> Job:
         """A job in `validating_files`, or the one that an earlier request made. Raises InputError."""
         async with self.turn:
-            return await asyncio.to_thread(self._create, body, asking, info)
+            return await asyncio.to_thread(self._create, body, asking, self._find(body.model, info))
 
-    def _create(self, body: CreateJobRequest, asking: Asking, info: ModelInfo) -> Job:
+    def _create(self, body: CreateJobRequest, asking: Asking, found: _Found) -> Job:
         owner = asking.caller.key_id
         earlier = self.store.jobs.find_earlier(owner, asking.body_hash, asking.idempotency_key, asking.is_retry)
         if earlier is not None:
             return earlier
-        new, _ = self.plan(body, info, owner, asking)
+        new, _ = self._plan(body, found, owner, asking)
         return self.store.jobs.create(new)[0]
 
-    def plan(
-        self, body: CreateJobRequest, info: ModelInfo, owner: str, asking: Asking | None = None
+    def _plan(
+        self, body: CreateJobRequest, found: _Found, owner: str, asking: Asking | None = None
     ) -> tuple[NewJob, TrainConfig]:
         """What would be kept, and its recipe. Raises InputError."""
         check_supported(body)
         fusion = body.fusion or JobFusion()
-        source = self._source(body.model, info)
+        source = self._source(found)
         for file_id, place in files_of(body).items():
             self._check_file(file_id, place)
-        self._check_resume(fusion, source)
-        seed = secrets.randbelow(_SEEDS) if body.seed is None else body.seed
+        earlier = self._job_to_go_on_from(fusion, source)
+        # A run goes on with its own seed; another one would be another run.
+        usual = secrets.randbelow(_SEEDS) if earlier is None else earlier.seed
+        seed = usual if body.seed is None else body.seed
         recipe = to_recipe(body, source, seed)
+        if earlier is not None:
+            _check_same_recipe(recipe, earlier)
         new = NewJob(
             owner=owner,
             model=source.model_id,
@@ -118,7 +127,7 @@ class JobDesk:
             "cost": None, "cost_error": None,
         }  # fmt: skip
         try:
-            _, recipe = await asyncio.to_thread(self.plan, body, info, owner)
+            _, recipe = await asyncio.to_thread(self._plan, body, self._find(body.model, info), owner)
         except InputError as error:
             report |= {"valid": False, "errors": [error_body(error, "")["error"]]}
             return report
@@ -167,34 +176,68 @@ class JobDesk:
             )  # fmt: skip
         return record
 
-    def _check_resume(self, fusion: JobFusion, source: ModelSource) -> None:
+    def _job_to_go_on_from(self, fusion: JobFusion, source: ModelSource) -> Job | None:
         if fusion.resume_from is None:
-            return
+            return None
         checkpoint = self.store.jobs.checkpoint(fusion.resume_from)
         if checkpoint is None:
             raise InvalidBodyError(
                 "there is no such checkpoint", value=fusion.resume_from,
                 allowed="an id of GET /v1/fine_tuning/jobs/{id}/checkpoints", param="fusion.resume_from",
             )  # fmt: skip
-        model = self.store.jobs.get(checkpoint.job_id).model
-        if model != source.model_id:
+        job = self.store.jobs.get(checkpoint.job_id)
+        if job.model != source.model_id:
             raise InvalidBodyError(
-                "the checkpoint was trained from another model", value=source.model_id, allowed=model, param="model"
+                "the checkpoint was trained from another model", value=source.model_id, allowed=job.model, param="model"
             )
+        return job
 
-    def _source(self, name: str, info: ModelInfo) -> ModelSource:
+    def _find(self, name: str, info: ModelInfo) -> _Found:
         if name == info.model_id:
-            return ModelSource(name, _own_model(self.settings))
-        record = self.store.models.get(name)
-        if record is not None and record.status == "ready":
-            return ModelSource(name, {"model": record.path})
-        checkpoint = self.store.jobs.checkpoint_of_model(name)
-        if checkpoint is not None:
-            return ModelSource(name, {"model": checkpoint.path})
-        raise ModelNotFoundError(
-            "there is no such model to train", value=name,
-            allowed=f"'{info.model_id}', a fine-tuned model or a checkpoint of one", param="model",
+            return _Found(name, None, None, is_base=True)
+        try:
+            return _Found(name, self.published_as(name), None)
+        except ModelNotFoundError as error:  # a checkpoint that nobody has chatted with is not published
+            return _Found(name, None, error)
+
+    def _source(self, found: _Found) -> ModelSource:
+        base = _own_model(self.settings)
+        if found.is_base:
+            return ModelSource(found.name, base)
+        if found.published is not None and found.published.id == found.name:
+            return ModelSource(found.name, {**base, "start_from": str(found.published.folder)})
+        checkpoint = self.store.jobs.checkpoint_of_model(found.name)
+        if checkpoint is not None and _base_of(self.store.jobs.get(checkpoint.job_id)) == base:
+            return ModelSource(found.name, {**base, "start_from": checkpoint.path})
+        raise found.error or ModelNotFoundError(
+            "there is no such model to train", value=found.name,
+            allowed="the model that is served, a fine-tuned one or a checkpoint of one", param="model",
         )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What the server knows under a name; error: why it knows none."""
+
+    name: str
+    published: PublishedModel | None
+    error: ModelNotFoundError | None
+    is_base: bool = False
+
+
+def _check_same_recipe(recipe: TrainConfig, earlier: Job) -> None:
+    """As the trainer will: raises InvalidBodyError where a run can't be gone on with."""
+    before = parse_config(earlier.config)
+    if recipe.fingerprint() == before.fingerprint():
+        return
+    now, then = recipe.model_dump(mode="json"), before.model_dump(mode="json")
+    changed = [key for key in sorted(now) if now[key] != then[key] and key not in TrainConfig.HARMLESS]
+    raise InvalidBodyError(
+        "a run goes on only as it began", value="; ".join(f"{key}: {now[key]}" for key in changed)[:500],
+        allowed="; ".join(f"{key}: {then[key]}" for key in changed)[:500],
+        fix="Ask for the same as its job, or train the checkpoint's model instead: name it as 'model'",
+        param="fusion.resume_from",
+    )  # fmt: skip
 
 
 def echo(fusion: JobFusion) -> dict[str, Any]:
@@ -207,9 +250,13 @@ def _plain(default: Any) -> Any:
     return default if isinstance(default, int | bool) else None
 
 
+def _base_of(job: Job) -> Mapping[str, str]:
+    return {name: job.config[name] for name in _BASE_KEYS if job.config.get(name) is not None}
+
+
 def _own_model(settings: Settings) -> Mapping[str, str]:
     """Of the server's own settings; a folder becomes absolute, since a worker stands elsewhere."""
-    named = {name: getattr(settings, name) for name in ("model", "qwen_model_name", "dinov2_model_name")}
+    named = {name: getattr(settings, name) for name in _BASE_KEYS}
     return {
         key: str(Path(value).absolute()) if Path(value).exists() else value
         for key, value in named.items()

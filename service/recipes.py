@@ -14,6 +14,8 @@ from model_core.errors import ConfigError, InvalidRequestError
 from model_core.training.config import DEFAULT_LEARNING_RATES, TrainConfig, parse_config
 from service.protocol.fine_tuning import CreateJobRequest, FreezeRequest, Hyperparameters, JobFusion
 
+DEMO = "dve-demo"
+
 #: Where TrainConfig's keys stand in the body, for errors.
 _PLACES: Mapping[str, str] = {
     "freeze_config": "fusion.freeze",
@@ -73,6 +75,14 @@ def to_freeze_settings(freeze: FreezeRequest) -> dict[str, Any]:
     return settings | ({"rules": [rule.model_dump() for rule in freeze.rules]} if freeze.rules else {})
 
 
+def base_flags(recipe: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a recipe's model was made from, as `dve publish` takes it; `start_from` is no base."""
+    pair = [(f"--{name}", recipe.get(name)) for name in ("qwen_model_name", "dinov2_model_name")]
+    if all(value for _, value in pair):
+        return tuple(str(word) for one in pair for word in one)
+    return "--base", str(recipe.get("model") or DEMO)
+
+
 def num_gpus_of(fusion: JobFusion) -> int:
     """The least that a worker must have."""
     resources = fusion.resources
@@ -110,6 +120,10 @@ def _check_contradictions(body: CreateJobRequest, fusion: JobFusion, hyperparame
         (
             resources is not None and resources.device == "cpu" and resources.num_gpus > 0,
             "the job is to run on the CPU and to have GPUs", "one of the two", "fusion.resources",
+        ),
+        (
+            resources is not None and resources.num_gpus > 1,
+            "one process trains a job, on one GPU", "0 or 1", "fusion.resources.num_gpus",
         ),
         (
             body.validation_file is not None and body.validation_file in _training_files(body, fusion),

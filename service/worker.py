@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from prometheus_client import start_http_server
 
@@ -30,12 +31,12 @@ _READER = ("model_core.cli.data", "model_core.training.data.scan", "model_core.t
 
 def work(
     settings: WorkerSettings, jobs: JobSettings, *, once: bool = False, programs: Programs | None = None,
-    poll_seconds: float = 0.25, backoff_seconds: tuple[float, float] = (2.0, 300.0),
+    poll_seconds: float = 0.25, limits: RunLimits | None = None,
 ) -> int:  # fmt: skip
     """Train until a signal; with `once` until nothing waits.
 
-    programs: stand in for the real ones in tests. poll_seconds: between two looks for work. backoff_seconds: before
-    the second attempt, doubled before each further one, up to the second figure.
+    programs: stand in for the real ones in tests. poll_seconds: between two looks for work. limits: of each run; the
+    settings lay the grace and the priority over them.
 
     Raises:
         ConfigError: devices that are not there, a store that can't be opened.
@@ -50,11 +51,8 @@ def work(
     with ThreadPoolExecutor(_THREADS_PER_DEVICE * (len(devices) + 1), "store") as pool:
         call = StoreThreads(pool)
         workshop = Workshop(store, call, data_dir, programs or Programs())
-        limits = RunLimits(
-            grace_seconds=settings.worker_grace_seconds, backoff_base_seconds=backoff_seconds[0],
-            backoff_limit_seconds=backoff_seconds[1],
-            niceness=_niceness(settings, devices),
-        )  # fmt: skip
+        niceness = _niceness(settings, devices)
+        limits = replace(limits or RunLimits(), grace_seconds=settings.worker_grace_seconds, niceness=niceness)
         context = RunContext(
             store, call, workshop, metrics, data_dir / "jobs", max_attempts=jobs.job_max_attempts, limits=limits,
             tracer=tracer,

@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "list":
             return _list()
         config = load_config(args.file, args.overrides)
+        for stage in config.stages():
+            _check_trains(stage)
     except DualVisionError as error:
         print(f"dve configs {args.command}: error: {error}", file=sys.stderr)
         return BAD_CONFIG
@@ -82,6 +84,17 @@ def _list() -> int:
         note = load_config(path).note
         print(f"{path.name}\n  {note.purpose}\n  cost: {note.cost}\n  expected: {note.expected}")
     return 0
+
+
+def _check_trains(stage: Stage) -> None:
+    """Raises ConfigError for a stage that no model could train anything in; a rule may still name parameters."""
+    if not trained_components(stage.freeze) and not any(rule.train for rule in stage.freeze.rules):
+        raise ConfigError(
+            f"nothing is left to train in stage {stage.index}",
+            value=stage.freeze.model_dump(exclude_defaults=True, mode="json"),
+            allowed="at least one component that is not frozen", fix="Leave one of the flags out",
+            param="freeze_config",
+        )  # fmt: skip
 
 
 def _describe(path: Path, config: TrainConfig) -> None:

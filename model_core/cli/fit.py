@@ -152,8 +152,13 @@ def _read_model(recipe: TrainConfig) -> tuple[Any, int]:
 
     quiet_unless_terminal()
     source = recipe.model_source()
-    name = source.pair or source.model or demo_folder()
-    config = read_model_config(name, **source.settings)
+    name: Any = source.pair or source.model or demo_folder()
+    # A version's config.json is whole, its weights are not: here only the former is asked for.
+    config = (
+        read_model_config(name, **source.settings)
+        if recipe.start_from is None
+        else read_model_config(recipe.start_from)
+    )
     return config, 2 if str(getattr(config, "dtype", None)).rpartition(".")[2] in ("bfloat16", "float16") else 4
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from model_core.cli.train_display import Display
 from model_core.cli.training_pipe import Control, EventPipe
 from model_core.errors import CheckpointError, ConfigError, DualVisionError, InputError, ModelNotFoundError
+from model_core.published import is_variant
 from model_core.training.config import TRAINING_MODES, TrainConfig, load_config
 
 if TYPE_CHECKING:
@@ -151,6 +152,8 @@ def load_for_training(config: TrainConfig) -> Loaded:
     from model_core.checkpoint import Loaded, LoadOptions, combine_checkpoints, load_checkpoint
     from model_core.demo_model import demo_folder
     from model_core.plugins import load_part
+    from model_core.training.saving import whole_model
+    from model_core.variant import load_variant
 
     source = config.model_source()
     options = LoadOptions(config.device, None, config.use_flash_attention)
@@ -160,9 +163,15 @@ def load_for_training(config: TrainConfig) -> Loaded:
     on_cuda = options.resolve_device().type == "cuda"
     if config.precision == "float32" or (config.precision == "auto" and not on_cuda):
         options = replace(options, dtype=torch.float32)
+    start = None if config.start_from is None else Path(config.start_from)
+    if start is not None and not is_variant(start):
+        with whole_model(start) as folder:
+            return load_checkpoint(folder, options)
     if source.pair is not None:
-        return combine_checkpoints(*source.pair, options, **source.settings)
-    return load_checkpoint(source.model or demo_folder(), options)
+        base = combine_checkpoints(*source.pair, options, **source.settings)
+    else:
+        base = load_checkpoint(source.model or demo_folder(), options)
+    return base if start is None else load_variant(start, base)
 
 
 def _input_format(loaded: Loaded) -> Any:

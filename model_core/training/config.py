@@ -113,6 +113,7 @@ class TrainConfig(Section):
     """A whole run. Every key of the original's config.json has its old name and place.
 
     model: a dual checkpoint to start from, folder or hub id; instead of the two names.
+    start_from: a folder with weights of that model to begin with: a published version, or a step or the end of a run.
     new_model: called with seed=, gives a model that was never trained and its processor; instead of any name.
     training_mode, freeze_config: without a curriculum; a curriculum's stages may override the flags.
     learning_rate: for every group that learning_rates does not name; None leaves DEFAULT_LEARNING_RATES.
@@ -138,6 +139,7 @@ class TrainConfig(Section):
     model: str | None = None
     qwen_model_name: str | None = None
     dinov2_model_name: str | None = None
+    start_from: str | None = None
     new_model: PartConfig | None = None
     encoder: str | None = None
     fusion: str | None = None
@@ -221,7 +223,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _has_one_beginning(self) -> Self:
-        if self.new_model is not None and (self.model or self.qwen_model_name):
+        if self.new_model is not None and (self.model or self.qwen_model_name or self.start_from):
             raise ValueError("'new_model', or a model to load, not both")
         if self.batch_source is not None and (self.train_data_path or self.datasets):
             raise ValueError("'batch_source', or files to train on, not both")
@@ -323,7 +325,9 @@ class TrainConfig(Section):
 
     def fingerprint(self) -> str:
         """Of all that can change a weight; a resumed run must have the same, or say so."""
-        return hashlib.sha256(self.model_dump_json(exclude=set(self.HARMLESS)).encode()).hexdigest()[:16]
+        # A key that came later is left out where nobody gives it: older runs can still be gone on with.
+        left_out = {*self.HARMLESS} | ({"start_from"} if self.start_from is None else set())
+        return hashlib.sha256(self.model_dump_json(exclude=left_out).encode()).hexdigest()[:16]
 
 
 def parse_config(data: Any, overrides: Iterable[str] = ()) -> TrainConfig:

@@ -42,7 +42,7 @@ class Evaluation:
     num_samples: int
     num_answers: int
     dataset_losses: dict[str, float]
-    sample_losses: tuple[tuple[float, float | None, int], ...] = field(repr=False, default=())
+    sample_losses: tuple[tuple[float, float | None, float], ...] = field(repr=False, default=())
     hits: tuple[tuple[bool, bool | None], ...] = field(repr=False, default=())
 
     def metrics(self) -> dict[str, float]:
@@ -84,7 +84,7 @@ class Evaluator:
         """Every held-out sample's loss, and `num_answers` answers."""
         arms: list[Arm] = ["fused", "unfused"] if self.config.unfused_floor else ["fused"]
         losses: dict[str, list[float]] = {arm: [] for arm in arms}
-        counts: list[int] = []
+        counts: list[float] = []
         refs: list[SampleRef] = []
         weights = []
         with _evaluating(self.forward.model), torch.no_grad():
@@ -172,7 +172,7 @@ def _text_of(message: ChatMessage) -> str:
     return "".join(part.text for part in message.parts if isinstance(part, TextPart))
 
 
-def _mean(losses: Iterable[tuple[float, int]]) -> float:
+def _mean(losses: Iterable[tuple[float, float]]) -> float:
     pairs = list(losses)
     return sum(loss for loss, _ in pairs) / max(1, sum(count for _, count in pairs))
 

@@ -89,8 +89,8 @@ class PackForward:
         # The language model's activations are kept whenever a gradient goes through it, so also while it is frozen.
         self._recompute_llm = "llm" in self._wanted and bool(trained)
         towers = {"qwen_vision": (backbone.visual, {"qwen_vision", "merger"}), "dinov2": (backbone.second, {"dinov2"})}
-        for name, (module, own) in towers.items():
-            if name in self._wanted and trained & own:
+        for name, (module, parts) in towers.items():
+            if name in self._wanted and trained & parts:
                 module.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
             elif name in self._wanted:
                 module.activation_checkpointing_disable()

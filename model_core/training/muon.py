@@ -39,7 +39,7 @@ class MuonAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002 - torch gives it
         """Gradients are there; a parameter without one stays as it is."""
-        groups = self.param_groups
+        groups: list[dict[str, Any]] = self.param_groups
         try:
             self.param_groups = [group for group in groups if not group["is_matrix"]]
             if self.param_groups:

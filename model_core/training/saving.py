@@ -6,7 +6,9 @@ have no state here: every step draws from the seed and its own number (`step.py`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,11 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model_core.checkpoint import save_checkpoint
+from model_core.checkpoint import LoadOptions, load_checkpoint, save_checkpoint
 from model_core.errors import CheckpointError, CheckpointMismatchError
 from model_core.training.auxiliary import AuxiliaryLoss
-from model_core.training.config import TrainConfig
+from model_core.training.config import TrainConfig, parse_config
+from model_core.training.lora import apply_lora
 from model_core.training.runs import (
     ADAPTERS_NAME,
     AUXILIARY_NAME,
@@ -143,3 +146,21 @@ def save_final(run: RunFolder, model: nn.Module, processor: Any, best: Path | No
     save_checkpoint(model, processor, target, {"from": best.name if best else "last step"},
                     state_dict=merged_state(model))  # fmt: skip
     return target
+
+
+@contextmanager
+def whole_model(folder: Path) -> Iterator[Path]:
+    """A folder of a run as an ordinary model: itself, or where adapters lie beside a step, a copy with them folded in.
+
+    The copy is gone when the context ends. Raises CheckpointError, ConfigError (peft is not installed).
+    """
+    if not (folder / ADAPTERS_NAME).is_file():
+        yield folder
+        return
+    loaded = load_checkpoint(folder, LoadOptions("cpu"))
+    apply_lora(loaded.model, parse_config(read_trainer(folder)["recipe"]).lora, seed=0)
+    load_weights(loaded.model, folder, folder / ADAPTERS_NAME)
+    with tempfile.TemporaryDirectory(prefix="dve-folded-") as scratch:
+        target = Path(scratch) / folder.name
+        save_checkpoint(loaded.model, loaded.processor, target, state_dict=merged_state(loaded.model))
+        yield target

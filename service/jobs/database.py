@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,7 @@ class Database:
             event.listen(self._engine, "connect", _prepare_sqlite)
             event.listen(self._engine, "begin", _begin_sqlite)
         self._writing = self._engine.execution_options(dve_begin="BEGIN IMMEDIATE")
+        self._next, self._own_turn = threading.Lock(), threading.Lock()
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
@@ -58,8 +61,31 @@ class Database:
     @contextlib.contextmanager
     def write(self) -> Iterator[Connection]:
         """A transaction that may write; SQLite's write lock is taken at once. Commits unless an error passes."""
-        with _translated(), self._writing.begin() as connection:
+        with self._one_at_a_time(), _translated(), self._writing.begin() as connection:
             yield connection
+
+    @contextlib.contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        """Of SQLite's writers in this process.
+
+        SQLite itself lets who waits look again every tenth of a second: a worker that took over a job and wrote one
+        thing after another kept its own renewals out until its lease was over. Of two locks the first is held by
+        whoever comes next, so that who has just written can't come before him.
+        """
+        if not self.is_sqlite:
+            yield
+            return
+        give_up_at = time.monotonic() + _BUSY_SECONDS
+        has_turn = False
+        if self._next.acquire(timeout=_BUSY_SECONDS):
+            has_turn = self._own_turn.acquire(timeout=max(give_up_at - time.monotonic(), 0.0))
+            self._next.release()
+        if not has_turn:
+            raise StoreUnavailableError("the database does not answer (another write does not end)")
+        try:
+            yield
+        finally:
+            self._own_turn.release()
 
     def take_turn(self, connection: Connection, name: str) -> None:
         """Until this transaction ends, other processes that take a turn of this name wait.

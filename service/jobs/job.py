@@ -152,17 +152,28 @@ class Job:
 
     @property
     def fine_tuned_name(self) -> str:
-        """The id under which the result is served: `ft:{base}:{org}:{suffix}:{8 characters}`."""
-        base = self.model.split(":")[1] if self.model.startswith("ft:") else self.model
-        return f"ft:{base}:{ORGANISATION}:{self.suffix or ''}:{self.id[-8:]}"
+        """The id under which the result is served."""
+        return fine_tuned_name(self.model, self.suffix, self.id)
 
     def checkpoint_name(self, step: int) -> str:
         """The id under which one checkpoint of this job is served."""
-        return f"{self.fine_tuned_name}:ckpt-step-{step}"
+        return checkpoint_name(self.fine_tuned_name, step)
 
 
 #: Of every job and every fine-tuned name: one server is one organisation.
 ORGANISATION = "dve"
+
+
+def fine_tuned_name(model: str, suffix: str | None, job_id: str) -> str:
+    """`ft:{base}:{org}:{suffix}:{8 characters}`. Of a fine-tuned model it is that one's base."""
+    base = model
+    if base.startswith("ft:"):
+        base = base.removeprefix("ft:").partition(":ckpt-step-")[0].rsplit(":", 3)[0]
+    return f"ft:{base}:{ORGANISATION}:{suffix or ''}:{job_id[-8:]}"
+
+
+def checkpoint_name(fine_tuned: str, step: int) -> str:
+    return f"{fine_tuned}:ckpt-step-{step}"
 
 
 @dataclass(frozen=True, slots=True)

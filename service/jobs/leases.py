@@ -6,14 +6,15 @@ no such row raises LeaseLostError. It starts and ends no process, and reads no c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, case, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Select, and_, case, delete, func, or_, select, update
 
 from service.jobs.database import Database
 from service.jobs.job import (
-    Checkpoint,
+    Action,
     Claim,
     Job,
     Lease,
@@ -21,11 +22,14 @@ from service.jobs.job import (
     NewCheckpoint,
     NewEvent,
     Status,
+    checkpoint_name,
+    fine_tuned_name,
 )
 from service.jobs.moves import (
     add_events,
     change,
     insert_into,
+    is_needed,
     job_columns,
     lock,
     move,
@@ -72,10 +76,9 @@ class Leases:
 
     def has_work(self, *, num_gpus: int = 0, can_train: bool = True, can_validate: bool = True) -> bool:
         """Whether a claim would find or settle anything; it only reads, so that idle workers lock nobody out."""
-        claimable = and_(*_claimable(num_gpus, can_train=can_train, can_validate=can_validate))
-        either = or_(claimable, and_(*_lost_for_good()))
+        statement = _work_statement(num_gpus, can_train=can_train, can_validate=can_validate)
         with self._database.read() as connection:
-            return connection.execute(select(jobs.c.seq).where(either).limit(1)).first() is not None
+            return connection.execute(statement).first() is not None
 
     def _claim_statement(self, owner: str, num_gpus: int, *, can_train: bool, can_validate: bool) -> Any:
         one = (
@@ -110,22 +113,40 @@ class Leases:
         with self._database.write() as connection:
             return self._write(connection, lease, lease_expires_at=db_now() + self.lease_seconds)
 
-    def append_events(self, lease: Lease, new: Sequence[NewEvent]) -> int:
-        """Keep a trainer's events, those that are there already left out; how many were new.
+    def wishes(self, lease: Lease) -> tuple[Action | None, int]:
+        """What a person wants of the job now, and how many live switches were asked for. Cheap: asked every second."""
+        columns = select(jobs.c.requested_action, jobs.c.num_switches)
+        with self._database.read() as connection:
+            row = connection.execute(columns.where(*_fence(lease))).first()
+        if row is None:
+            raise _lost(lease)
+        return row.requested_action, row.num_switches
+
+    def append_events(
+        self, lease: Lease, new: Sequence[NewEvent], checkpoints: Sequence[NewCheckpoint] = ()
+    ) -> int:  # fmt: skip
+        """Keep a trainer's events, those that are there already left out, and the folders they tell of; how many events
+        were new.
 
         Events of kind `step` move stage, global_step, num_steps and trained_tokens; a step further than ever before
-        renews the budget of attempts. `freeze` sets the freeze table.
+        renews the budget of attempts. `freeze` sets the freeze table. A folder is complete; of the same step again,
+        from a later attempt, the row keeps its id and has the new path.
         """
         with self._database.write() as connection:
-            job = self._held(connection, lease)
-            added = add_events(connection, job.id, new)
-            if values := self._progress(job, added):
-                change(connection, job, **values)
+            job = _held_progress(connection, lease)
+            added = add_events(connection, lease.job_id, new)
+            values = self._progress(job.global_step, job.trained_tokens, added)
+            for checkpoint in checkpoints:
+                _put_checkpoint(connection, job, checkpoint)
+                if checkpoint.step > job.start_step:
+                    values["attempts_left"] = self._max_attempts
+            if values:
+                connection.execute(update(jobs).where(jobs.c.seq == job.seq).values(**values))
             return len(added)
 
-    def _progress(self, job: Job, added: Iterable[NewEvent]) -> dict[str, Any]:
+    def _progress(self, reached: int, trained_tokens: int | None, added: Iterable[NewEvent]) -> dict[str, Any]:
         values: dict[str, Any] = {}
-        step, tokens = job.global_step, 0
+        step, tokens = reached, 0
         for event in added:
             if event.kind == "step":
                 step = max(step, event.global_step)
@@ -135,30 +156,14 @@ class Leases:
             elif event.kind == "freeze":
                 values["freeze_table"] = storable(event.data)
         if tokens:
-            values["trained_tokens"] = (job.trained_tokens or 0) + tokens
-        if step > job.global_step:
+            values["trained_tokens"] = (trained_tokens or 0) + tokens
+        if step > reached:
             values |= {"global_step": step, "attempts_left": self._max_attempts}
         return values
 
-    def add_checkpoint(self, lease: Lease, new: NewCheckpoint) -> Checkpoint:
-        """A complete folder. The same step again, from a later attempt, keeps its id and has the new path."""
-        with self._database.write() as connection:
-            job = self._held(connection, lease)
-            values = {
-                "id": new_id("ftckpt_"), "job_id": job.id, "created_at": db_now(), "step": new.step,
-                "stage": new.stage, "path": new.path, "reason": new.reason, "metrics": storable(new.metrics),
-                "model_id": job.checkpoint_name(new.step),
-            }  # fmt: skip
-            kept = {key: values[key] for key in ("path", "reason", "metrics", "stage")}
-            row = connection.execute(
-                insert_into(checkpoints, connection.dialect)
-                .values(**values)
-                .on_conflict_do_update(index_elements=["job_id", "step"], set_=kept)
-                .returning(*checkpoints.c)
-            ).mappings()
-            if new.step > job.start_step:
-                change(connection, job, attempts_left=self._max_attempts)
-            return to_record(Checkpoint, row.one())
+    def add_checkpoint(self, lease: Lease, new: NewCheckpoint) -> None:
+        """As `append_events` does beside events."""
+        self.append_events(lease, (), (new,))
 
     def forget_checkpoints(self, lease: Lease, steps: Sequence[int]) -> None:
         """Of folders that retention has deleted."""
@@ -167,6 +172,15 @@ class Leases:
             connection.execute(
                 delete(checkpoints).where(checkpoints.c.job_id == lease.job_id, checkpoints.c.step.in_(steps))
             )
+
+    def drop_checkpoints(self, lease: Lease, paths: Sequence[str]) -> list[str]:
+        """Of these folders those that may be deleted: no row has them any more, and no other job begins from one."""
+        with self._database.write() as connection:
+            self._held(connection, lease)
+            own = (checkpoints.c.job_id == lease.job_id, checkpoints.c.path.in_(paths))
+            kept = set(connection.execute(select(checkpoints.c.path).where(*own, is_needed())).scalars())
+            connection.execute(delete(checkpoints).where(*own, checkpoints.c.path.not_in(kept)))
+        return [path for path in paths if path not in kept]
 
     def mark_switched(self, lease: Lease, number: int, step: int) -> None:
         """The trainer has applied this live switch before the step after `step`."""
@@ -188,15 +202,17 @@ class Leases:
                 return move(connection, job, "succeeded", "The dry run found nothing wrong")
             return self._let_go(connection, job, "The job waits for a worker")
 
-    def stopped(
-        self, lease: Lease, *, delay_seconds: float = 0.0, message: str = "The worker gave the job back"
-    ) -> Job:
-        """The process is gone and what it had is saved (exit 75): paused, cancelled, or queued where nobody asked.
-
-        delay_seconds: nobody claims it before; for a job that does not fit the device yet.
-        """
+    def stopped(self, lease: Lease, *, message: str = "The worker gave the job back") -> Job:
+        """The process is gone and what it had is saved (exit 75): paused, cancelled, or queued where nobody asked."""
         with self._database.write() as connection:
             job = change(connection, self._held(connection, lease), attempts_left=self._max_attempts)
+            return self._let_go(connection, job, message)
+
+    def postponed(self, lease: Lease, message: str, delay_seconds: float) -> Job:
+        """It does not fit the device yet. Nothing was started: no attempt is counted, and nobody claims it before."""
+        with self._database.write() as connection:
+            job = self._held(connection, lease, "running")
+            job = change(connection, job, attempts_left=self._max_attempts, attempt=job.attempt - 1)
             return self._let_go(connection, job, message, delay_seconds)
 
     def retry(self, lease: Lease, error: Mapping[str, Any], *, delay_seconds: float = 0.0) -> Job:
@@ -308,6 +324,33 @@ class Leases:
         return to_record(Job, row)
 
 
+#: What is read of a job to take in its events: its other columns are long.
+_PROGRESS = (
+    jobs.c.seq, jobs.c.id, jobs.c.model, jobs.c.suffix, jobs.c.global_step, jobs.c.trained_tokens, jobs.c.start_step,
+)  # fmt: skip
+
+
+def _held_progress(connection: Connection, lease: Lease) -> Any:
+    row = connection.execute(select(*_PROGRESS).where(*_fence(lease)).with_for_update()).first()
+    if row is None:
+        raise _lost(lease)
+    return row
+
+
+def _put_checkpoint(connection: Connection, job: Any, new: NewCheckpoint) -> None:
+    name = checkpoint_name(fine_tuned_name(job.model, job.suffix, job.id), new.step)
+    values = {
+        "id": new_id("ftckpt_"), "job_id": job.id, "created_at": db_now(), "step": new.step, "stage": new.stage,
+        "path": new.path, "reason": new.reason, "metrics": storable(new.metrics), "model_id": name,
+    }  # fmt: skip
+    kept = {key: values[key] for key in ("path", "reason", "metrics", "stage")}
+    connection.execute(
+        insert_into(checkpoints, connection.dialect)
+        .values(**values)
+        .on_conflict_do_update(index_elements=["job_id", "step"], set_=kept)
+    )
+
+
 def _claimable(num_gpus: int, *, can_train: bool, can_validate: bool) -> list[ColumnElement[bool]]:
     waiting = [status for status, can in (("queued", can_train), ("validating_files", can_validate)) if can]
     is_free = or_(jobs.c.lease_owner.is_(None), jobs.c.lease_expires_at <= db_now())
@@ -319,6 +362,13 @@ def _claimable(num_gpus: int, *, can_train: bool, can_validate: bool) -> list[Co
         jobs.c.not_before <= db_now(),
         or_(jobs.c.num_gpus <= num_gpus, jobs.c.status == "validating_files"),
     ]
+
+
+@functools.cache
+def _work_statement(num_gpus: int, *, can_train: bool, can_validate: bool) -> Select[Any]:
+    # Kept: an idle worker asks it four times a second, and building it took longer than asking.
+    claimable = and_(*_claimable(num_gpus, can_train=can_train, can_validate=can_validate))
+    return select(jobs.c.seq).where(or_(claimable, and_(*_lost_for_good()))).limit(1)
 
 
 def _lost_for_good() -> tuple[ColumnElement[bool], ...]:

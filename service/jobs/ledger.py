@@ -6,10 +6,23 @@ requested action; what no process holds is done at once. It never writes what a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from sqlalchemy import JSON, ColumnElement, Connection, Select, Table, delete, exists, func, insert, literal, select
+from sqlalchemy import (
+    JSON,
+    ColumnElement,
+    Connection,
+    Select,
+    Table,
+    delete,
+    exists,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+)
 
 from service.errors import (
     IdempotencyConflictError,
@@ -20,9 +33,20 @@ from service.errors import (
     QuotaExceededError,
 )
 from service.jobs.database import Database
-from service.jobs.job import TERMINAL, Action, Checkpoint, Job, JobEvent, NewJob, Status, Switch
-from service.jobs.moves import change, job_columns, lock, move, new_id, note, to_record
-from service.jobs.schema import checkpoints, db_now, events, files, idempotency, job_files, job_metadata, jobs, switches
+from service.jobs.job import STATUSES, TERMINAL, Action, Checkpoint, Job, JobEvent, NewJob, Status, Switch
+from service.jobs.moves import change, is_needed, job_columns, lock, move, new_id, note, to_record
+from service.jobs.schema import (
+    checkpoints,
+    db_now,
+    events,
+    files,
+    idempotency,
+    job_files,
+    job_metadata,
+    jobs,
+    models,
+    switches,
+)
 
 _RETRY_SECONDS = 600.0
 _KEY_SECONDS = 24 * 3600.0
@@ -254,10 +278,24 @@ class Ledger:
         return [s for s in found if from_step is None or s.applied_step is None or s.applied_step >= from_step]
 
     def counts(self) -> dict[str, int]:
-        """How many jobs there are by status."""
+        """How many jobs there are by status, of those without any 0: a gauge would stay where it was."""
         with self._database.read() as connection:
             rows = connection.execute(select(jobs.c.status, func.count()).group_by(jobs.c.status))
-            return {status: count for status, count in rows}
+            return dict.fromkeys(STATUSES, 0) | {status: count for status, count in rows}
+
+    def take_stale(self, job_ids: Sequence[str], older_than_seconds: float) -> list[str]:
+        """Of these jobs those whose folder nobody needs: ended longer ago, or their model was deleted. Their
+        checkpoints are forgotten, the caller deletes the folders. One that another job begins from keeps all."""
+        is_old = jobs.c.finished_at < db_now() - older_than_seconds
+        is_gone = exists().where(models.c.job_id == jobs.c.id, models.c.step.is_(None), models.c.status == "deleted")
+        is_read = exists().where(checkpoints.c.job_id == jobs.c.id, is_needed())
+        stale = select(jobs.c.id).where(
+            jobs.c.id.in_(job_ids), jobs.c.status.in_(TERMINAL), or_(is_old, is_gone), ~is_read
+        )
+        with self._database.write() as connection:
+            found = list(connection.execute(stale).scalars())
+            connection.execute(delete(checkpoints).where(checkpoints.c.job_id.in_(found)))
+            return found
 
     def longest_silence(self) -> float:
         """Seconds since the last step of that running job which has gone longest without one; 0 if none runs."""

@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, Dialect, Insert, RowMapping, Table, select, update
+from sqlalchemy import ColumnElement, Connection, Dialect, RowMapping, Table, exists, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from service.jobs.job import JOB_STAGE, TERMINAL, Job, Level, NewEvent, Status, check_move
-from service.jobs.schema import db_now, events, jobs
+from service.jobs.schema import checkpoints, db_now, events, jobs
 
 RecordT = TypeVar("RecordT")
 _JOB_COLUMNS = [jobs.c[field.name] for field in fields(Job)]
@@ -101,19 +101,27 @@ def note(
     add_events(connection, job.id, [NewEvent(JOB_STAGE, job.version, kind, message, dict(data or {}), level)])
 
 
+def is_needed() -> ColumnElement[bool]:
+    """Of a checkpoint's row: a job that has not ended begins from it, or goes on from it."""
+    other = jobs.alias()
+    begins = or_(other.c.resume_from == checkpoints.c.id, other.c.model == checkpoints.c.model_id)
+    return exists().where(other.c.status.not_in(TERMINAL), begins).correlate(checkpoints)
+
+
 def add_events(connection: Connection, job_id: str, new: Sequence[NewEvent]) -> list[NewEvent]:
     """Insert what is not there yet, in order; returns that. The job's row must be locked: seq then tells the order."""
     added: list[NewEvent] = []
+    # The values stand beside the statement, so that it is the same one each time and compiled once.
+    statement = (
+        insert_into(events, connection.dialect)
+        .values(created_at=db_now())
+        .on_conflict_do_nothing(index_elements=["job_id", "stage", "global_step", "kind"])
+        .returning(events.c.id)
+    )
     for begin in range(0, len(new), _EVENTS_AT_ONCE):
         some = new[begin : begin + _EVENTS_AT_ONCE]
         rows = [_event_row(job_id, event) for event in some]
-        statement: Insert = (
-            insert_into(events, connection.dialect)
-            .values(rows)
-            .on_conflict_do_nothing(index_elements=["job_id", "stage", "global_step", "kind"])
-            .returning(events.c.id)
-        )
-        inserted = set(connection.execute(statement).scalars())
+        inserted = set(connection.execute(statement, rows).scalars())
         added += [event for event, row in zip(some, rows, strict=True) if row["id"] in inserted]
     return added
 
@@ -122,7 +130,6 @@ def _event_row(job_id: str, event: NewEvent) -> dict[str, Any]:
     return {
         "id": new_id("ftevent-"),
         "job_id": job_id,
-        "created_at": db_now(),
         "stage": event.stage,
         "global_step": event.global_step,
         "kind": event.kind[:128],

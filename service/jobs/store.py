@@ -3,14 +3,15 @@
 In: `open_store(database_url, data_dir)`, which brings the schema up to date under a lock. Out: a `Store`, whose parts
 are safe to call from any thread and block (call them in a thread from asyncio). The interface, all of it:
 
-    store.jobs      create, get, page, events, events_since, checkpoints, checkpoint, checkpoint_of_model,
-                    request (pause, cancel), resume, request_switch, switches, counts, longest_silence,
-                    purge_events                                                                        ledger.py
-    store.leases    has_work, claim, renew, append_events, add_checkpoint, forget_checkpoints, mark_switched,
-                    validated, stopped, retry, succeed, fail, register_model, reap                        leases.py
-    store.files     add, get, page, set_status, delete, take_expired                                      records.py
-    store.models    add, get, list, set_status, forget                                                    records.py
-    store.workers   beat, remove, list, drop_unseen                                                       records.py
+    store.jobs      create, find_earlier, get, page, events, event_seq, events_since, checkpoints, checkpoint,
+                    checkpoint_of_model, request (pause, cancel), resume, request_switch, switches, counts,
+                    longest_silence, take_stale, purge_events                                         ledger.py
+    store.leases    has_work, claim, renew, wishes, append_events, add_checkpoint, forget_checkpoints,
+                    drop_checkpoints, mark_switched, validated, stopped, postponed, retry, succeed,
+                    fail, register_model, reap                                                        leases.py
+    store.files     add, get, page, set_status, delete, take_expired                                  records.py
+    store.models    add, get, list, set_status, forget                                                records.py
+    store.workers   beat, remove, list, drop_unseen                                                   records.py
 
 A worker's life with one job: `claim` -> (status `validating_files`: read its files, then `validated` or `fail`) or
 (status `running`: start the trainer; `renew` every sixth of the lease; `append_events`, `add_checkpoint`; then one of

@@ -120,7 +120,7 @@ class DatasetRequest(BaseModel):
 
 
 class Resources(BaseModel):
-    """num_gpus: the least that the worker must have; more than 1 are used together."""
+    """num_gpus: the least that the worker must have; more than 1 are refused where the recipe is made."""
 
     model_config = STRICT
     device: Literal["auto", "cpu", "cuda"] = "auto"

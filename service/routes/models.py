@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+
 from fastapi import APIRouter, Request
 
-from model_core.errors import DualVisionError, InvalidRequestError
+from model_core.errors import DualVisionError, InvalidRequestError, ModelNotFoundError
 from model_core.types import ModelInfo
-from service.errors import rule_for
+from service.errors import StorageFullError, StoreUnavailableError, rule_for
 from service.protocol.models import ModelCard, ModelDeleted, ModelList, ModelProblem
 from service.registry import PublishedModel
 from service.routes.parts import AppParts, Parts
@@ -28,8 +31,13 @@ async def list_models(parts: Parts) -> ModelList:
 # `:path`, since ids of the hub hold slashes. The longer paths first, or they would be ids.
 @router.post("/v1/models/{model_id:path}/load", operation_id="load_model")
 async def load_model(model_id: str, request: Request, parts: Parts) -> ModelCard:
-    """Into memory, unless it is there; also again after a failure. Answers when it is done."""
-    model = parts.models.published_as(model_id)
+    """Into memory, unless it is there; also again after a failure; a job's checkpoint is published first."""
+    try:
+        model = parts.models.published_as(model_id)
+    except ModelNotFoundError:
+        if not await parts.publish_checkpoint(request, model_id):
+            raise
+        model = parts.models.published_as(model_id)
     if model is not None:
         with parts.client.admit() as admission:
             await until_disconnect(request, admission.wait(parts.models.load(model, again=True)))
@@ -57,8 +65,10 @@ async def get_model(model_id: str, parts: Parts) -> ModelCard:
 
 @router.delete("/v1/models/{model_id:path}", operation_id="delete_model")
 async def delete_model(model_id: str, parts: Parts) -> ModelDeleted:
-    """Nobody finds it from now on; requests that have begun end as usual, then its files go."""
+    """Nobody finds it from now on; requests that have begun end as usual, then its files go, its job's among them."""
     parts.models.delete(model_id)
+    with contextlib.suppress(StoreUnavailableError, StorageFullError):  # then its job's folder goes when it is old
+        await asyncio.to_thread(parts.desk.store.models.set_status, model_id, "deleted")
     return ModelDeleted(id=model_id)
 
 

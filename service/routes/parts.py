@@ -8,12 +8,14 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
+from model_core.errors import ModelNotFoundError
 from model_core.types import ChatMessage
 from service.admission import Admission
+from service.checkpoint_publisher import CheckpointPublisher
 from service.engine_client import EngineClient
 from service.fleet import Member
 from service.fusion_history import FusionHistory
-from service.hot_models import HotModels
+from service.hot_models import HotModels, name_without_arm
 from service.job_desk import JobDesk
 from service.keys import Caller
 from service.media import MediaSource, is_remote
@@ -25,6 +27,7 @@ from service.settings import Settings
 from service.streaming import until_disconnect
 from service.waiting import WaitingBody, WaitingBytes
 
+CHECKPOINT_MARK = ":ckpt-step-"
 #: Base64 that takes a quarter of a millisecond.
 _LITTLE_CHARACTERS = 2_000_000
 
@@ -42,6 +45,7 @@ class AppParts:
     waiting_bytes: WaitingBytes
     media: MediaSource
     desk: JobDesk
+    checkpoints: CheckpointPublisher
     now: Callable[[], float]
 
     async def find_model(
@@ -52,12 +56,28 @@ class AppParts:
         `give_back`: the place that was kept while the body came; a load takes one itself.
         Raises ModelNotFoundError, CheckpointError, ModelTooLargeError, OverloadedError, RequestTimeoutError.
         """
-        found = self.models.find(name)
+        try:
+            found = self.models.find(name)
+        except ModelNotFoundError:
+            give_back()
+            if name is None or not await self.publish_checkpoint(request, name):
+                raise
+            found = self.models.find(name)
         if isinstance(found, Member):
             return found
         give_back()
         with self.client.admit() as admission:
             return await until_disconnect(request, admission.wait(self.models.load(found)))
+
+    async def publish_checkpoint(self, request: Request, name: str) -> bool:
+        """Whether this name, or the one before its `@`, is a job's checkpoint that nobody had asked for yet.
+
+        Raises CheckpointError, StorageFullError.
+        """
+        model_id = name_without_arm(name)
+        if CHECKPOINT_MARK not in model_id:
+            return False
+        return await until_disconnect(request, self.checkpoints.publish(model_id))
 
     async def read_messages(
         self, admission: Admission, messages: Sequence[Message], body: WaitingBody, caller: Caller

@@ -25,6 +25,9 @@ READ_EVENTS = "told.read.jsonl"
 RECIPE = "job.json"
 LOG = "trainer.log"
 LOCK = "lock"
+#: A trainer's link to its best step, maybe an earlier attempt's; reasons for which a step is kept.
+BEST = "best"
+_LASTING = ("stage", "final", "best")
 _ATTEMPT = re.compile(r"attempt-(\d+)")
 _STEP = re.compile(r"step-(\d+)")
 
@@ -69,6 +72,17 @@ class JobFolder:
             if (manifest := _manifest(path)) is not None
         ]
         return sorted(found, reverse=True)
+
+    def surplus(self, attempt: int) -> list[Path]:
+        """Of a job that this attempt has finished: what earlier ones saved to go on from, which it has gone on from.
+
+        Ends of stages, what was best and the newest stay, as within one attempt.
+        """
+        best = self.attempt(attempt) / BEST
+        kept = best.resolve() if best.exists() else None
+        older = [step for step in self.steps()[1:] if step.attempt < attempt]
+        steps = [step for step in older if step.note.get("reason") not in _LASTING]
+        return [step.path for step in steps if step.path.resolve() != kept]
 
     def try_lock(self) -> int | None:
         """A descriptor that the trainer inherits; None while an earlier trainer of this job is not dead yet."""

@@ -96,16 +96,22 @@ def parse_devices(text: str, concurrency: int | None) -> tuple[Device, ...]:
     """`auto`, `cpu`, or GPU numbers with commas between; so many slots a device, one unless it is said.
 
     Raises:
-        ConfigError: another word, or a GPU that is named twice.
+        ConfigError: another word, a GPU that is named twice, or one that nvidia-smi does not know.
     """
     names = [part.strip() for part in text.split(",")]
+    known = [] if names == ["cpu"] else [str(gpu) for gpu in sorted(gpu_memory())]
     if names == ["auto"]:
-        gpus = sorted(gpu_memory())
-        names = [str(gpu) for gpu in gpus] or ["cpu"]
+        names = known or ["cpu"]
     if len(set(names)) != len(names) or not all(name == "cpu" or re.fullmatch(r"\d{1,3}", name) for name in names):
         raise ConfigError(
             "these devices can't be trained on", value=text, allowed="auto, cpu, or GPU numbers: 0 or 0,1",
             fix="Name each once", param="worker_devices",
+        )  # fmt: skip
+    missing = [name for name in names if known and name not in (*known, "cpu")]
+    if missing:
+        raise ConfigError(
+            "this machine has no such GPU", value=missing[0], allowed=", ".join(["auto", "cpu", *known]),
+            fix="Name one that nvidia-smi shows", param="worker_devices",
         )  # fmt: skip
     return tuple(
         Device(f"cpu-{slot}") if name == "cpu" else Device(f"gpu-{name}" + (f".{slot}" if slot else ""), int(name))

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,16 +34,19 @@ from service.supervisor.telling import begin_attempt, tell_verdict, tell_whole_l
 from service.supervisor.verdict import Verdict, backoff_seconds, judge, of_os_error, of_refusal
 from service.tracing.span import NO_SPAN, NoTracer, Span, Tracer
 
-_TAIL_SECONDS = 0.4
 _LOCK_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class RunLimits:
-    """grace_seconds: from the request to save until the kill. watch_seconds: between two looks at what people want."""
+    """grace_seconds: from the request to save until the kill. watch_seconds: between two looks at what people want.
+    tail_seconds: between two looks at what the trainer told; each is a transaction, and an event may be so late.
+    recheck_seconds: until a job that lacks memory is tried again.
+    """
 
     grace_seconds: float = 120.0
     watch_seconds: float = 1.0
+    tail_seconds: float = 0.5
     backoff_base_seconds: float = 2.0
     backoff_limit_seconds: float = 300.0
     recheck_seconds: float = 30.0
@@ -246,22 +250,22 @@ class JobRun:
         while process.exit_code is None:
             await self._progress.read(events)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), _TAIL_SECONDS)
+                await asyncio.wait_for(process.wait(), self._context.limits.tail_seconds)
         await self._progress.read(events)
 
     async def _watch(self, process: TrainerProcess) -> None:
         """Pause and cancel, and live switches of the mode, as the store shows them."""
         sent, from_step = 0, self._resume_step()
         while True:
-            job = await self._call.insist(self._store.jobs.get, self.job_id)
-            if job.requested_action is not None:
+            action, num_switches = await self._call.insist(self._store.leases.wishes, self._lease)
+            if action is not None:
                 self._stop_asked.set()
-            if job.num_switches > sent:
+            if num_switches > sent:
                 for switch in await self._call.insist(self._store.jobs.switches, self.job_id, from_step=from_step):
                     if switch.number > sent:
                         self._progress.note_sent_switch(switch.number)
                         process.send({"command": "freeze", "freeze": switch.freeze})
-                sent = job.num_switches
+                sent = num_switches
             await asyncio.sleep(self._context.limits.watch_seconds)
 
     def _resume_step(self) -> int:
@@ -280,6 +284,7 @@ class JobRun:
         attempt_folder = self._folder.attempt(self._lease.attempt)
         begin = time.monotonic()
         done = await self._context.workshop.publish(self.keeper.job, self._lease, self._folder, attempt_folder)
+        await self._progress.drop_surplus()
         self._span.child("publish", begin, time.monotonic())
         tokens = self._progress.summary.get("trained_tokens")
         job = await self._call.insist(
@@ -305,8 +310,9 @@ class JobRun:
         if verdict.end == "stopped":
             job = await self._call.insist(leases.stopped, lease)
         elif verdict.end == "postponed":
-            delay = self._context.limits.recheck_seconds
-            job = await self._call.insist(leases.stopped, lease, delay_seconds=delay, message=verdict.message)
+            # Not evenly: two that waited in step would try the same two GPUs for ever, each the other one's.
+            delay = self._context.limits.recheck_seconds * random.uniform(0.5, 1.5)
+            job = await self._call.insist(leases.postponed, lease, verdict.message, delay)
         elif verdict.end == "failed":
             job = await self._call.insist(leases.fail, lease, error)
         else:

@@ -70,8 +70,9 @@ class LeaseKeeper:
     async def keep(self) -> None:
         """Renews until it can't. Raises LeaseLostError, at the latest when `remaining_seconds` has run out."""
         while True:
-            pause = min(self.lease.seconds / RENEWALS_PER_LEASE, max(self.remaining_seconds, 0.0))
-            await asyncio.sleep(pause)
+            # From when the last one was sent: what a slow store took of the lease is not waited for again.
+            due_in = self.renewed_at + self.lease.seconds / RENEWALS_PER_LEASE - time.monotonic()
+            await asyncio.sleep(min(max(due_in, 0.0), max(self.remaining_seconds, 0.0)))
             sent_at = time.monotonic()
             try:
                 async with asyncio.timeout(self.remaining_seconds):
@@ -113,6 +114,8 @@ async def work_under(keeper: LeaseKeeper, work: Coroutine[Any, Any, None], end_c
         for task in tasks:
             task.cancel()
         ends = await asyncio.gather(*tasks, return_exceptions=True)
+    if ends[0] is None:
+        return  # settled; a renewal that was on its way then found no lease any more
     for end in ends:
         if isinstance(end, LeaseLostError):
             log_fields(logging.WARNING, "dropped out of the job", reason=str(end))

@@ -6,6 +6,7 @@ In: event files. Out: rows, each once, however often the same event is read. It 
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,9 +53,9 @@ class Progress:
                 self._folder.mark_read(number)
         rows = await self._call.insist(self._store.jobs.checkpoints, self._lease.job_id, limit=10_000)
         self._saved = {row.step: row.path for row in rows[0]}
-        for step in reversed(found):
-            if not Path(self._saved.get(step.step, "")).is_dir():
-                await self._enter(step)
+        untold = [self._found(one) for one in reversed(found) if not Path(self._saved.get(one.step, "")).is_dir()]
+        if untold:
+            await self._append([event for event, _ in untold], [checkpoint for _, checkpoint in untold])
         await self._forget_deleted()
         return next(iter(found), None)
 
@@ -66,20 +67,32 @@ class Progress:
             await self._keep(events, is_live=is_live)
         return count
 
+    async def drop_surplus(self) -> None:
+        """Of a job that is done: earlier attempts' checkpoints that only served to go on from."""
+        surplus = await asyncio.to_thread(self._folder.surplus, self._lease.attempt)
+        if surplus:
+            paths = [str(path) for path in surplus]
+            for path in await self._call.insist(self._store.leases.drop_checkpoints, self._lease, paths):
+                await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
+
     def note_sent_switch(self, number: int) -> None:
         """The trainer answers switches in the order in which it got them."""
         self._sent_switches.append(number)
 
     async def _keep(self, events: Sequence[TrainerEvent], *, is_live: bool) -> None:
-        await self._call.insist(
-            self._store.leases.append_events, self._lease, [self._to_new(event) for event in events]
-        )
+        saved = [new for event in events if event.kind == "checkpoint" and (new := _new_checkpoint(event)) is not None]
+        await self._append([self._to_new(event) for event in events], saved)
+        if saved:
+            await self._forget_deleted()
         for event in events:
-            if event.kind == "checkpoint":
-                await self._on_checkpoint(event)
             if is_live:
                 self._metrics.observe(event.kind, event.stage, _with_counts(event.data))
                 await self._on_live(event)
+
+    async def _append(self, events: Sequence[NewEvent], saved: Sequence[NewCheckpoint]) -> None:
+        """One transaction: each waits for the disk, and a job that is taken over waits for all of them."""
+        await self._call.insist(self._store.leases.append_events, self._lease, events, saved)
+        self._saved.update((new.step, new.path) for new in saved)
 
     async def _on_live(self, event: TrainerEvent) -> None:
         tell_event(event.kind, event.stage, event.global_step, event.data)
@@ -91,34 +104,15 @@ class Progress:
             number = self._sent_switches.popleft()
             await self._call.insist(self._store.leases.mark_switched, self._lease, number, event.global_step)
 
-    async def _on_checkpoint(self, event: TrainerEvent) -> None:
-        path = Path(str(event.data.get("path", "")))
-        if not path.is_dir():  # an old event, read late: retention has deleted it since
-            return
-        metrics = event.data.get("metrics")
-        await self._add(
-            NewCheckpoint(
-                int(event.data.get("step", event.global_step)), event.stage, str(path),
-                str(event.data.get("reason", "every"))[:32], metrics if isinstance(metrics, dict) else {},
-            )
-        )  # fmt: skip
-        await self._forget_deleted()
-
-    async def _enter(self, found: StepFolder) -> None:
+    def _found(self, found: StepFolder) -> tuple[NewEvent, NewCheckpoint]:
         """A complete folder whose event was cut off by a kill: its manifest says as much."""
         note = found.note
         stage, metrics = int(note.get("stage", 0)), note.get("metrics")
         reason = str(note.get("reason", "every"))[:32]
         known = dict(metrics) if isinstance(metrics, dict) else {}
         data = {"path": _without(self._root, str(found.path)), "step": found.step, "reason": reason, "metrics": known}
-        message = f"Saved step {found.step}"
-        event = NewEvent(stage, found.step, "checkpoint", message, data)
-        await self._call.insist(self._store.leases.append_events, self._lease, [event])
-        await self._add(NewCheckpoint(found.step, stage, str(found.path), reason, known))
-
-    async def _add(self, new: NewCheckpoint) -> None:
-        await self._call.insist(self._store.leases.add_checkpoint, self._lease, new)
-        self._saved[new.step] = new.path
+        event = NewEvent(stage, found.step, "checkpoint", f"Saved step {found.step}", data)
+        return event, NewCheckpoint(found.step, stage, str(found.path), reason, known)
 
     async def _forget_deleted(self) -> None:
         gone = [step for step, path in self._saved.items() if not Path(path).is_dir()]
@@ -133,6 +127,15 @@ class Progress:
         message = BROKEN if is_broken else _without(self._root, event.message)
         data = _without(self._root, _with_counts(event.data) if event.kind == "step" else event.data)
         return NewEvent(event.stage, event.global_step, event.kind[:128], message, data, level)
+
+
+def _new_checkpoint(event: TrainerEvent) -> NewCheckpoint | None:
+    """None where retention has deleted the folder since: an old event, read late."""
+    path, metrics = Path(str(event.data.get("path", ""))), event.data.get("metrics")
+    if not path.is_dir():
+        return None
+    step, reason = int(event.data.get("step", event.global_step)), str(event.data.get("reason", "every"))[:32]
+    return NewCheckpoint(step, event.stage, str(path), reason, metrics if isinstance(metrics, dict) else {})
 
 
 def _with_counts(data: Mapping[str, Any]) -> Mapping[str, Any]:

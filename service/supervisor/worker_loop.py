@@ -49,7 +49,9 @@ class WorkerLoop:
         limits: LoopLimits = LoopLimits(), warm: WarmReader | None = None,
     ) -> None:  # fmt: skip
         self._context, self._reader, self._limits = context, reader, limits
-        self._devices, self._locks, self._warm = tuple(devices), locks, warm
+        # In the order in which they are offered work: the one that got some goes to the end, so that a job which does
+        # not fit one GPU is tried on the next.
+        self._devices, self._locks, self._warm = list(devices), locks, warm
         self.worker_id = f"{socket.gethostname()}:{os.getpid()}:{time.time_ns() % 10**9}"
         self._runs: dict[asyncio.Task[None], JobRun] = {}
         self._checks: set[asyncio.Task[None]] = set()
@@ -163,6 +165,8 @@ class WorkerLoop:
 
     def _start_training(self, claim: Claim, sent_at: float, lock: DeviceLock) -> None:
         run = JobRun(self._context, claim, sent_at, lock)
+        self._devices.remove(lock.device)
+        self._devices.append(lock.device)
         if self._drains:
             run.drain()
         log_fields(logging.INFO, "claimed", job_id=claim.job.id, attempt=claim.lease.attempt, device=lock.device.name)

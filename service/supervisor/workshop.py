@@ -23,6 +23,7 @@ from service.errors import StorageFullError
 from service.jobs.files import FileFolder, place_files
 from service.jobs.job import Job, Lease
 from service.jobs.store import Store
+from service.recipes import base_flags
 from service.settings import child_environment
 from service.supervisor.attempts import RECIPE, JobFolder
 from service.supervisor.devices import DeviceLock, gpu_memory
@@ -34,7 +35,6 @@ from service.supervisor.results import result_csv
 
 FINAL = "final"
 RESULTS = "step_metrics.csv"
-DEMO = "dve-demo"
 _PYTHON = (sys.executable, "-m")
 _TOO_LARGE = 1
 _GIB = 2**30
@@ -108,9 +108,8 @@ class Workshop:
         model_id = job.fine_tuned_name
         place = self._data_dir / "models" / folder_name(model_id)
         place.parent.mkdir(parents=True, exist_ok=True)
-        base = job.config.get("model") or DEMO
-        command = (*self._programs.publish, "--base", base, "--run", str(final), "--out", str(place), "--hold")
-        code, printed = await _output_of(command)
+        command = (*self._programs.publish, *base_flags(job.config), "--run", str(final), "--out", str(place))
+        code, printed = await _output_of((*command, "--hold"))
         with contextlib.suppress(ValueError):
             told: Mapping[str, Any] = json.loads(printed)
             if code == DONE:

@@ -30,6 +30,7 @@ from model_core.manifest import recover, verify_folder
 from model_core.model import DualVisionModel
 from model_core.processing.processor import DualVisionProcessor
 from tests.model_core import tiny
+from tests.model_core.tiny import save_dinov2, save_qwen
 
 ROOT = Path(__file__).parents[2]
 PICTURE = Image.linear_gradient("L").convert("RGB").crop((0, 0, 90, 60))
@@ -53,18 +54,6 @@ def dual(tmp_path: Path) -> Path:
 def parts(tmp_path: Path) -> tuple[Path, Path]:
     """The two public checkpoints, as a hub would give them."""
     return save_qwen(tmp_path / "qwen"), save_dinov2(tmp_path / "dinov2")
-
-
-def save_qwen(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    tiny.qwen_model().to(dtype).save_pretrained(folder)
-    tiny.processor().save_pretrained(folder)
-    return folder
-
-
-def save_dinov2(folder: Path, registers: int = 0) -> Path:
-    torch.manual_seed(5)
-    AutoModel.from_config(tiny.dinov2_config(registers=registers)).save_pretrained(folder)
-    return folder
 
 
 def answer(loaded: Loaded) -> str:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from model_core.checkpoint import Loaded, load_checkpoint, save_checkpoint
+from model_core.checkpoint import Loaded, combine_checkpoints, load_checkpoint, save_checkpoint
 from model_core.encoder import DualVisionEncoder
 from model_core.engine.config import EngineConfig
 from model_core.errors import CheckpointError, ConfigError
@@ -25,6 +25,7 @@ from model_core.published import (
 )
 from model_core.variant import load_variant, own_bytes, publish_variant
 from tests.model_core import tiny
+from tests.model_core.tiny import save_dinov2, save_qwen
 from tests.model_core.variants import everywhere, in_fusion, move, save_base, train
 
 PICTURE = Image.linear_gradient("L").convert("RGB").crop((0, 0, 90, 60))
@@ -184,7 +185,7 @@ def test_a_version_of_another_base_is_refused(base: Loaded, tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="another base") as caught:
         load_variant(folder, Loaded(base.model, base.processor, "0123456789ab"))
     assert caught.value.code == "checkpoint_corrupt"
-    with pytest.raises(ConfigError, match="no manifest"):
+    with pytest.raises(ConfigError, match="files can't be found"):
         publish(Loaded(base.model, base.processor), tmp_path / "run", tmp_path / "m")
 
 
@@ -303,3 +304,20 @@ def test_moving_moves(base: Loaded) -> None:
     before = model.fusion.output_projector.weight.clone()
     move(model, in_fusion, 1, 0.2)
     assert not torch.equal(before, model.fusion.output_projector.weight)
+
+
+def test_a_run_of_a_pair_is_published_on_the_pair(tmp_path: Path) -> None:
+    """A pair has no manifest; its name is of its files, so that a server that combined them knows its variants."""
+    save_qwen(tmp_path / "q")
+    save_dinov2(tmp_path / "d")
+    base, again = (combine_checkpoints(tmp_path / "q", tmp_path / "d") for _ in range(2))
+    assert base.fingerprint == again.fingerprint != ""
+    record, folder = publish(base, train(base, tmp_path / "run"), tmp_path / "m")
+    assert record.base_fingerprint == base.fingerprint
+    loaded, wanted = (
+        load_variant(folder, again).model.state_dict(),
+        load_checkpoint(tmp_path / "run").model.state_dict(),
+    )
+    assert all(torch.equal(loaded[name], wanted[name]) for name in wanted)
+    save_dinov2(tmp_path / "d", registers=2)
+    assert combine_checkpoints(tmp_path / "q", tmp_path / "d").fingerprint != base.fingerprint

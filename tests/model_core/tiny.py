@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoModel,
     Dinov2Config,
     Dinov2WithRegistersConfig,
     PreTrainedTokenizerFast,
@@ -132,6 +134,19 @@ def trained_model(fusion: str = "gated", *, seed: int = 0, **settings: Any) -> D
 
 def processor(max_pixels: int = 112 * 112) -> DualVisionProcessor:
     return DualVisionProcessor(Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=max_pixels), byte_tokenizer())
+
+
+def save_qwen(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Qwen's half as its own checkpoint."""
+    qwen_model().to(dtype).save_pretrained(folder)
+    processor().save_pretrained(folder)
+    return folder
+
+
+def save_dinov2(folder: Path, registers: int = 0) -> Path:
+    torch.manual_seed(5)
+    AutoModel.from_config(dinov2_config(registers=registers)).save_pretrained(folder)
+    return folder
 
 
 def encoder(model: DualVisionModel | None = None, **kwargs: Any) -> DualVisionEncoder:

@@ -61,6 +61,19 @@ def test_a_refused_recipe_is_one_line_and_78(tmp_path: Path, capsys: pytest.Capt
     assert error.count("\n") == 1
 
 
+def test_a_recipe_that_freezes_everything_is_refused_without_a_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "c.json"
+    frozen = {"training_mode": "llm_only", "freeze_config": {"freeze_llm": True}}
+    file.write_text(json.dumps(frozen))
+    assert main(["validate", str(file)]) == BAD_CONFIG
+    assert "nothing is left to train in stage 0" in capsys.readouterr().err
+    frozen["freeze_config"]["rules"] = [{"pattern": "*.layers.0.*", "train": True}]
+    file.write_text(json.dumps(frozen))
+    assert main(["validate", str(file)]) == 0
+
+
 def test_list_says_what_each_is_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     shown = capsys.readouterr().out

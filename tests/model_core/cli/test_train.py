@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -11,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from model_core.checkpoint import load_checkpoint, save_checkpoint
 from model_core.cli import checkpoints, train
+from model_core.training.config import TrainConfig, parse_config
 from model_core.training.events import read_events
-from tests.model_core import tiny
+from model_core.variant import publish_variant
+from tests.model_core import tiny, variants
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (250, 250, 250)}
 
@@ -145,6 +149,7 @@ def fork(corpus: Path, out: Path, *flags: str) -> tuple[int, int, int]:
         try:
             os.close(control_write)  # or the child would hold its own supervisor alive
             os.close(events_read)
+            torch.set_num_threads(1)  # a pool of more does not survive a fork
             ends = ("--events-fd", str(events_write), "--control-fd", str(control_read))
             os._exit(run(corpus, out, *ends, *SUPERVISED, *flags))
         finally:
@@ -171,13 +176,13 @@ def read_until(descriptor: int, kind: str) -> list[dict[str, Any]]:
 def test_a_supervisor_stops_resumes_and_hears_every_event(corpus: Path, tmp_path: Path) -> None:
     """SIGTERM saves and ends with 75; the next attempt writes to its own folder and goes on."""
     child, events, control = start(corpus, tmp_path / "attempt-1")
-    for order in ({"command": "deadline", "seconds": 100}, {"command": "freeze", "freeze": {"freeze_llm": True}}):
+    for order in ({"command": "deadline", "seconds": 1000}, {"command": "freeze", "freeze": {"freeze_llm": True}}):
         os.write(control, json.dumps(order).encode() + b"\n")
     first = read_until(events, "switched")
     assert {"validated", "freeze", "stage", "switched"} <= {event["kind"] for event in first}
     child.send_signal(signal.SIGTERM)
     rest = read_until(events, "never")
-    assert child.wait(60) == train.CHECKPOINTED
+    assert child.wait(110) == train.CHECKPOINTED
     saved = rest[-1]
     assert saved["kind"] == "checkpoint" and saved["data"]["reason"] == "requested"
     os.close(control)
@@ -209,3 +214,30 @@ def test_an_error_is_the_last_event(corpus: Path, tmp_path: Path) -> None:
     told = read_until(read, "never")
     os.close(read)
     assert told[-1]["kind"] == "error" and told[-1]["data"]["retry"] is False
+
+
+def test_a_run_begins_from_another_ones_step_with_its_adapters_folded_in(corpus: Path, tmp_path: Path) -> None:
+    """A step's folder holds the model without its adapters, which lie beside it: as a model it had learnt nothing."""
+    out = tmp_path / "run"
+    assert run(corpus, out, "--set", 'lora={"llm": {"rank": 2}}', "--set", "training_mode=llm_only") == 0
+    last = load_checkpoint(out / "final").model.state_dict()
+    recipe = parse_config({"model": str(corpus / "model"), "start_from": str(out / "step-4"), "device": "cpu"})
+    begun = train.load_for_training(recipe).model.state_dict()
+    fresh = load_checkpoint(corpus / "model").model.state_dict()
+    assert all(torch.equal(begun[name], last[name]) for name in last)
+    assert not all(torch.equal(begun[name], fresh[name]) for name in fresh)
+
+
+def test_a_run_begins_from_a_published_version(corpus: Path, tmp_path: Path) -> None:
+    """What is published is what differs from its base; a key that nobody gave leaves older runs' fingerprints alone."""
+    base = load_checkpoint(corpus / "model")
+    trained = variants.train(base, tmp_path / "trained")
+    record, version = publish_variant(base, trained, tmp_path / "out", base_name="tiny", created_unix=0)
+    assert record.components == ("fusion",)
+    recipe = parse_config({"model": str(corpus / "model"), "start_from": str(version), "device": "cpu"})
+    begun, wanted = train.load_for_training(recipe).model.state_dict(), load_checkpoint(trained).model.state_dict()
+    assert all(torch.equal(begun[name], wanted[name]) for name in wanted)
+    without = TrainConfig(model="m")
+    assert without.fingerprint() != without.model_copy(update={"start_from": "x"}).fingerprint()
+    older = without.model_dump_json(exclude={*TrainConfig.HARMLESS, "start_from"})
+    assert without.fingerprint() == hashlib.sha256(older.encode()).hexdigest()[:16]

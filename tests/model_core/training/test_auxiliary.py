@@ -1,4 +1,4 @@
-"""A loss of one's own trains, resumes to the bit and is never published; stages weigh it, or do without language."""
+"""A loss of your own: it trains, resumes to the bit, is never published; stages weigh it, or do without language."""
 
 from __future__ import annotations
 

@@ -6,15 +6,21 @@ import asyncio
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
+from openai.types import FileObject, Model
+from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
+from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 
+from model_core.published import folder_name, promote
 from model_core.training.config import TRAINING_MODES, parse_config
 from service.jobs.files import place_files
 from service.jobs.job import NewEvent
-from service.jobs.store import Store
+from service.jobs.store import Store, open_store
+from tests.model_core.versions import add_version
 from tests.service.conftest import LiveServer
 from tests.service.jobs.player import FREEZE_TABLE, Player
 from tests.service.jobs.rows import PICTURE, jsonl
@@ -31,6 +37,31 @@ def upload(client: openai.OpenAI, data: bytes = b"", **more) -> str:
 def create(client: openai.OpenAI, file_id: str, fusion: dict | None = None, **more):
     extra = {"extra_body": {"fusion": fusion}} if fusion is not None else {}
     return client.fine_tuning.jobs.create(model=MODEL, training_file=file_id, **extra, **more)
+
+
+def publish(live: LiveServer, model_id: str) -> Path:
+    """As `dve publish` does by hand: the store knows nothing of it."""
+    place = live.data_dir / "models" / folder_name(model_id)
+    add_version(place, "v1", base_fingerprint="fake")
+    promote(place, "v1")
+    return place / "v1"
+
+
+def test_a_job_begins_from_a_model_that_was_published_by_hand(start) -> None:
+    live = start()
+    file_id = upload(live.openai)
+    folder = publish(live, f"ft:{MODEL}:me:x:ab12cd34")
+    job = live.openai.fine_tuning.jobs.create(model=f"ft:{MODEL}:me:x:ab12cd34", training_file=file_id)
+    store = open_store(None, live.data_dir)
+    assert store.jobs.get(job.id).config["start_from"] == str(folder)
+    store.close()
+    # Of another base than the served one: it could be trained, and nobody here could ask it anything.
+    add_version(live.data_dir / "models" / "ft:other:me:x:ab12cd34", "v1", base_fingerprint="0ther")
+    promote(live.data_dir / "models" / "ft:other:me:x:ab12cd34", "v1")
+    for wrong in ("ft:other:me:x:ab12cd34", f"ft:{MODEL}:me:x:ab12cd34@blind"):
+        with pytest.raises(openai.NotFoundError) as caught:
+            live.openai.fine_tuning.jobs.create(model=wrong, training_file=file_id)
+        assert caught.value.param == "model"
 
 
 def test_from_upload_to_a_trained_model(served: Served) -> None:
@@ -83,9 +114,14 @@ def test_from_upload_to_a_trained_model(served: Served) -> None:
     steps = [event for event in events if event.type == "metrics"]
     assert [event.data["step"] for event in steps] == list(range(10, 0, -1))
     assert steps[0].data["train_loss"] == pytest.approx(0.2)
-    # A model that was trained can be trained on.
+    # A model that was trained can be trained on; it was made of what is served, and so is the next one.
+    with pytest.raises(openai.NotFoundError):
+        client.fine_tuning.jobs.create(model=done.fine_tuned_model, training_file=file.id)
+    folder = publish(live, done.fine_tuned_model)
     again = client.fine_tuning.jobs.create(model=done.fine_tuned_model, training_file=file.id)
-    assert parse_config(store.jobs.get(again.id).config).model == f"/models/{job.id}"
+    recipe = parse_config(store.jobs.get(again.id).config)
+    assert (recipe.start_from, recipe.model) == (str(folder), None)
+    assert store.jobs.get(again.id).fine_tuned_name == f"ft:{MODEL}:dve::{again.id[-8:]}"
     client.fine_tuning.jobs.cancel(again.id)
     assert client.files.delete(file.id).deleted
     with pytest.raises(openai.NotFoundError):
@@ -272,10 +308,14 @@ def test_going_on_from_a_checkpoint(served: Served) -> None:
     checkpoint = live.openai.fine_tuning.jobs.checkpoints.list(first.id).data[0]
     job = create(live.openai, file_id, {"resume_from": checkpoint.id})
     assert store.jobs.get(job.id).resume_from == checkpoint.id and job.fusion["resume_from"] == checkpoint.id
+    assert job.seed == first.seed, "another one would be another run"
+    with pytest.raises(openai.BadRequestError) as caught:
+        create(live.openai, file_id, {"resume_from": checkpoint.id, "freeze": {"mode": "llm_only"}})
+    assert caught.value.param == "fusion.resume_from" and "freeze_config" in caught.value.message
     from_weights = live.openai.fine_tuning.jobs.create(
         model=checkpoint.fine_tuned_model_checkpoint, training_file=file_id
     )
-    assert parse_config(store.jobs.get(from_weights.id).config).model == "/somewhere/attempt-1/step-2"
+    assert parse_config(store.jobs.get(from_weights.id).config).start_from == "/somewhere/attempt-1/step-2"
     with pytest.raises(openai.BadRequestError) as caught:
         create(live.openai, file_id, {"resume_from": "ftckpt_" + "0" * 32})
     assert caught.value.param == "fusion.resume_from"
@@ -321,3 +361,32 @@ def test_odd_texts_are_refused_or_kept_alike_on_both(served: Served) -> None:
     store.leases.append_events(player.held.lease, [NewEvent(0, 1, "step", "a\0b", data)])
     event = live.openai.fine_tuning.jobs.list_events(job.id).data[0]
     assert (event.message, event.data["loss"], event.data["list"]) == ("ab", None, [None, 1.5])
+
+
+def check_shape(kind: type[openai.BaseModel], raw: dict) -> None:
+    """By the client's own types, which it does not check itself; and no field of theirs is absent, however empty."""
+    kind.model_validate(raw, strict=True)
+    assert {field.alias or name for name, field in kind.model_fields.items()} - set(raw) == set()
+
+
+def test_objects_have_every_field_of_the_clients_types(served: Served) -> None:
+    live, store = served
+    file_id = upload(live.openai)
+    check_shape(FileObject, live.http.get(f"/v1/files/{file_id}").json())
+    job = create(live.openai, file_id, suffix="x", metadata={"a": "b"})
+    check_shape(FineTuningJob, live.http.get(f"{JOBS}/{job.id}").json())
+    player = Player(store)
+    player.start()
+    player.steps(1)
+    player.checkpoint()
+    check_shape(FineTuningJob, live.http.get(f"{JOBS}/{job.id}").json())
+    store.leases.fail(player.held.lease, {"code": "nan_loss", "message": "NaN", "param": None})
+    ended = live.http.get(f"{JOBS}/{job.id}").json()
+    check_shape(FineTuningJob, ended)
+    assert ended["status"] == "failed" and set(ended["error"]) == {"code", "message", "param"}
+    for path, kind in (("events", FineTuningJobEvent), ("checkpoints", FineTuningJobCheckpoint)):
+        page = live.http.get(f"{JOBS}/{job.id}/{path}").json()
+        assert page["object"] == "list" and page["has_more"] is False and page["data"]
+        for raw in page["data"]:
+            check_shape(kind, raw)
+    Model.model_validate(live.http.get(f"/v1/models/{MODEL}").json(), strict=True)

@@ -21,12 +21,24 @@ from hypothesis.stateful import (
 from sqlalchemy import update
 
 from service.errors import ConflictError
-from service.jobs.job import LEGAL, STATUSES, TERMINAL, IllegalMoveError, Job, Lease, LeaseLostError, check_move
+from service.jobs.job import (
+    LEGAL,
+    STATUSES,
+    TERMINAL,
+    IllegalMoveError,
+    Job,
+    JobEvent,
+    Lease,
+    LeaseLostError,
+    check_move,
+)
 from service.jobs.schema import jobs as job_table
 from service.jobs.store import Store, open_store
 from tests.service.jobs.player import Player, add_file, new_job
 
 MAX_ATTEMPTS = 3
+#: What a worker may write, by the names of the functions below.
+CALLS = ("renew", "steps", "checkpoint", "validated", "stopped", "postponed", "retry", "succeed", "fail")
 
 
 class JobMachine(RuleBasedStateMachine):
@@ -94,8 +106,7 @@ class JobMachine(RuleBasedStateMachine):
     def has_claimed(self, who: int) -> bool:
         return self.players[who].claimed is not None
 
-    @rule(who=st.integers(0, 2), call=st.sampled_from(["renew", "steps", "checkpoint", "validated", "stopped", "retry",
-                                                       "succeed", "fail"]))  # fmt: skip
+    @rule(who=st.integers(0, 2), call=st.sampled_from(CALLS))
     def worker_writes(self, who: int, call: str) -> None:
         if self.has_claimed(who):
             self.write(who, WRITES[call])
@@ -117,27 +128,29 @@ class JobMachine(RuleBasedStateMachine):
         self.store.jobs.request_switch(self.job_id, {"mode": "full"}, {})
 
     @invariant()
-    def what_it_was_is_a_legal_story(self) -> None:
-        events = self.store.jobs.events(self.job_id, limit=1000)[0][::-1]
+    def all_is_well(self) -> None:
+        """One look at the store for both: most of this test's time is transactions."""
+        job, events = self.store.jobs.events_since(self.job_id, 0, limit=1000)
+        self.check_story(job, events)
+        self.check_row(job, [event.global_step for event in events if event.kind == "step"])
+
+    def check_story(self, job: Job, events: list[JobEvent]) -> None:
         story = [event.data["status"] for event in events if event.kind in STORY]
-        assert story[0] == "validating_files" and story[-1] == self.job().status
+        assert story[0] == "validating_files" and story[-1] == job.status
         for before, after in itertools.pairwise(story):
             # A new attempt of a job whose worker was lost is no transition.
             if (before, after) != ("running", "running"):
                 check_move(before, after)
-        assert sum(status in TERMINAL for status in story) == int(self.job().is_terminal)
+        assert sum(status in TERMINAL for status in story) == int(job.is_terminal)
 
-    @invariant()
-    def the_row_is_sound(self) -> None:
-        job = self.job()
+    def check_row(self, job: Job, steps: list[int]) -> None:
         assert job.is_terminal == (job.finished_at is not None)
         assert job.is_held == (job.lease_expires_at is not None)
         assert not job.is_held or job.status in ("validating_files", "running")
         assert job.status != "running" or job.is_held
         assert job.requested_action is None or job.is_held
         assert 0 <= job.attempts_left <= MAX_ATTEMPTS
-        steps = [e.global_step for e in self.store.jobs.events(self.job_id, limit=1000)[0] if e.kind == "step"]
-        assert steps == sorted(set(steps), reverse=True) and (job.trained_tokens or 0) == 100 * len(steps)
+        assert steps == sorted(set(steps)) and (job.trained_tokens or 0) == 100 * len(steps)
 
 
 STORY = {f"job:{status}" for status in STATUSES} | {"job:created"}
@@ -163,6 +176,10 @@ def stopped(player: Player, lease: Lease) -> None:
     player.store.leases.stopped(lease)
 
 
+def postponed(player: Player, lease: Lease) -> None:
+    player.store.leases.postponed(lease, "it does not fit", 0.0)
+
+
 def retry(player: Player, lease: Lease) -> None:
     player.store.leases.retry(lease, {"code": "internal_error", "message": "exit code 1"})
 
@@ -176,8 +193,8 @@ def fail(player: Player, lease: Lease) -> None:
 
 
 #: Ends of one kind of claim alone.
-NEEDS = {"validated": "validating_files", "succeed": "running"}
-WRITES = {one.__name__: one for one in (renew, steps, checkpoint, validated, stopped, retry, succeed, fail)}
+NEEDS = {"validated": "validating_files", "succeed": "running", "postponed": "running"}
+WRITES = {one.__name__: one for one in (renew, steps, checkpoint, validated, stopped, postponed, retry, succeed, fail)}
 
 #: Without shrinking, which would take minutes of transactions.
 ROUND = settings(

@@ -50,6 +50,7 @@ def stage(**more) -> dict:
         ({"early_stopping": {}}, "invalid_value", "fusion.early_stopping"),
         ({"datasets": [{"file": "file-other"}]}, "invalid_value", "fusion.datasets[0].file"),
         ({"resources": {"device": "cpu", "num_gpus": 1}}, "invalid_value", "fusion.resources"),
+        ({"resources": {"num_gpus": 2}}, "invalid_value", "fusion.resources.num_gpus"),
         ({"priority": 1000}, "invalid_value", "fusion.priority"),
         ({"resume_from": "../../etc"}, "invalid_value", "fusion.resume_from"),
         ({"dry_run": "yes"}, "invalid_value", "fusion.dry_run"),

@@ -84,7 +84,7 @@ def test_processes_that_start_together_migrate_once(database_url: str | None, tm
     with ThreadPoolExecutor(4) as pool:
         stores = list(pool.map(lambda _: open_store(database_url, tmp_path / "new"), range(4)))
     for store in stores:
-        assert store.jobs.counts() == {}
+        assert not any(store.jobs.counts().values())
         store.close()
 
 

@@ -15,7 +15,7 @@ from service.errors import (
     JobNotFoundError,
     JobStateError,
 )
-from service.jobs.job import LeaseLostError, NewEvent
+from service.jobs.job import STATUSES, LeaseLostError, NewEvent
 from service.jobs.store import Store
 from tests.service.jobs.player import Player, add_file, new_job
 
@@ -46,7 +46,7 @@ def test_a_job_from_creation_to_its_model(store: Store) -> None:
     ]  # fmt: skip
     found = store.models.get(done.fine_tuned_model or "")
     assert found is not None and found.status == "ready" and found.base == "base/model:1"
-    assert store.jobs.counts() == {"succeeded": 1}
+    assert store.jobs.counts() == {**dict.fromkeys(STATUSES, 0), "succeeded": 1}
 
 
 def test_claims_go_by_priority_then_by_age(store: Store) -> None:
@@ -315,3 +315,26 @@ def test_many_events_at_once_keep_their_order(store: Store) -> None:
         seen += [event.global_step for event in events if event.kind == "note"]
         seq = events[-1].seq
     assert seen == list(range(1200))
+
+
+def test_a_write_gets_its_turn_among_another_threads_writes(store: Store) -> None:
+    """A renewal came too late behind everything else that its own process wrote: SQLite's waiters look again now and
+    then, and whoever writes one thing after another is always there first."""
+    written: list[int] = []
+    begun, slow_disk = threading.Event(), threading.Event()
+
+    def write_on_and_on() -> None:
+        for number in range(60):
+            with store.database.write():
+                begun.set()
+                slow_disk.wait(0.02)
+            written.append(number)
+
+    thread = threading.Thread(target=write_on_and_on)
+    thread.start()
+    begun.wait(20)
+    with store.database.write():
+        came_in_after = len(written)
+    slow_disk.set()
+    thread.join(20)
+    assert came_in_after < 5

@@ -19,6 +19,8 @@ import pytest
 from service.jobs.files import FileFolder
 from service.jobs.job import Job, JobEvent, NewJob
 from service.jobs.store import Store, open_store
+from tests.service.jobs.conftest import cluster as cluster
+from tests.service.jobs.postgres import Cluster
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = Path(__file__).with_name("worker_program.py")
@@ -72,32 +74,46 @@ class Worker:
 class Bench:
     """What a test of the worker works with."""
 
-    def __init__(self, folder: Path, nursery: Nursery) -> None:
-        self.data_dir = folder / "data"
+    def __init__(self, folder: Path, nursery: Nursery, database_url: str | None = None) -> None:
+        self.data_dir, self.database_url = folder / "data", database_url
         self.folder, self._nursery = folder, nursery
-        self.store: Store = open_store(None, self.data_dir)
+        # Until its files are read a job has as many attempts as this says, then as many as the worker's settings.
+        self.store: Store = open_store(database_url, self.data_dir, max_attempts=200)
         self.files = FileFolder(self.data_dir)
         self.workers: list[Worker] = []
         self._numbers = itertools.count()
 
-    def submit(self, *, is_dry_run: bool = False, priority: int = 0, **plan: Any) -> str:
+    def submit(self, *, is_dry_run: bool = False, priority: int = 0, num_gpus: int = 0, **plan: Any) -> str:
         witness = str(self.folder / f"{next(self._numbers)}.witness")
         text = json.dumps({"steps": 5, "witness": witness, **plan})
         file_id, path, num_bytes = self.files.write(text.encode(), "fine-tune", "someone")
         self.store.files.add(file_id, "someone", "plan", purpose="fine-tune", num_bytes=num_bytes, path=path)
         config = {"datasets": [{"data_path": file_id}]}
-        new = NewJob("someone", "dve-demo", file_id, config, 0, is_dry_run=is_dry_run, priority=priority)
-        return self.store.jobs.create(new)[0].id
+        chosen: dict[str, Any] = {"is_dry_run": is_dry_run, "priority": priority, "num_gpus": num_gpus}
+        return self.store.jobs.create(NewJob("someone", "dve-demo", file_id, config, 0, **chosen))[0].id
+
+    def set_gpus(self, *free_gib: int) -> None:
+        """What nvidia-smi tells from now on, to workers that start and to those that run: GPUs of 80 GiB."""
+        folder = self.folder / "programs"
+        folder.mkdir(exist_ok=True)
+        lines = "".join(f"{index}, {80 * 1024}, {free * 1024}\\n" for index, free in enumerate(free_gib))
+        made = folder / "nvidia-smi.new"
+        made.write_text(f"#!/bin/sh\nprintf '{lines}'\n")
+        made.chmod(0o755)
+        made.rename(folder / "nvidia-smi")
 
     def worker(
-        self, *, lease: float = LEASE_SECONDS, once: bool = False, poll: float = 0.05,
+        self, *, lease: float = LEASE_SECONDS, once: bool = False, poll: float = 0.05, is_hasty: bool = True,
         environment: Mapping[str, str] | None = None, **flags: Any,
     ) -> Worker:  # fmt: skip
         """A worker's process; its log lies beside the data."""
         log = str(self.folder / f"worker-{len(self.workers)}.log")
+        if self.database_url is not None:
+            flags["database_url"] = self.database_url
+        path = os.pathsep.join([str(self.folder / "programs"), os.environ["PATH"]])
         pid = self._nursery.ask(
-            data_dir=str(self.data_dir), lease=lease, log=log, flags=flags, once=once, poll=poll,
-            environment=dict(environment or {}),
+            data_dir=str(self.data_dir), lease=lease, log=log, flags=flags, once=once, poll=poll, is_hasty=is_hasty,
+            environment={"PATH": path, **(environment or {})},
         )  # fmt: skip
         self.workers.append(Worker(self._nursery, pid))
         return self.workers[-1]
@@ -111,14 +127,14 @@ class Bench:
     def steps(self, job_id: str) -> list[int]:
         return [event.global_step for event in self.events(job_id) if event.kind == "step"]
 
-    def until(self, is_so: Callable[[], bool], seconds: float = 30.0) -> None:
+    def until(self, is_so: Callable[[], bool], seconds: float = 90.0) -> None:
         end = time.monotonic() + seconds
         while not is_so():
             if time.monotonic() > end:
                 raise TimeoutError(self.logs())
             time.sleep(0.01)
 
-    def until_status(self, job_id: str, *statuses: str, seconds: float = 30.0) -> Job:
+    def until_status(self, job_id: str, *statuses: str, seconds: float = 90.0) -> Job:
         self.until(lambda: self.job(job_id).status in statuses, seconds)
         return self.job(job_id)
 
@@ -176,10 +192,17 @@ def bench(tmp_path: Path, nursery: Nursery) -> Iterator[Bench]:
     made.end()
 
 
+@pytest.fixture
+def postgres_bench(tmp_path: Path, nursery: Nursery, cluster: Cluster) -> Iterator[Bench]:
+    made = Bench(tmp_path, nursery, cluster.new_database())
+    yield made
+    made.end()
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Iterator[Bench]:
     """A bench with one worker of three slots, for all tests of a module."""
     made = Bench(tmp_path_factory.mktemp("served"), nursery)
-    made.worker(worker_concurrency=3, job_max_attempts=2, worker_grace_seconds=2)
+    made.worker(worker_concurrency=3, job_max_attempts=2, worker_grace_seconds=1)
     yield made
     made.end()

@@ -107,7 +107,7 @@ class Standin:
     def run(self) -> int:
         self.load()
         total = self.plan["steps"]
-        self.say("validated", num_samples=total)
+        self.say("validated", num_samples=total, visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
         self.say("freeze", rows=[{"component": "gate", "trainable": 3, "total": 3, "state": "TRAINABLE"}])
         while self.step < total:
             if self.stop.is_set():

@@ -1,8 +1,8 @@
 """Workers with the stand-in trainer in the place of the real one, forked from a process that has imported everything.
 
-Reads a JSON object a line: {"data_dir", "lease", "log", "flags", "once", "environment"} starts a worker and is answered
-with its pid, {"wait": pid} with its exit code. Importing takes seconds on a busy machine, and a kill matrix starts many
-workers.
+Reads a JSON object a line: {"data_dir", "lease", "log", "flags", "once", "poll", "is_hasty", "environment"} starts one
+and is answered with its pid, {"wait": pid} with its exit code. Importing takes seconds on a busy machine, and a kill
+matrix starts many workers. Hasty ones look more often than users' do, so that tests wait less.
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from service.settings import load_worker_settings
+from service.supervisor.job_run import RunLimits
 from service.supervisor.workshop import Programs
 from service.worker import work
 
@@ -19,7 +20,12 @@ HERE = Path(__file__).parent
 PROGRAMS = Programs(
     train=(sys.executable, str(HERE / "standin_trainer.py")),
     check=(sys.executable, str(HERE / "standin_check.py")),
+    fit=(sys.executable, str(HERE / "standin_fit.py")),
     publish=(sys.executable, str(HERE / "standin_publish.py")),
+)
+
+LIMITS = RunLimits(
+    watch_seconds=0.1, tail_seconds=0.1, backoff_base_seconds=0.1, backoff_limit_seconds=0.3, recheck_seconds=1.0
 )
 
 
@@ -33,7 +39,7 @@ def run(wanted: dict[str, Any]) -> int:
         once=wanted["once"],
         programs=PROGRAMS,
         poll_seconds=wanted["poll"],
-        backoff_seconds=(0.1, 0.3),
+        limits=LIMITS if wanted["is_hasty"] else RunLimits(),
     )
 
 
@@ -45,7 +51,7 @@ def start(wanted: dict[str, Any]) -> int:
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
-    os.environ.update(wanted.get("environment") or {})
+    os.environ.update(wanted["environment"])
     code = 70
     try:
         code = run(wanted)
