@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from model_core.analysis.compare import collect_answer
 from model_core.errors import DualVisionError, RequestFailedError
@@ -37,9 +37,11 @@ class AdmissionHost(Protocol):
     metrics: Metrics
     clock: Callable[[], float]
     pool: ThreadPoolExecutor
-    num_preparing: int
+    num_busy: int
 
     def ready_engine(self) -> object: ...
+
+    def prepare(self, request_id: str, work: Callable[[], object], inbox: Inbox) -> None: ...
 
     def submit(self, request_id: str, prepared: object, inbox: Inbox) -> None: ...
 
@@ -62,11 +64,11 @@ class Admission:
     async def fetch(self, work: Awaitable[T]) -> T:
         """Await what the request needs from elsewhere; the time counts as the preprocessing of its first sequence."""
         host, begin = self._host, self._host.clock()
-        host.num_preparing += 1
+        host.num_busy += 1
         try:
             return await self._deadline.bound(work)
         finally:
-            host.num_preparing -= 1
+            host.num_busy -= 1
             self._fetch_seconds = host.clock() - begin
             host.metrics.preprocess_stages.labels("download").observe(self._fetch_seconds)
             now = time.monotonic()
@@ -75,13 +77,13 @@ class Admission:
     async def in_pool(self, work: Callable[[], T]) -> T:
         """Run blocking work in the preprocess pool. A cancelled caller's work is not begun, or not awaited."""
         host = self._host
-        host.num_preparing += 1
+        host.num_busy += 1
         try:
             # In the caller's context: its ids stand in the pool's log lines too.
             work = partial(contextvars.copy_context().run, work)
             return await self._deadline.bound(asyncio.get_running_loop().run_in_executor(host.pool, work))
         finally:
-            host.num_preparing -= 1
+            host.num_busy -= 1
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """Events up to the terminal one, or the error that ended the request. Leaving early aborts it."""
@@ -113,9 +115,7 @@ class Admission:
         failure: BaseException | None = None
         self._deadline.watch(inbox, requests[0].request_id)
         try:
-            prepared = await self._prepare(requests[0])
-            host.submit(requests[0].request_id, prepared, inbox)
-            others = [(request.request_id, await self._fork(prepared, request)) for request in requests[1:]]
+            others = await self._begin(requests, inbox)
             while recorders:
                 batch, error = _until_error(await inbox.take())
                 for event in batch:
@@ -139,16 +139,34 @@ class Admission:
             for recorder in recorders.values():
                 recorder.finish(failure)
 
-    async def _prepare(self, request: GenerationRequest) -> Any:
-        self._host.ready_engine()  # or what became of it
-        begin = time.monotonic()
-        try:
-            return await self.in_pool(partial(self.member.prepare, self._until_deadline(request)))
-        finally:
-            self._span.child("prepare", begin, time.monotonic(), dve__num_messages=len(request.messages))
+    async def _begin(self, requests: Sequence[GenerationRequest], inbox: Inbox) -> list[tuple[str, object]]:
+        """The first request is on its way to the engine. Returns the others, prepared, by their ids."""
+        host, first, member = self._host, requests[0], self.member
+        host.ready_engine()  # or what became of it
+        if self._deadline.is_over:
+            return []  # which stands in the inbox
+        work = self._timed(partial(member.prepare, self._until_deadline(first)), len(first.messages))
+        if len(requests) == 1:
+            # In the caller's context, as in_pool has it.
+            host.prepare(first.request_id, partial(contextvars.copy_context().run, work), inbox)
+            return []
+        prepared = await self.in_pool(work)
+        host.submit(first.request_id, prepared, inbox)
+        return [
+            (request.request_id, await self.in_pool(partial(member.fork, prepared, self._until_deadline(request))))
+            for request in requests[1:]
+        ]
 
-    async def _fork(self, prepared: Any, request: GenerationRequest) -> Any:
-        return await self.in_pool(partial(self.member.fork, prepared, self._until_deadline(request)))
+    def _timed(self, work: Callable[[], T], num_messages: int) -> Callable[[], T]:
+        span, begin = self._span, time.monotonic()
+
+        def timed() -> T:
+            try:
+                return work()
+            finally:
+                span.child("prepare", begin, time.monotonic(), dve__num_messages=num_messages)
+
+        return timed
 
     def _recorder(self, request: GenerationRequest, *, is_copy: bool) -> RequestRecorder:
         is_fused = request.arm == "fused" and request.score_token_ids is None

@@ -62,6 +62,15 @@ from service.waiting import WaitingBytes
 _UPLOAD_BYTES = 64 * 2**20
 _UPLOAD_SECONDS = 3600.0
 
+_FASTAPI: Mapping[str, Any] = {
+    "title": "Dual Vision Encoder",
+    "docs_url": None,  # their pages load scripts from a CDN
+    "redoc_url": None,
+    "redirect_slashes": False,
+    # FastAPI's own spans and metrics: asked for nowhere (service/tracing has ours), yet looked for in every request.
+    "telemetry": {"tracing": False, "metrics": False, "logs": False},
+}
+
 #: Routes read these bodies themselves (strict JSON, OpenAI errors), so the schema must be told of them.
 _BODIES: Mapping[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatCompletionRequest,
@@ -102,8 +111,7 @@ def create_app(
             await client.stop()
             await hot_models.stop()
 
-    # Without the pages whose scripts come from a CDN.
-    app = FastAPI(title="Dual Vision Encoder", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(lifespan=lifespan, **_FASTAPI)
     waiting, media = WaitingBytes(request_limits.max_waiting_bytes), _media(settings, request_limits, folder, now)
     desk = JobDesk(settings, store, folder, Preflight(settings.device), hot_models.published_as)
     history, checkpoints = FusionHistory(), CheckpointPublisher(store, settings.data_dir)

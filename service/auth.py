@@ -123,7 +123,7 @@ class KeyGate:
 
         async def send_with_headers(message: Message) -> None:
             nonlocal is_running
-            if message["type"] == "http.response.start":
+            if headers and message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(headers)
             elif is_running and message["type"] == "http.response.body" and not message.get("more_body", False):
                 # Before the client has the end: its next request must find the place free.

@@ -34,6 +34,11 @@ class Deadline:
     def is_past(self) -> bool:
         return self._loop.time() >= self.at
 
+    @property
+    def is_over(self) -> bool:
+        """`end` was called: by the timer, or because the server goes."""
+        return self._make_error is not None
+
     def end(self, make_error: Callable[[], DualVisionError]) -> None:
         """The first call counts: what is awaited now raises the error, and what will be awaited too."""
         if self._make_error is not None:

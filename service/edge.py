@@ -20,6 +20,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from model_core.errors import DualVisionError
 from service.errors import HeadersTooLargeError, InvalidHttpError, SlowClientError, error_json, rule_for
+from service.security_headers import SECURITY_HEADERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,8 @@ class EdgeLimits:
     head_seconds: float = 10.0
     stall_seconds: float = 30.0
 
+
+_SECURITY = "".join(f"{name.decode()}: {value.decode()}\r\n" for name, value in SECURITY_HEADERS)
 
 #: Called with the status of each answer that the edge itself gives.
 Note = Callable[[int], None]
@@ -185,7 +188,7 @@ class EdgeProtocol(HttpToolsProtocol):
         head = (
             f"HTTP/1.1 {rule.status} {HTTPStatus(rule.status).phrase}\r\n"
             f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
-            f"x-request-id: {request_id}\r\nx-content-type-options: nosniff\r\nconnection: close\r\n\r\n"
+            f"x-request-id: {request_id}\r\n{_SECURITY}connection: close\r\n\r\n"
         )
         self._is_ignoring = True
         self._disarm()

@@ -38,6 +38,7 @@ from service.fleet import Fleet, Member
 from service.inbox import Inbox
 from service.logs import logger
 from service.metrics import Metrics
+from service.preparation import Preparation
 from service.tracing.span import current_span
 
 State = Literal["new", "loading", "ready", "failed", "dead", "stopped"]
@@ -93,11 +94,14 @@ class EngineClient:
         self._engine: Fleet | None = None
         self._token_text: Callable[[int], tuple[str, list[int]]] | None = None
         self._streams: dict[str, Inbox] = {}
+        self._preparations: dict[Inbox, Preparation] = {}
+        #: Of these, what has not reached the engine's thread; taken out by threads of the pool.
+        self._preparing: set[str] = set()
         self._num_admitted = 0
         self._arrivals: set[object] = set()
         self._deadlines: set[Deadline] = set()
         self._drain_until = 0.0
-        self.num_preparing = 0
+        self.num_busy = 0
         #: Called when a member's admitted request has ended, however it did.
         self.on_left: Callable[[Member], None] = lambda _: None
         self._idle = asyncio.Event()
@@ -265,7 +269,40 @@ class EngineClient:
             if self._num_admitted == 0:
                 self._idle.set()
 
+    @property
+    def num_preparing(self) -> int:
+        """Requests whose pictures are fetched, decoded or patched now. May be read in any thread."""
+        return self.num_busy + len(self._preparing)
+
+    def prepare(self, request_id: str, work: Callable[[], object], stream: Inbox) -> None:
+        """Prepare in the pool, and from there straight to the engine. An error comes as the stream's event."""
+        self._open(request_id, stream)
+
+        def on_done(prepared: object) -> None:
+            self._thread.commands.put(Add(request_id, prepared))
+            # Afterwards: between the two it would be neither on its way nor there, and others would start without it.
+            self._preparing.discard(request_id)
+
+        def on_error(error: Exception) -> None:
+            self._preparing.discard(request_id)
+            self.post(self._fail, request_id, stream, error)
+
+        preparation = self._preparations[stream] = Preparation(work, on_done, on_error)
+        self._preparing.add(request_id)
+        # Not at once: whoever comes in this turn of the loop is to be known as company before the engine is woken.
+        asyncio.get_running_loop().call_soon(preparation.start, self.pool)
+
+    def _fail(self, request_id: str, stream: Inbox, error: Exception) -> None:
+        if self._streams.get(request_id) is stream:
+            del self._streams[request_id]
+            # Whatever it is, it is raised again where the request is answered.
+            stream.put(TokenEvent(request_id, error=cast(DualVisionError, error)))
+
     def submit(self, request_id: str, prepared: object, stream: Inbox) -> None:
+        self._open(request_id, stream)
+        self._thread.commands.put(Add(request_id, prepared))
+
+    def _open(self, request_id: str, stream: Inbox) -> None:
         self.ready_engine()
         if request_id in self._streams:
             raise RequestFailedError("this request id is already running", value=request_id)
@@ -273,10 +310,13 @@ class EngineClient:
             # An engine that had nothing to do was not standing still.
             self._thread.progress_at = self.clock()
         self._streams[request_id] = stream
-        self._thread.commands.put(Add(request_id, prepared))
 
     def leave(self, request_id: str, stream: Inbox) -> None:
         """The caller reads no more. After a terminal event there is nothing left to abort."""
+        if (preparation := self._preparations.pop(stream, None)) is not None:
+            # Before the abort: either the engine has been given it, or never will be.
+            preparation.cancel()
+            self._preparing.discard(request_id)
         if self._streams.get(request_id) is stream:
             del self._streams[request_id]
             self._thread.commands.put(Abort(request_id))

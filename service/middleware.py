@@ -11,10 +11,9 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model_core.errors import DualVisionError, OverloadedError
@@ -22,6 +21,7 @@ from service.errors import RequestTooLargeError, SlowClientError, error_response
 from service.logs import log_failure, log_fields, request_id_var, trace_id_var
 from service.metrics import Metrics
 from service.request_limits import RequestLimits
+from service.security_headers import SECURITY_HEADERS
 from service.tracing.span import NO_SPAN, TRACEPARENT, TRACESTATE, NoTracer, Span, Tracer, current_span
 from service.waiting import WaitingBody, WaitingBytes
 
@@ -30,6 +30,7 @@ _VALID_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _LEAST_BYTES_PER_SECOND = 8 * 1024
 #: What a form has beside its file.
 _FORM_BYTES = 64 * 1024
+_STREAM = b"text/event-stream"
 _QUIET_ROUTES = ("/health", "/health/live", "/health/ready", "/metrics")
 
 
@@ -50,10 +51,9 @@ class RequestScope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        sent = Headers(scope=scope)
-        asked = sent.get("x-request-id", "")
+        asked = _header(scope, b"x-request-id")
         request_id = asked if _VALID_ID.fullmatch(asked) else uuid.uuid4().hex
-        span = self._begin_span(scope, sent)
+        span = self._begin_span(scope)
         tokens = request_id_var.set(request_id), trace_id_var.set(span.trace_id), current_span.set(span)
         start, status, stream_at = self._clock(), 0, 0.0
 
@@ -61,15 +61,10 @@ class RequestScope:
             nonlocal status, stream_at
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                is_stream = headers.get("content-type", "").startswith("text/event-stream")
+                headers = _completed(message.get("headers", ()), request_id, self._clock() - start)
+                is_stream = any(name == b"content-type" and value.startswith(_STREAM) for name, value in headers)
                 stream_at = time.monotonic() if is_stream else 0.0
-                headers["x-request-id"] = request_id
-                # What a model says may look like a page; a browser must not take it for one.
-                headers["x-content-type-options"] = "nosniff"
-                total = f"total;dur={(self._clock() - start) * 1000:.1f}"
-                stages = headers.get("server-timing")
-                headers["server-timing"] = f"{stages}, {total}" if stages else total
+                message["headers"] = headers
             await send(message)
 
         try:
@@ -87,10 +82,10 @@ class RequestScope:
             trace_id_var.reset(tokens[1])
             current_span.reset(tokens[2])
 
-    def _begin_span(self, scope: Scope, sent: Headers) -> Span:
+    def _begin_span(self, scope: Scope) -> Span:
         if scope["path"] in _QUIET_ROUTES:
             return NO_SPAN
-        carrier = {name: sent.get(name, "") for name in (TRACEPARENT, TRACESTATE)}
+        carrier = {name: _header(scope, name.encode()) for name in (TRACEPARENT, TRACESTATE)}
         return self._tracer.begin(scope["method"], "server", carrier)
 
     @staticmethod
@@ -123,6 +118,23 @@ def _route(scope: Scope) -> str:
     return getattr(scope.get("route"), "path", None) or "unmatched"
 
 
+def _header(scope: Scope, wanted: bytes) -> str:
+    """The first of this name; empty without one. Starlette's `Headers` would decode all of them."""
+    return next((value.decode("latin-1") for name, value in scope["headers"] if name == wanted), "")
+
+
+def _completed(headers: Iterable[tuple[bytes, bytes]], request_id: str, seconds: float) -> list[tuple[bytes, bytes]]:
+    """A route's headers, and those that every answer has. Its own policy stands, its timings come first."""
+    timing = b"total;dur=%.1f" % (seconds * 1000)
+    given = list(headers)
+    names = {name for name, _ in given}
+    if b"server-timing" in names:
+        timing = b", ".join([*(value for name, value in given if name == b"server-timing"), timing])
+        given = [pair for pair in given if pair[0] != b"server-timing"]
+    own = ((b"x-request-id", request_id.encode("latin-1")), (b"server-timing", timing))
+    return [*given, *(pair for pair in SECURITY_HEADERS if pair[0] not in names), *own]
+
+
 class BodyLimit:
     """Refuses a body over the limit (413), one that has no room beside those that wait (503), or a slow one (408).
 
@@ -150,7 +162,7 @@ class BodyLimit:
         # A file goes to the disk as it comes: it has a limit of its own, and waits nowhere.
         is_upload = scope["method"] == "POST" and scope["path"] == "/v1/files"
         limit = self._max_upload_bytes if is_upload else self._max_body_bytes
-        declared = Headers(scope=scope).get("content-length", "")[:20]
+        declared = _header(scope, b"content-length")[:20]
         try:
             if declared.isdecimal():
                 _check_size(int(declared), limit, f"{declared} bytes")

@@ -73,7 +73,9 @@ class JobSettings(BaseSettings):
     max_active_jobs_per_key: int = Field(1000, ge=1, description="jobs of one key that have not ended")
     max_upload_bytes: int = Field(512 * _MIB, ge=1024, description="largest file for training")
     max_file_bytes_per_key: int = Field(100 * 1024 * _MIB, ge=1024, description="all files of one key together")
-    event_retention_days: float = Field(90.0, gt=0, description="events of a job are kept so long after its end")
+    event_retention_days: float = Field(
+        90.0, gt=0, description="events and checkpoints of a job are kept so long after its end"
+    )
 
 
 class WorkerSettings(BaseSettings):

@@ -117,7 +117,7 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
                 f" / sum (rate(dve_prefix_cache_queries_total{{{FILTER}}}[$__rate_interval]))", "hits"),)),
         Panel("Batch", "short", "Requests of one step, by stage.", quantiles("dve_batch_size", "stage")),
         Panel("Tokens a step", "short", "Tokens that one step gave out.", quantiles("dve_iteration_tokens")),
-        Panel("Bodies held", "bytes", "Requests without a first event yet; bounded by max_waiting_bytes.",
+        Panel("Bodies held", "bytes", "Requests without a first event yet; at most 256 MiB by default.",
               gauge("dve_waiting_body_bytes")),
     ),
     "Vision and fusion": (
