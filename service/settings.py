@@ -29,6 +29,19 @@ def _refuse_no_folder(value: object) -> object:
     return value
 
 
+def _read_secret(value: object) -> object:
+    """A database's URL has a password in it, and a password's place is a file: `@FILE` is what stands there."""
+    if not isinstance(value, str) or not value.startswith("@"):
+        return value
+    try:
+        text = Path(value[1:]).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the file {value[1:]} can't be read ({getattr(error, 'strerror', 'not text')})") from None
+    if not text:
+        raise ValueError(f"the file {value[1:]} is empty: write postgresql://... into it")
+    return text
+
+
 # What several roles read, told once.
 _Host = Annotated[str, Field(min_length=1, description="address to listen on")]
 _DataDir = Annotated[
@@ -50,8 +63,8 @@ class JobSettings(BaseSettings):
     QUOTAS: ClassVar = ("max_active_jobs_per_key", "max_upload_bytes", "max_file_bytes_per_key", "event_retention_days")
 
     data_dir: _DataDir = Path("data")
-    database_url: SecretStr | None = Field(
-        None, description="PostgreSQL for the jobs, postgresql://...; none: SQLite in data_dir"
+    database_url: Annotated[SecretStr | None, BeforeValidator(_read_secret)] = Field(
+        None, description="PostgreSQL for the jobs, postgresql://..., or @FILE with that; none: SQLite in data_dir"
     )
     job_lease_seconds: float = Field(
         30.0, ge=0.5, le=3600, description="a worker that is silent for so long has lost its job"
@@ -60,7 +73,9 @@ class JobSettings(BaseSettings):
     max_active_jobs_per_key: int = Field(1000, ge=1, description="jobs of one key that have not ended")
     max_upload_bytes: int = Field(512 * _MIB, ge=1024, description="largest file for training")
     max_file_bytes_per_key: int = Field(100 * 1024 * _MIB, ge=1024, description="all files of one key together")
-    event_retention_days: float = Field(90.0, gt=0, description="events of a job are kept so long after its end")
+    event_retention_days: float = Field(
+        90.0, gt=0, description="events and checkpoints of a job are kept so long after its end"
+    )
 
 
 class WorkerSettings(BaseSettings):

@@ -104,7 +104,7 @@ class HfTrainer:
     kind = "Trainer"
 
     def __init__(
-        self, model: Any, fmt: InputFormat, pad_id: int, dataset: DualVisionDataset, config: TrainConfig,
+        self, model: Any, fmt: InputFormat, pad_id: int, dataset: DualVisionDataset, *, config: TrainConfig,
         table: FreezeTable, clock: Clock, folder: Path,
     ) -> None:  # fmt: skip
         self.mode, self._model, self._table = str(config.training_mode), model, table

@@ -191,7 +191,9 @@ def _makers(
         table = resolve_freeze(loaded.model, config.freeze, config.stages()[0].learning_rates)
         dataset = DATASET_TYPES["conversation"](str(data), str(data.parent))
         pad_id = loaded.processor.tokenizer.pad_token_id
-        return HfTrainer(loaded.model, fmt, pad_id, dataset, config, table, clock, data.parent / "peer")
+        return HfTrainer(
+            loaded.model, fmt, pad_id, dataset, config=config, table=table, clock=clock, folder=data.parent / "peer"
+        )
 
     makers: dict[tuple[str, str], Callable[[], Contender]] = {}
     for mode in args.modes:

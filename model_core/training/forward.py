@@ -84,8 +84,8 @@ class PackForward:
         trained = table.trainable_components
         self._has_gradients_before = bool(trained & _BEFORE_THE_SPLICE)
         backbone = self.model.model
-        own = {"qwen": {"qwen_vision", "merger"}, backbone.second_name: {"dinov2"}}
-        self._trained_towers = tuple(name for name in backbone.encoders if trained & own[name])
+        heard = {"qwen": {"qwen_vision", "merger"}, backbone.second_name: {"dinov2"}}
+        self._trained_towers = tuple(name for name in backbone.encoders if trained & heard[name])
         # The language model's activations are kept whenever a gradient goes through it, so also while it is frozen.
         self._recompute_llm = "llm" in self._wanted and bool(trained)
         towers = {"qwen_vision": (backbone.visual, {"qwen_vision", "merger"}), "dinov2": (backbone.second, {"dinov2"})}
@@ -119,7 +119,8 @@ class PackForward:
             if self._autocasts:
                 hidden = hidden.to(torch.bfloat16)  # the head is the largest product of all
             head = self.model.lm_head.weight
-            losses = sample_losses(hidden, head, pack.labels, pack.sample_lengths, pack.label_weights)
+            weights = pack.label_weights if arm is None else None  # an evaluation counts every label once
+            losses = sample_losses(hidden, head, pack.labels, pack.sample_lengths, weights)
         view = None if self._watched is None else PackView(pack, features, fused, attention)
         return PackOutput(losses, None if fused is None else fused.weights, view)
 

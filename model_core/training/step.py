@@ -166,7 +166,7 @@ class _Sums:
 
     def __init__(self, packs: Sequence[PackedBatch]) -> None:
         weighted = any(pack.label_weights is not None for pack in packs)
-        counts = (sum(label_counts(pack)) if weighted else pack.num_label_tokens for pack in packs)
+        counts = (sum(label_totals(pack)) if weighted else pack.num_label_tokens for pack in packs)
         self.num_labels = sum(counts) or 1
         self.num_samples = max(1, sum(len(pack.samples) for pack in packs))
         self.num_images = max(1, sum(len(pack.grids) for pack in packs))
@@ -188,7 +188,7 @@ class _Sums:
         if output.weights is not None:
             self._weights.append(output.weights.detach().float())
         losses = output.losses.detach()
-        counts = label_counts(pack)
+        counts = label_totals(pack)
         for dataset in dict.fromkeys(sample.dataset for sample in pack.samples):
             mine = [i for i, sample in enumerate(pack.samples) if sample.dataset == dataset]
             found, count = self._by_dataset.get(dataset, ([], 0))
@@ -213,11 +213,17 @@ class _Sums:
         )
 
 
-def label_counts(pack: PackedBatch) -> Sequence[float]:
-    """Label tokens that count, of each sample; their weights' sums where they have weights."""
+def label_counts(pack: PackedBatch) -> list[int]:
+    """Label tokens that count, of each sample."""
     targets = next_token_labels(pack.labels, pack.sample_lengths) != IGNORE
+    return [int(part.sum()) for part in targets.split(list(pack.sample_lengths))]
+
+
+def label_totals(pack: PackedBatch) -> Sequence[float]:
+    """The weights of each sample's labels, summed: what its loss is to be divided by."""
     if pack.label_weights is None:
-        return [int(part.sum()) for part in targets.split(list(pack.sample_lengths))]
+        return label_counts(pack)
+    targets = next_token_labels(pack.labels, pack.sample_lengths) != IGNORE
     weights = pack.label_weights.roll(-1) * targets
     return [float(part.sum()) for part in weights.split(list(pack.sample_lengths))]
 

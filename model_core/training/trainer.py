@@ -178,8 +178,8 @@ class DualVisionTrainer:
         if self._writes:
             point.run.tidy()
             self.run_folder.take_over(point, self.config)
-        data, own = self.train_source.fingerprint(), self.auxiliary
-        state, tensors = load_step(point.path, self.model, self.config, data, own)
+        data = self.train_source.fingerprint()
+        state, tensors = load_step(point.path, self.model, self.config, data, self.auxiliary)
         if (state.gate_loss is None) != (self.gate_loss is None):
             raise CheckpointMismatchError("the saved run had another gate loss", value=state.gate_loss, param="losses")
         self._state, self.position, self.scores = state, Position(**state.position), Scores(**state.scores)

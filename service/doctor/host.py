@@ -161,6 +161,7 @@ def clock(skew_seconds: float | None, now: float | None = None) -> Finding:
 
 
 def tracing() -> Finding:
+    """Whether what the environment wants to be sent can be sent."""
     try:
         if not wants_tracing():
             return ok("tracing", "off: no OTEL_EXPORTER_OTLP_ENDPOINT")

@@ -76,11 +76,12 @@ class JobFolder:
     def surplus(self, attempt: int) -> list[Path]:
         """Of a job that this attempt has finished: what earlier ones saved to go on from, which it has gone on from.
 
-        Ends of stages and what was best stay, as within one attempt.
+        Ends of stages, what was best and the newest stay, as within one attempt.
         """
         best = self.attempt(attempt) / BEST
         kept = best.resolve() if best.exists() else None
-        steps = [step for step in self.steps() if step.attempt < attempt and step.note.get("reason") not in _LASTING]
+        older = [step for step in self.steps()[1:] if step.attempt < attempt]
+        steps = [step for step in older if step.note.get("reason") not in _LASTING]
         return [step.path for step in steps if step.path.resolve() != kept]
 
     def try_lock(self) -> int | None:

@@ -1,127 +1,126 @@
-"""A real Prometheus scrapes the really running demo server under load, and every panel and rule is asked of it."""
+"""A real Prometheus scrapes the really running server and worker under load; every panel and rule is asked of it."""
 
 from __future__ import annotations
 
-import base64
 import json
+import re
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from dataclasses import dataclass
 
 import httpx
 import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
 
-ROOT = Path(__file__).parents[2]
-#: What needs an event that a healthy server under light load does not have.
+from service.metrics import Metrics, TrainingMetrics
+from tests.deploy.live import ROOT, create_job, finished_job, free_port, question, running, server, worker
+
+#: What needs an event that a healthy server under light load, and a worker with one good job, do not have.
 NEEDS_AN_EVENT = {
     "dve_request_failure_total", "dve_admission_rejections_total", "dve_num_preemptions_total",
     "dve_encoder_cache_evictions_total", "dve_media_rejected_total", "dve:http_error_ratio:rate5m",
-    "dve_model_swaps_total", "dve_train_", "dve_job",  # a second model; a worker
+    "dve_model_swaps_total",
 }  # fmt: skip
+DASHBOARDS = ROOT / "deploy/grafana/dashboards"
 
 pytestmark = [
     pytest.mark.ops,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="Prometheus is not installed (make test-ops does)"),
 ]
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+@dataclass(frozen=True)
+class Site:
+    server: str
+    worker: str
+    prometheus: str
 
-
-def wait_for(url: str, seconds: float = 90.0) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            if httpx.get(url, timeout=2).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.2)
-    raise TimeoutError(url)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    port = free_port()
-    process = subprocess.Popen([sys.executable, "-m", "service.cli", "serve", "--port", str(port)], cwd=ROOT)
-    try:
-        wait_for(f"http://127.0.0.1:{port}/health/ready")
-        yield f"127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-@pytest.fixture(scope="module")
-def prometheus(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The shipped configuration with this server as its target, and a faster clock."""
-    folder = tmp_path_factory.mktemp("prometheus")
-    shipped = (ROOT / "deploy/prometheus/prometheus.yml").read_text()
-    config = shipped.replace("server:8000", server).replace("15s", "1s")
-    (folder / "prometheus.yml").write_text(config)
-    # Windows are shortened with the clock: nobody waits a quarter of an hour for a rate.
-    rules = (ROOT / "deploy/prometheus/rules.yml").read_text()
-    for window in ("[5m]", "[15m]", "[30m]"):
-        rules = rules.replace(window, "[30s]")
-    (folder / "rules.yml").write_text(rules)
-    port = free_port()
-    process = subprocess.Popen(
-        ["prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data",
-         f"--web.listen-address=127.0.0.1:{port}", "--log.level=error"],
-    )  # fmt: skip
-    try:
-        wait_for(f"http://127.0.0.1:{port}/-/ready")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def chat(server: str, number: int) -> int:
-    picture = base64.b64encode((ROOT / f"examples/{('dog', 'word', 'pair')[number % 3]}.png").read_bytes()).decode()
-    part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}
-    body = {
-        "model": "dve-demo",
-        "messages": [{"role": "user", "content": [part, {"type": "text", "text": f"what is it? {number}"}]}],
-        "max_tokens": 12,
-        "ignore_eos": True,
-        "stream": number % 2 == 0,
-    }
-    return httpx.post(f"http://{server}/v1/chat/completions", json=body, timeout=60).status_code
-
-
-def test_every_panel_and_every_recorded_rule_has_data(server: str, prometheus: str) -> None:
-    def ask(expr: str) -> list:
-        answer = httpx.get(f"{prometheus}/api/v1/query", params={"query": expr}, timeout=10).json()
+    def ask(self, expr: str) -> list:
+        answer = httpx.get(f"{self.prometheus}/api/v1/query", params={"query": expr}, timeout=20).json()
         assert answer["status"] == "success", (expr, answer)
         return answer["data"]["result"]
 
-    queries = {
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """The shipped configuration with these targets and a faster clock."""
+    folder = tmp_path_factory.mktemp("site")
+    quiet = {"log_level": "warning"}
+    with server(folder / "data", **quiet) as a_server, worker(folder / "data", **quiet) as a_worker:
+        shipped = (ROOT / "deploy/prometheus/prometheus.yml").read_text()
+        config = shipped.replace("server:8000", a_server).replace("worker:8001", a_worker).replace("15s", "1s")
+        (folder / "prometheus.yml").write_text(config.replace('["alertmanager:9093"]', "[]"))
+        # Windows are shortened with the clock: nobody waits a quarter of an hour for a rate.
+        rules = (ROOT / "deploy/prometheus/rules.yml").read_text()
+        (folder / "rules.yml").write_text(re.sub(r"\[(5|15|30)m\]", "[30s]", rules))
+        url = f"http://127.0.0.1:{free_port()}"
+        command = ("prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/tsdb")
+        address = f"--web.listen-address={url.removeprefix('http://')}"
+        with running(*command, address, "--log.level=error", ready=f"{url}/-/ready"):
+            yield Site(a_server, a_worker, url)
+
+
+def chat(site: Site, number: int) -> int:
+    body = question(number, max_tokens=12, ignore_eos=True, stream=number % 2 == 0)
+    return httpx.post(f"http://{site.server}/v1/chat/completions", json=body, timeout=120).status_code
+
+
+def panels() -> set[str]:
+    return {
         target["expr"].replace("$instance", ".*").replace("$__rate_interval", "30s")
-        for path in (ROOT / "deploy/grafana/dashboards").glob("*.json")
+        for path in DASHBOARDS.glob("*.json")
         for panel in json.loads(path.read_text())["panels"]
         for target in panel["targets"]
     }
-    empty = {expr for expr in queries if not any(name in expr for name in NEEDS_AN_EVENT)}
-    number, deadline = 0, time.monotonic() + 120
-    with ThreadPoolExecutor(8) as pool:
+
+
+def test_every_panel_and_every_recorded_rule_has_data(site: Site) -> None:
+    with httpx.Client(base_url=f"http://{site.server}", timeout=120) as http, ThreadPoolExecutor(4) as pool:
+        job = create_job(http)
+        empty = {expr for expr in panels() if not any(name in expr for name in NEEDS_AN_EVENT)}
+        number, deadline = 0, time.monotonic() + 600
         # Load until all is there: a rate needs two scrapes with something between them.
         while empty and time.monotonic() < deadline:
-            assert set(pool.map(lambda n: chat(server, n), range(number, number + 10))) == {200}
-            number += 10
-            empty = {expr for expr in empty if not ask(expr)}
-    assert empty == set()
-    rules = httpx.get(f"{prometheus}/api/v1/rules", timeout=10).json()["data"]["groups"]
+            assert set(pool.map(lambda n: chat(site, n), range(number, number + 6))) == {200}
+            number += 6
+            empty = {expr for expr in empty if not site.ask(expr)}
+        assert empty == set()
+        assert finished_job(http, job)["status"] == "succeeded"
+    rules = httpx.get(f"{site.prometheus}/api/v1/rules", timeout=20).json()["data"]["groups"]
     states = [(rule["name"], rule["health"]) for group in rules for rule in group["rules"]]
-    assert len(states) == 17
+    assert len(states) == len(re.findall(r"- (?:alert|record):", (ROOT / "deploy/prometheus/rules.yml").read_text()))
     assert {health for _, health in states} == {"ok"}, states
-    assert not [a for a in httpx.get(f"{prometheus}/api/v1/alerts", timeout=10).json()["data"]["alerts"]], "all is well"
+    alerts = httpx.get(f"{site.prometheus}/api/v1/alerts", timeout=20).json()["data"]["alerts"]
+    assert [alert["labels"] for alert in alerts if alert["state"] == "firing"] == [], "all is well"
+
+
+def test_every_declared_metric_is_in_a_scrape(site: Site) -> None:
+    """After the load of the test above; with a planted one, which is missed."""
+    told = {name: scrape(address) for name, address in (("server", site.server), ("worker", site.worker))}
+    assert missing(Metrics().registry, told["server"]) == set()
+    assert missing(TrainingMetrics().registry, told["worker"]) == set()
+    planted = TrainingMetrics()
+    planted._gauge("train_nobody_feeds", "A gauge with a label, and nobody who sets it.", "label")
+    assert missing(planted.registry, told["worker"]) == {"dve_train_nobody_feeds"}
+
+
+def scrape(address: str) -> set[str]:
+    """Metrics that have a sample: of one with labels nothing is shown before it is set."""
+    text = httpx.get(f"http://{address}/metrics", timeout=20).text
+    return {family.name for family in text_string_to_metric_families(text) if family.samples}
+
+
+def missing(registry: CollectorRegistry, seen: set[str]) -> set[str]:
+    declared = {metric.name for metric in registry.collect()}
+    return {
+        name for name in declared - seen if not any(event.removesuffix("_total") == name for event in NEEDS_AN_EVENT)
+    }
+
+
+def test_a_planted_panel_has_no_data(site: Site) -> None:
+    assert site.ask('sum(rate(dve_http_requests_total{route="/metrics"}[30s]))')
+    assert not site.ask("sum(rate(dve_nothing_total[30s]))")

@@ -75,6 +75,10 @@ def test_a_planted_metric_is_found() -> None:
     assert unknown(["sum(rate(dve_request_success_total[5m]))"]) == set()
     assert unknown(["dve_nothing_total + up"]) == {"dve_nothing_total"}
     assert unknown(["dve_ttft_seconds_bucket"]) == {"dve_ttft_seconds_bucket"}
+    generator = load_generator()
+    planted = generator.Panel("Planted", "none", "Nobody declares it.", generator.gauge("dve_planted"))
+    board = generator.render("Planted", (*generator.DASHBOARDS["Engine"], planted))
+    assert unknown(expressions_of(board)) == {"dve_planted"}
 
 
 def test_rules_ask_for_declared_metrics_and_every_alert_is_tested_and_explained() -> None:

@@ -17,6 +17,13 @@ import httpx
 from tests.service.log_schema import read_log
 
 ROOT = Path(__file__).parents[2]
+_STANDIN = """
+import sys
+from service.settings import load_worker_settings
+from service.worker import work
+from tests.service.supervisor.worker_program import PROGRAMS
+sys.exit(work(*load_worker_settings({"worker_metrics_port": sys.argv[1]}), programs=PROGRAMS))
+"""
 
 
 def free_port() -> int:
@@ -86,18 +93,21 @@ class Plant:
         self.running: dict[str, Running] = {}
 
     def start_server(self) -> Running:
-        self._start("server", ["serve", "--port", str(self.port)])
+        self._start("server", ["-m", "service.cli", "serve", "--port", str(self.port)])
         self._until_up("server", f"{self.url}/health/ready")
         return self.running["server"]
 
-    def start_worker(self) -> Running:
-        self._start("worker", ["worker", "--worker-metrics-port", str(self.worker_port)])
+    def start_worker(self, *, is_real: bool = True) -> Running:
+        """is_real False: the stand-in programs of the supervisor's tests in the place of trainer, reader, publisher."""
+        if is_real:
+            self._start("worker", ["-m", "service.cli", "worker", "--worker-metrics-port", str(self.worker_port)])
+        else:
+            self._start("worker", ["-c", _STANDIN, str(self.worker_port)])
         self._until_up("worker", f"{self.worker_url}/metrics")
         return self.running["worker"]
 
     def _start(self, name: str, arguments: list[str]) -> None:
-        command = [sys.executable, "-m", "service.cli", *arguments]
-        self.running[name] = Running(command, self.folder / f"{name}.log", self.environment)
+        self.running[name] = Running([sys.executable, *arguments], self.folder / f"{name}.log", self.environment)
 
     def _until_up(self, name: str, url: str) -> None:
         process = self.running[name]

@@ -162,15 +162,22 @@ def training_file(rows: int = 6) -> bytes:
     return ("\n".join(lines) + "\n").encode()
 
 
-def create_job(client: httpx.Client, rows: int = 6, epochs: int = 1, **fusion: Any) -> str:
-    uploaded = client.post(
-        "/v1/files", files={"file": ("train.jsonl", training_file(rows))}, data={"purpose": "fine-tune"}
-    )
-    assert uploaded.status_code == 200, uploaded.text
+def standin_file(**plan: Any) -> bytes:
+    """One row that is also the plan of the stand-in trainer."""
+    messages = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "a fox"}]
+    return (json.dumps({"messages": messages, **plan}) + "\n").encode()
+
+
+def upload(client: httpx.Client, data: bytes) -> str:
+    answer = client.post("/v1/files", files={"file": ("train.jsonl", data)}, data={"purpose": "fine-tune"})
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["id"])
+
+
+def create_job(client: httpx.Client, data: bytes = b"", epochs: int = 1) -> str:
     asked = {
-        "model": MODEL, "training_file": uploaded.json()["id"], "seed": 1,
-        "hyperparameters": {"n_epochs": epochs, "batch_size": 2},
-        "fusion": {"freeze": {"mode": "fusion_only"}, **fusion},
+        "model": MODEL, "training_file": upload(client, data or training_file()), "seed": 1,
+        "hyperparameters": {"n_epochs": epochs, "batch_size": 2}, "fusion": {"freeze": {"mode": "fusion_only"}},
     }  # fmt: skip
     made = client.post(JOBS, json=asked)
     assert made.status_code == 200, made.text

@@ -93,3 +93,16 @@ def test_the_page_of_settings_is_the_class(capsys: pytest.CaptureFixture[str]):
 def test_that_page_shows_what_holds(capsys: pytest.CaptureFixture[str]):
     assert main(["serve", "--port", "81", "--print-config", "--format", "table"]) == 0
     assert "| `port` | `81` | 0 to 65535 |" in capsys.readouterr().out
+
+
+def test_a_databases_url_may_stand_in_a_file(tmp_path: Path) -> None:
+    """Compose and Kubernetes hand secrets over as files; what is wrong is told without what is in them."""
+    secret = tmp_path / "url"
+    secret.write_text("postgresql://me:hush@there/jobs\n")
+    url = load_settings({"database_url": f"@{secret}"})[1].database_url
+    assert url is not None and url.get_secret_value() == "postgresql://me:hush@there/jobs"
+    secret.write_text(" \n")
+    with pytest.raises(ConfigError, match="is empty"):
+        load_settings({"database_url": f"@{secret}"})
+    with pytest.raises(ConfigError, match="can't be read"):
+        load_settings({"database_url": f"@{tmp_path}/nowhere"})

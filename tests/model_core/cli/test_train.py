@@ -176,7 +176,7 @@ def read_until(descriptor: int, kind: str) -> list[dict[str, Any]]:
 def test_a_supervisor_stops_resumes_and_hears_every_event(corpus: Path, tmp_path: Path) -> None:
     """SIGTERM saves and ends with 75; the next attempt writes to its own folder and goes on."""
     child, events, control = start(corpus, tmp_path / "attempt-1")
-    for order in ({"command": "deadline", "seconds": 100}, {"command": "freeze", "freeze": {"freeze_llm": True}}):
+    for order in ({"command": "deadline", "seconds": 1000}, {"command": "freeze", "freeze": {"freeze_llm": True}}):
         os.write(control, json.dumps(order).encode() + b"\n")
     first = read_until(events, "switched")
     assert {"validated", "freeze", "stage", "switched"} <= {event["kind"] for event in first}

@@ -1,12 +1,12 @@
-"""The build's precision follows the machine, and Muon is torch's but for that."""
+"""Muon's precision follows the machine, it is torch's but for that, and AdamW keeps everything that is no matrix."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from model_core.demo import precision
-from model_core.demo.precision import Muon, orthogonal, working_dtype
+from model_core.training import muon
+from model_core.training.muon import MuonAdamW, is_block_matrix, orthogonal, working_dtype
 
 
 @pytest.mark.parametrize(
@@ -17,24 +17,36 @@ def test_a_processor_without_units_for_bfloat16_works_in_float32(
     monkeypatch: pytest.MonkeyPatch, units: dict[str, bool], expected: torch.dtype
 ) -> None:
     """There a step for letters took 14 seconds with Muon in bfloat16 and 2 with it in float32."""
-    monkeypatch.setattr(precision.torch.cpu, "get_capabilities", lambda: units)
+    monkeypatch.setattr(muon.torch.cpu, "get_capabilities", lambda: units)
     assert working_dtype(torch.device("cpu")) == expected
     assert working_dtype(torch.device("cuda")) == torch.bfloat16
 
 
+def _stepped(parameters: list[torch.nn.Parameter], matrices: list[torch.nn.Parameter]) -> MuonAdamW:
+    groups = [{"params": parameters, "is_matrix": False}, {"params": matrices, "is_matrix": True}]
+    return MuonAdamW([group for group in groups if group["params"]], lr=1e-2, weight_decay=0.05)
+
+
 @pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16)])
-def test_in_bfloat16_it_steps_as_torchs_muon(shape: tuple[int, int]) -> None:
+def test_in_bfloat16_it_steps_as_torchs_muon_and_leaves_the_rest_to_adamw(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(muon, "working_dtype", lambda _: torch.bfloat16)
     torch.manual_seed(0)
     start, gradients = torch.randn(shape), torch.randn(3, *shape)
-    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    one = Muon([ours], 1e-2, weight_decay=0.05, dtype=torch.bfloat16)
+    ours, theirs, plain, adamw = (torch.nn.Parameter(start.clone()) for _ in range(4))
+    one = _stepped([plain], [ours])
     other = torch.optim.Muon([theirs], lr=1e-2, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    third = torch.optim.AdamW([adamw], lr=1e-2, weight_decay=0.05)
     for gradient in gradients:
-        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
-        one.step()
-        other.step()
+        for parameter in (ours, theirs, plain, adamw):
+            parameter.grad = gradient.clone()
+        for optimizer in (one, other, third):
+            optimizer.step()
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
     assert torch.equal(one.state[ours]["momentum_buffer"], other.state[theirs]["momentum_buffer"])
+    assert torch.equal(plain, adamw)
+    assert len(one.param_groups) == 2, "a step leaves the groups as they were"
     assert not torch.equal(ours, start)
 
 
@@ -48,5 +60,14 @@ def test_the_orthogonal_step_lets_no_direction_dominate() -> None:
 
 def test_a_matrix_without_a_gradient_stays() -> None:
     still = torch.nn.Parameter(torch.ones(4, 4))
-    Muon([still], 1e-2, weight_decay=0.05, dtype=torch.float32).step()
+    _stepped([], [still]).step()
     assert torch.equal(still, torch.ones(4, 4))
+
+
+def test_embeddings_and_projectors_are_no_matrices_of_blocks() -> None:
+    matrix, vector = torch.ones(2, 2), torch.ones(2)
+    assert is_block_matrix("model.language_model.layers.0.mlp.up_proj.weight", matrix)
+    assert is_block_matrix("model.visual.merger.mlp.0.weight", matrix)
+    assert not is_block_matrix("model.language_model.layers.0.input_layernorm.weight", vector)
+    assert not is_block_matrix("model.language_model.embed_tokens.weight", matrix)
+    assert not is_block_matrix("model.fusion.projectors.dinov2.weight", matrix)

@@ -7,8 +7,9 @@ import shutil
 import subprocess
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -41,10 +42,17 @@ def _installed() -> Path | None:
 
 
 class Cluster:
-    """`new_database` gives the URL of an empty one."""
+    """`new_database` gives the URL of an empty one; `stop` and `start` it for who does without for a while."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, control: Callable[..., None]) -> None:
+        self._folder, self._control = folder, control
+
+    def stop(self) -> None:
+        self._control("-m", "immediate", "stop")
+
+    def start(self) -> None:
+        options = " ".join(f"-c {name}='{value}'" for name, value in _SETTINGS.items())
+        self._control("-o", f"{options} -k {self._folder}", "start")
 
     def new_database(self) -> str:
         name = f"t{uuid.uuid4().hex[:12]}"
@@ -73,9 +81,9 @@ def run_cluster() -> Iterator[Cluster]:
     data, log = folder / "data", folder / "log"
     try:
         run(binaries / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8")
-        options = " ".join(f"-c {name}='{value}'" for name, value in _SETTINGS.items())
-        run(binaries / "pg_ctl", "-D", data, "-l", log, "-w", "-o", f"{options} -k {folder}", "start")
-        yield Cluster(folder)
+        cluster = Cluster(folder, partial(run, binaries / "pg_ctl", "-D", data, "-l", log, "-w"))
+        cluster.start()
+        yield cluster
     finally:
         if (data / "postmaster.pid").exists():
             run(binaries / "pg_ctl", "-D", data, "-m", "immediate", "-w", "stop")

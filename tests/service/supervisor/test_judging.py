@@ -119,6 +119,18 @@ def test_the_newest_complete_checkpoint_counts(tmp_path: Path) -> None:
     assert [(s.step, s.attempt) for s in job.steps()] == [(8, 1), (4, 1)]
 
 
+def test_what_earlier_attempts_saved_and_nobody_needs_is_surplus(tmp_path: Path) -> None:
+    from model_core.manifest import write_folder
+
+    job = JobFolder(tmp_path)
+    for attempt, step, reason in ((1, 2, "best"), (1, 4, "stage"), (1, 6, "epoch"), (1, 7, "epoch"), (2, 8, "every")):
+        write_folder(job.attempt(attempt) / f"step-{step}", lambda f: (f / "x").touch(), extra={"reason": reason})
+    (job.attempt(2) / "best").symlink_to(Path("..") / "attempt-1" / "step-6")
+    assert [path.name for path in job.surplus(2)] == ["step-7"]
+    # An attempt that only finished what another one had saved leaves its last step.
+    assert [path.name for path in job.surplus(3)] == ["step-7", "step-6"]
+
+
 def test_a_shortage_says_what_is_missing_and_what_would_fit() -> None:
     modes = [
         {"name": "stage 0: full", "asked": True, "fits": False, "fitting_max_tokens": 1024},
