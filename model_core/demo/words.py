@@ -63,7 +63,7 @@ _RESERVED = frozenset(RESERVED_WORDS)
 _VOWELS, _CONSONANTS = "aeiouy", "bcdfghjklmnpqrstvwxz"
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 #: Of the words in training scenes, how many are made up: reading must not become guessing from a list.
-_MADE_UP_SHARE = 0.35
+_MADE_UP_SHARE = 0.6
 # Made-up strings that hold one of these are drawn again.
 _UNWANTED = ("fuc", "fuk", "shit", "cunt", "coc", "dic", "dik", "tit", "ass", "cum", "nig", "fag", "rap", "sex", "naz")
 
