@@ -1,12 +1,14 @@
 """What the HTTP layer itself costs: the whole application, its engine bridge and its pool, over an engine that is free.
 
-    python -m benchmarks.api_overhead [--requests 200] [--streams 64] [--tokens 1000] [--rate 12800]
+    python -m benchmarks.api_overhead [--rounds 5] [--against CHECKOUT] [--requests 200] [--streams 64] [--tokens 1000]
 
 First in one process, without a socket: what is timed is ours. Then through real sockets, the server kept to one core
 and the client a process of its own. Bars: 2 ms at the median for a body of 200 KB with one picture, and 10,000 stream
 events a second over 64 streams on one core. The picture is not decoded; that is the engine's `prepare`. The engine
 gives `rate` tokens a second: one that ran ahead would have its events sent many at a time. CPU times are of all of
-the server's threads: on a busy machine they alone mean something.
+the server's threads: on a busy machine they alone mean something. Each round is a process of its own; with --against
+(another checkout of this project, from the commit on that gave jobs settings of their own) the rounds alternate, and
+the median of the rounds' ratios is shown beside both medians.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,20 @@ from service.engine_client import EngineClient
 from service.main import build_app, engine_limits, open_socket, server_config
 from service.settings import JobSettings, Settings
 
-#: What was measured, how much, and the bar.
-Row = tuple[str, str, str]
+#: How to write a figure, by its unit.
+_FORMATS = {"ms": "{:.2f} ms", "/s": "{:,.0f} /s"}
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """What was measured, how much, in which unit, and the bar."""
+
+    what: str
+    value: float
+    unit: str
+    bar: str = ""
+
+
 INFO = ModelInfo(
     "free", "fp", "gated", True, ("qwen", "dinov2"), 1_000_000, device="cpu", dtype="float32", num_parameters=0
 )
@@ -157,7 +171,7 @@ async def measure_streams(app: Any, streams: int, tokens: int) -> tuple[float, f
     return events / wall, events / cpu
 
 
-async def in_process(args: argparse.Namespace) -> list[Row]:
+async def in_process(args: argparse.Namespace) -> list[Figure]:
     app, client = build(args)
     client.start()
     await client.wait_loaded()
@@ -170,11 +184,11 @@ async def in_process(args: argparse.Namespace) -> list[Row]:
         app.state.parts.desk.store.close()
     seconds.sort()
     return [
-        ("200 KB request, p50", f"{statistics.median(seconds) * 1000:.2f} ms", "2 ms"),
-        ("200 KB request, p99", f"{seconds[int(len(seconds) * 0.99)] * 1000:.2f} ms", ""),
-        ("200 KB request, CPU", f"{cpu * 1000:.2f} ms", "2 ms"),
-        (f"events, {args.streams} streams, wall", f"{per_wall:,.0f} /s", "10,000 /s"),
-        (f"events, {args.streams} streams, CPU", f"{per_cpu:,.0f} /s", "10,000 /s"),
+        Figure("200 KB request, p50", statistics.median(seconds) * 1000, "ms", "2 ms"),
+        Figure("200 KB request, p99", seconds[int(len(seconds) * 0.99)] * 1000, "ms"),
+        Figure("200 KB request, CPU", cpu * 1000, "ms", "2 ms"),
+        Figure(f"events, {args.streams} streams, wall", per_wall, "/s", "10,000 /s"),
+        Figure(f"events, {args.streams} streams, CPU", per_cpu, "/s", "10,000 /s"),
     ]
 
 
@@ -185,7 +199,7 @@ def build(args: argparse.Namespace) -> tuple[Any, EngineClient]:
     return build_app(settings, JobSettings(data_dir=data_dir), lambda: FreeEngine(args.rate), limits=limits)
 
 
-async def through_sockets(args: argparse.Namespace) -> list[Row]:
+async def through_sockets(args: argparse.Namespace) -> list[Figure]:
     """The server on this process's one core; the client process takes what it can get."""
     app, client = build(args)
     listening = open_socket("127.0.0.1", 0)
@@ -205,14 +219,14 @@ async def through_sockets(args: argparse.Namespace) -> list[Row]:
     server.should_exit = True
     await serving
     return [
-        (f"events, {args.streams} sockets, one core, wall", f"{events / seconds:,.0f} /s", "10,000 /s"),
-        (f"events, {args.streams} sockets, one core, CPU", f"{events / cpu:,.0f} /s", "10,000 /s"),
+        Figure(f"events, {args.streams} sockets, one core, wall", events / seconds, "/s", "10,000 /s"),
+        Figure(f"events, {args.streams} sockets, one core, CPU", events / cpu, "/s", "10,000 /s"),
     ]
 
 
 def load(port: int, streams: int, tokens: int) -> tuple[int, float]:
     """Events and seconds of a client process that reads so many streams at once."""
-    command = [sys.executable, "-m", "benchmarks.api_overhead", "--client", f"{port},{streams},{tokens}"]
+    command = [sys.executable, __file__, "--client", f"{port},{streams},{tokens}"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     events, seconds = done.stdout.split()
     if int(events) < streams * tokens:
@@ -241,26 +255,62 @@ def read_streams(port: int, streams: int, tokens: int) -> tuple[int, float]:
     return events, time.perf_counter() - begin
 
 
+def measure(args: argparse.Namespace) -> list[Figure]:
+    """One round, in this process."""
+    logging.disable(logging.INFO)
+    try:
+        return [figure for part in (in_process, through_sockets) for figure in asyncio.run(part(args))]
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def measure_in(checkout: Path, args: argparse.Namespace) -> list[Figure]:
+    """One round of this very program over the service of a checkout."""
+    loads = [f"--{name}={getattr(args, name)}" for name in ("requests", "streams", "tokens", "rate")]
+    done = subprocess.run(
+        [sys.executable, __file__, "--figures", *loads],
+        cwd=checkout, env={**os.environ, "PYTHONPATH": str(checkout.resolve())}, stdout=subprocess.PIPE, check=True,
+    )  # fmt: skip
+    return [Figure(**figure) for figure in json.loads(done.stdout)]
+
+
+def show(rounds: Sequence[list[Figure]], others: Sequence[list[Figure]]) -> None:
+    """Medians over the rounds, and of the ratios within a round where there is something to compare with."""
+    table = Table("what", "measured", *(("against", "ratio") if others else ()), "bar")
+    for index, figure in enumerate(rounds[0]):
+        own = [one[index].value for one in rounds]
+        other = [one[index].value for one in others]
+        ratios = [a / b for a, b in zip(own, other, strict=bool(others))] if others else []
+        shown = [_FORMATS[figure.unit].format(statistics.median(values)) for values in (own, other) if values]
+        if ratios:
+            shown.append(f"{statistics.median(ratios):.2f}x")
+        table.add_row(figure.what, *shown, figure.bar)
+    Console().print(table)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, help="their medians are shown (default: %(default)s)")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="measure another checkout too, in alternation")
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--rate", type=float, default=12_800.0)
     parser.add_argument("--client", help=argparse.SUPPRESS)
+    parser.add_argument("--figures", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.client:
         print(*read_streams(*map(int, args.client.split(","))))
-        return
-    logging.disable(logging.INFO)
-    table = Table("what", "measured", "bar")
-    try:
-        for measure in (in_process, through_sockets):
-            for row in asyncio.run(measure(args)):
-                table.add_row(*row)
-    finally:
-        logging.disable(logging.NOTSET)
-    Console().print(table)
+    elif args.figures:
+        print(json.dumps([asdict(figure) for figure in measure(args)]))
+    else:
+        own: list[list[Figure]] = []
+        others: list[list[Figure]] = []
+        for _ in range(args.rounds):
+            own.append(measure_in(Path(__file__).parents[1], args))
+            if args.against is not None:
+                others.append(measure_in(args.against, args))
+        show(own, others)
 
 
 if __name__ == "__main__":

@@ -283,7 +283,7 @@ class EngineClient:
             # Afterwards: between the two it would be neither on its way nor there, and others would start without it.
             self._preparing.discard(request_id)
 
-        def on_error(error: Exception) -> None:
+        def on_error(error: BaseException) -> None:
             self._preparing.discard(request_id)
             self.post(self._fail, request_id, stream, error)
 
@@ -292,7 +292,7 @@ class EngineClient:
         # Not at once: whoever comes in this turn of the loop is to be known as company before the engine is woken.
         asyncio.get_running_loop().call_soon(preparation.start, self.pool)
 
-    def _fail(self, request_id: str, stream: Inbox, error: Exception) -> None:
+    def _fail(self, request_id: str, stream: Inbox, error: BaseException) -> None:
         if self._streams.get(request_id) is stream:
             del self._streams[request_id]
             # Whatever it is, it is raised again where the request is answered.

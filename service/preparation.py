@@ -15,20 +15,22 @@ class Preparation:
     """`on_done` and `on_error` are called under its lock: what `cancel` does next comes after them, or instead."""
 
     def __init__(
-        self, work: Callable[[], object], on_done: Callable[[object], None], on_error: Callable[[Exception], None]
+        self, work: Callable[[], object], on_done: Callable[[object], None], on_error: Callable[[BaseException], None]
     ) -> None:
         self._work, self._on_done, self._on_error = work, on_done, on_error
         self._lock = threading.Lock()
         self._is_over = False
-        self._future: Future[None] | None = None
+        self._future: Future[object] | None = None
 
     def start(self, pool: ThreadPoolExecutor) -> None:
         if self._is_over:
             return
         try:
-            self._future = pool.submit(self._run)
+            self._future = pool.submit(self._work)
         except RuntimeError as error:  # the pool has been shut down
             self._end(self._on_error, error)
+        else:
+            self._future.add_done_callback(self._settle)
 
     def cancel(self) -> None:
         """Not begun, it never begins; begun, nobody hears of its end."""
@@ -37,13 +39,13 @@ class Preparation:
         if self._future is not None:
             self._future.cancel()
 
-    def _run(self) -> None:
-        try:
-            prepared = self._work()
-        except Exception as error:  # noqa: BLE001  handed on whole, to be raised where the request is answered
+    def _settle(self, future: Future[object]) -> None:
+        if future.cancelled():
+            return
+        if (error := future.exception()) is not None:
             self._end(self._on_error, error)
         else:
-            self._end(self._on_done, prepared)
+            self._end(self._on_done, future.result())
 
     def _end(self, then: Callable[..., None], result: object) -> None:
         with self._lock:

@@ -22,7 +22,6 @@ BANNED_FLAGS = frozenset({"trust_remote_code", "allow_pickle"})
 
 BROAD_EXCEPT_ALLOWED = {
     "service/engine_thread.py": "the engine loop: everyone who waits gets an answer",
-    "service/preparation.py": "the pool: what fails there is raised where the request is answered",
     "service/fleet.py": "the engine loop: a variant that breaks ends its own requests",
     "service/middleware.py": "the last resort before a response has begun",
     "service/supervisor/worker_loop.py": "the worker: one job's fault is its own",

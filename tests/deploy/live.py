@@ -33,7 +33,7 @@ def until(is_so: Callable[[], object], what: str, seconds: float = 120.0) -> Non
         time.sleep(0.2)
 
 
-def wait_for(url: str, seconds: float = 120.0) -> None:
+def wait_for(url: str, seconds: float = 300.0) -> None:
     def answers() -> bool:
         try:
             return httpx.get(url, timeout=5).status_code == 200

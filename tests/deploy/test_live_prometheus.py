@@ -28,7 +28,7 @@ DASHBOARDS = ROOT / "deploy/grafana/dashboards"
 
 pytestmark = [
     pytest.mark.ops,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="Prometheus is not installed (make test-ops does)"),
 ]
 
