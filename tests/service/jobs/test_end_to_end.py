@@ -1,6 +1,6 @@
 """From an upload to a model that answers as it was trained: the official client, a real worker, a real small model.
 
-The base is a pair of checkpoints, as in most people's hands. Heavy, since each story starts a dozen interpreters: a short
+The base is a pair of checkpoints, as in most people's hands. Heavy: each story starts a dozen interpreters: a short
 one, and a long one with every mode, a killed worker and both clients on both databases.
 """
 
