@@ -1,6 +1,6 @@
 """What the demo's build teaches beside the answers: what is in each cell, words that look like it, and where to look.
 
-In: a pack's view with the `targets` of batches.py; out: four losses. Named as `auxiliary_loss` of the demo's recipe;
+In: a pack's view with the `targets` of batches.py; out: five losses. Named as `auxiliary_loss` of the demo's recipe;
 its read-outs train with the model and never leave the run's folder.
 """
 
@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from model_core.demo import spelling
 from model_core.demo.alignment import WordAlignment
 from model_core.demo.labels import MAX_COUNT, MAX_SPOT
 from model_core.demo.lookup import LAYER, Asked, Lookup
 from model_core.demo.scenes import CLASS_NAMES, COLOUR_NAMES
+from model_core.demo.spelling import Spelling
 from model_core.language.packed import may_attend
 from model_core.training.auxiliary import AuxiliaryLoss, PackView
 from model_core.training.data.packs import PackedBatch
@@ -75,10 +77,9 @@ def _weighted(logits: Tensor, target: Tensor, background: float = 0.1) -> Tensor
 
 
 class DemoGuidance(AuxiliaryLoss):
-    """cells: DenseHeads. alignment: fused tokens that look like their words. look, tally: the two guided heads."""
+    """cells: DenseHeads. alignment: fused tokens that look like their words. look, tally, spell: the guided heads."""
 
-    names = ("cells", "alignment", "look", "tally")
-    watched_layers = (LAYER,)
+    names = ("cells", "alignment", "look", "tally", "spell")
 
     def __init__(self, model: Any, processor: Any, *, learning_rate: float = 2e-3) -> None:
         super().__init__()
@@ -90,6 +91,9 @@ class DemoGuidance(AuxiliaryLoss):
         self._alignment = WordAlignment(tokenizer, model.lm_head.weight.device)
         self._lookup = Lookup(tokenizer, text.num_attention_heads, text.num_key_value_heads)
         self._image_token_id = model.config.image_token_id
+        self._spelling = Spelling(tokenizer, self._image_token_id)
+        self._spelling_layer = min(spelling.LAYER, text.num_hidden_layers - 1)
+        self.watched_layers = tuple({LAYER, self._spelling_layer})
 
     def forward(self, view: PackView) -> dict[str, Tensor]:
         device = self.heads.letters.weight.device
@@ -101,6 +105,8 @@ class DemoGuidance(AuxiliaryLoss):
             found["alignment"] = self._alignment.loss(view.fused.tokens, cells, self._words().weight)
             query, key = (_padded(part, view.pack) for part in view.attention[LAYER])
             found["look"], found["tally"] = self._lookup.loss(asked(view.pack, self._image_token_id), query, key)
+            spell = self._spelling.loss(view.pack, *view.attention[self._spelling_layer])
+            found |= {} if spell is None else {"spell": spell}
         return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,27 @@ def test_the_look_up_losses_are_of_the_heads_own_attention(loaded: Any, guidance
     assert float(losses["tally"]) == pytest.approx(float(sum(tallies)) / len(tallies), abs=1e-4)
     assert {0, 1, 2} <= counts, "nouns of none, one and several things"
     assert 0 < num_absent < len(looks), "some nouns are shown and some are not"
+
+
+def test_the_next_letter_is_looked_for_where_it_stands(loaded: Any, guidance: DemoGuidance, tmp_path: Path) -> None:
+    """A look that is all on the right cells costs nothing, one on the next letter's much."""
+    config = small_recipe(tmp_path, "batch_size=4")
+    source: SceneSource = build_source(config, InputFormat.of(loaded.processor, loaded.model.model.mrope_layout))
+    stage = next(s for s in config.stages() if s.loss_weights.get("language", 1.0))
+    pack = source.pack(dataclasses.replace(stage, dataset_weights={"word": 1.0}), 0)
+    teacher = guidance._spelling
+    words = list(teacher.words(pack))
+    texts = [loaded.processor.tokenizer.decode(pack.labels[at + begin : at + end]) for at, _, _, begin, end in words]
+    assert words and all(text.isalpha() and 3 <= len(text) <= 5 for text in texts)
+    right, wrong = (torch.zeros(len(pack.input_ids), 2, 8) for _ in range(2))
+    keys = torch.zeros(len(pack.input_ids), 1, 8)
+    is_image = pack.input_ids == loaded.model.config.image_token_id
+    keys[is_image, 0] = 80.0 * torch.nn.functional.one_hot(pack.targets["spots"], 8).amax(1).float()
+    for at, _, _, begin, end in words:
+        for number, place in enumerate(range(at + begin - 1, at + end - 1), start=1):
+            right[place, 0, number], wrong[place, 0, number % 5 + 1] = 1.0, 1.0
+    assert float(teacher.loss(pack, right, keys)) < 1e-3
+    assert float(teacher.loss(pack, wrong, keys)) > 3.0
 
 
 def test_every_noun_is_known_by_a_token_of_its_own(loaded: Any, guidance: DemoGuidance) -> None:
