@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 #: Memory for variants on a CPU, unless the settings say otherwise.
 _CPU_VARIANT_BYTES = 2 * 2**30
 
+_BACKLOG = 2048  # connections that wait to be taken; uvicorn's own
 #: From the second signal to the end, whatever happens; `_GOING_SECONDS`, for connections to close after the drain.
 _LAST_SECONDS = 1.8
 _GOING_SECONDS = 5
@@ -220,7 +221,8 @@ def server_config(
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """Bound before the model loads, so that a port in use is told at once. Raises ConfigError."""
+    """Before the model loads, so that a port in use is told at once. It listens: who comes early waits for the app,
+    and what the log says of it is true. Raises ConfigError."""
     opened: socket.socket | None = None
     try:
         # With its protocol named: asyncio sets TCP_NODELAY only where `proto` says TCP, and without it
@@ -229,6 +231,7 @@ def open_socket(host: str, port: int) -> socket.socket:
         opened = socket.socket(family, kind, protocol)
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         opened.bind((host, port))
+        opened.listen(_BACKLOG)
     except OSError as error:
         if opened is not None:
             opened.close()

@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 _SETUP = """
 mount --make-rprivate /
@@ -38,23 +39,25 @@ class Container:
     settings: dict[str, str]
     command: Sequence[str] = ()
     process: subprocess.Popen[bytes] = field(init=False)
+    # A file: a pipe that nobody reads would stop who writes.
+    _said: IO[bytes] = field(init=False)
 
     def __enter__(self) -> Container:
         user, _, _ = self.config["User"].partition(":")
         env = [*self.config["Env"], *(f"{name}={value}" for name, value in self.settings.items())]
         started = [*env, *self.config["Entrypoint"], *(self.command or self.config["Cmd"])]
         outside = {**os.environ, "ROOT": str(self.root), "DATA": str(self.data), "USER_ID": user}
+        self._said = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-euc", _SETUP, "setup", *started],
-            env=outside, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=outside, stdout=self._said, stderr=subprocess.STDOUT,
         )  # fmt: skip
         return self
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        self._said.close()
 
     @property
     def pid(self) -> int:
@@ -79,5 +82,6 @@ class Container:
         return self.end(seconds)
 
     def end(self, seconds: float) -> tuple[int, str]:
-        said, _ = self.process.communicate(timeout=seconds)
-        return self.process.returncode, said.decode(errors="replace")
+        code = self.process.wait(seconds)
+        self._said.seek(0)
+        return code, self._said.read().decode(errors="replace")

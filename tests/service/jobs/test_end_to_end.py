@@ -1,7 +1,7 @@
 """From an upload to a model that answers as it was trained: the official client, a real worker, a real small model.
 
-The base is a pair of checkpoints, as in most people's hands. One short story runs by default; the long one, with every
-mode, a killed worker and both clients on both databases, is heavy.
+The base is a pair of checkpoints, as in most people's hands. Heavy: each story starts a dozen interpreters: a short
+one, and a long one with every mode, a killed worker and both clients on both databases.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ async def delete(place: Place, model: str) -> None:
         await place.answer(model, "red")
 
 
+@pytest.mark.heavy
 @pytest.mark.timeout(900)
 def test_a_pair_is_trained_published_asked_and_deleted(tmp_path: Path) -> None:
     """A base of two names trained, and then could not be published: `dve publish` took the demo for its base."""
