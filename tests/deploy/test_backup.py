@@ -102,7 +102,7 @@ def test_postgresql_comes_back(database: str, folders: tuple[Path, Path], monkey
     store.jobs.request(job_id, "cancel")
     store.close()
     with psycopg.connect(database, autocommit=True) as connection:
-        connection.execute("DELETE FROM events")
+        connection.execute("DELETE FROM job_events")
     run(blocks()[3], DATABASE_URL=database, BACKUP=backup)
     restored = open_store(database, data)
     assert look(restored, data, job_id) == before

@@ -154,7 +154,8 @@ def test_a_stream_passes_event_by_event(live: LiveServer, edge: str) -> None:
 def test_a_client_that_leaves_frees_its_place(live: LiveServer, edge: str, is_stream: bool) -> None:
     before = len(live.engine.aborted)
     body = json.dumps(ask("forever", stream=is_stream)).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    head += f"content-length: {len(body)}\r\n\r\n"
     with closing(connect(edge)) as connection:
         connection.sendall(head.encode() + body)
         live.engine.wait_until(lambda: live.engine.rows)
