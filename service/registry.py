@@ -24,24 +24,6 @@ _PART = r"[A-Za-z0-9._-]{0,64}"
 FINE_TUNED_ID = re.compile(rf"ft:(?P<base>.+):(?P<org>{_PART}):(?P<suffix>{_PART}):[a-z0-9]{{8}}(:ckpt-step-\d+)?")
 
 
-def fine_tuned_id(base: str, org: str, suffix: str, tail: str) -> str:
-    """A result's id. Raises InvalidRequestError: a part holds what an id can't."""
-    found = f"ft:{base}:{org}:{suffix}:{tail}"
-    match = FINE_TUNED_ID.fullmatch(found)
-    if match is None or match["base"] != base:
-        raise InvalidRequestError(
-            "these parts make no model id", value=found,
-            allowed="letters, digits, '.', '_' and '-' in organisation and suffix, 8 small letters or digits behind",
-            param="suffix",
-        )  # fmt: skip
-    return found
-
-
-def checkpoint_id(model_id: str, step: int) -> str:
-    """The id of a step of the run that gave this model."""
-    return f"{model_id}:ckpt-step-{step}"
-
-
 @dataclass(frozen=True, slots=True)
 class PublishedModel:
     """A model with a promoted version. folder: of that version. previous: what a roll-back would go to, first."""

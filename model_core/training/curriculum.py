@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from model_core.errors import ConfigError
-from model_core.training.config import Stage, TrainConfig
+from model_core.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from model_core.training.data.packs import BatchSource
@@ -93,14 +93,6 @@ class Curriculum:
     def global_step(self, stage: int, step: int) -> int:
         """Steps done before step `step` of stage `stage`."""
         return sum(self.steps[:stage]) + step
-
-    def stage_of(self, global_step: int) -> tuple[Stage, int]:
-        """The stage that a step belongs to, and its number within it. At a border it is the next stage's first."""
-        for stage, steps in zip(self.stages, self.steps, strict=True):
-            if global_step < steps:
-                return stage, global_step
-            global_step -= steps
-        return self.stages[-1], self.steps[-1] + global_step
 
     def scale(self, stage: int, step: int) -> float:
         """The schedule's share of the learning rates at a step of a stage."""

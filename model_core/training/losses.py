@@ -68,11 +68,6 @@ def sample_losses(
         return F.one_hot(owner, len(lengths)).to(each.dtype).T @ each
 
 
-def language_loss(hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, sample_lengths: Sequence[int]) -> Tensor:
-    """`sample_losses`, summed: divide by the label tokens of the WHOLE step, over packs and processes."""
-    return sample_losses(hidden, lm_head_weight, labels, sample_lengths).sum()
-
-
 def _token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """(R, D), (V, D), (R,) -> (R,) float32."""
     with torch.autocast(hidden.device.type, enabled=False):

@@ -26,21 +26,23 @@ def free_port() -> int:
 
 
 def until(is_so: Callable[[], object], what: str, seconds: float = 120.0) -> None:
+    """Looks again until it is so; of processes that tell nobody when they change."""
     deadline = time.monotonic() + seconds
     while not is_so():
         if time.monotonic() > deadline:
             raise TimeoutError(what)
-        time.sleep(0.2)
+        time.sleep(0.1)
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def wait_for(url: str, seconds: float = 300.0) -> None:
-    def answers() -> bool:
-        try:
-            return httpx.get(url, timeout=5).status_code == 200
-        except httpx.TransportError:
-            return False
-
-    until(answers, url, seconds)
+    until(lambda: answers(url), url, seconds)
 
 
 @contextmanager

@@ -5,18 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import httpx
-
+from tests.deploy.live import ROOT, answers, free_port, until
 from tests.service.log_schema import read_log
 
-ROOT = Path(__file__).parents[2]
 _STANDIN = """
 import sys
 from service.settings import load_worker_settings
@@ -24,28 +20,6 @@ from service.worker import work
 from tests.service.supervisor.worker_program import PROGRAMS
 sys.exit(work(*load_worker_settings({"worker_metrics_port": sys.argv[1]}), programs=PROGRAMS))
 """
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
-def until(is_so: Callable[[], object], what: str, seconds: float = 120.0) -> None:
-    """Looks again until it is so; of processes that tell nobody when they change."""
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        if time.monotonic() > deadline:
-            raise TimeoutError(what)
-        time.sleep(0.1)
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=5).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 class Running:

@@ -13,8 +13,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 RUN = "import sys; from service.together import run_together; sys.exit(run_together({0}, {1}))"
 DRAINS = (
-    "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit({code})); "
-    "open({path!r}, 'w').write('up'); time.sleep(600)"
+    "import pathlib, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit({code})); "
+    # Not open(...).write(...): the file is there before it is written, and an exit that a signal raises while
+    # a forgotten file is being closed is swallowed with the file.
+    "pathlib.Path({path!r}).write_text('up'); time.sleep(600)"
 )
 
 

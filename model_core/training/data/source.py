@@ -117,10 +117,6 @@ class PackSource:
     def quarantine_report(self) -> list[dict[str, Any]]:
         return self._quarantine.report()
 
-    def validation_report(self) -> list[dict[str, Any]]:
-        """Of each data set: counts of rows, tokens and labels, and every problem, duplicates and notes included."""
-        return [part.report.to_json() for part in self._parts]
-
     def conversation(self, ref: SampleRef) -> list[ChatMessage]:
         """The messages of a sample, for generating an answer to it."""
         return self._parts[self.dataset_names.index(ref.dataset)].dataset.conversation(ref.index)

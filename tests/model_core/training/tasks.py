@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from model_core.model import DualVisionModel
-from model_core.training.losses import language_loss, sample_losses
+from model_core.training.losses import sample_losses
 from model_core.vision_tokens import cell_grids
 from tests.model_core import tiny
 
@@ -57,7 +57,7 @@ def answer_hidden(
 
 def answer_loss(model: DualVisionModel, pixel_values: Tensor, answers: Tensor, **kwargs: Tensor) -> Tensor:
     hidden, labels, _ = answer_hidden(model, pixel_values, answers, **kwargs)
-    return language_loss(hidden, model.lm_head.weight, labels, [NUM_CELLS + 2] * len(answers)) / len(answers)
+    return sample_losses(hidden, model.lm_head.weight, labels, [NUM_CELLS + 2] * len(answers)).mean()
 
 
 def share_right(model: DualVisionModel, pixel_values: Tensor, answers: Tensor, **kwargs: Tensor) -> float:

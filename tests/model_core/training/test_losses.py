@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model_core.errors import InvalidRequestError
 from model_core.training import losses
-from model_core.training.losses import encoder_dropout, language_loss, next_token_labels, sample_losses
+from model_core.training.losses import encoder_dropout, next_token_labels, sample_losses
 
 
 def _by_hand(hidden: Tensor, weight: Tensor, labels: Tensor, lengths: list[int]) -> Tensor:
@@ -56,14 +56,14 @@ def test_a_neighbour_changes_nothing_and_a_frozen_head_is_no_obstacle() -> None:
     changed = labels.clone()
     changed[lengths[0]] = 7  # the first token of the second sample is nobody's target
     torch.testing.assert_close(sample_losses(hidden, weight, changed, lengths), alone)
-    loss = language_loss(hidden, weight.detach(), labels, lengths)
+    loss = sample_losses(hidden, weight.detach(), labels, lengths).sum()
     (gradient,) = torch.autograd.grad(loss, hidden)
     assert not gradient[lengths[0] - 1].any(), "the last place of a sample predicts nothing"
 
 
 def test_a_pack_without_labels_is_zero_and_differentiable() -> None:
     hidden, weight, labels, lengths = _pack()
-    loss = language_loss(hidden, weight, torch.full_like(labels, -100), lengths)
+    loss = sample_losses(hidden, weight, torch.full_like(labels, -100), lengths).sum()
     loss.backward()
     assert float(loss.detach()) == 0.0
     assert not hidden.grad.any()
