@@ -53,7 +53,7 @@ class Progress:
                 self._folder.mark_read(number)
         rows = await self._call.insist(self._store.jobs.checkpoints, self._lease.job_id, limit=10_000)
         self._saved = {row.step: row.path for row in rows[0]}
-        untold = [self._found(one) for one in reversed(found) if not Path(self._saved.get(one.step, "")).is_dir()]
+        untold = [self._found(one) for one in reversed(found) if not self._is_entered(one.step)]
         if untold:
             await self._append([event for event, _ in untold], [checkpoint for _, checkpoint in untold])
         await self._forget_deleted()
@@ -113,6 +113,10 @@ class Progress:
         data = {"path": _without(self._root, str(found.path)), "step": found.step, "reason": reason, "metrics": known}
         event = NewEvent(stage, found.step, "checkpoint", f"Saved step {found.step}", data)
         return event, NewCheckpoint(found.step, stage, str(found.path), reason, known)
+
+    def _is_entered(self, step: int) -> bool:
+        """A row whose folder retention has deleted since counts for nothing."""
+        return step in self._saved and Path(self._saved[step]).is_dir()
 
     async def _forget_deleted(self) -> None:
         gone = [step for step, path in self._saved.items() if not Path(path).is_dir()]

@@ -4,6 +4,7 @@ What it does is read from the recipe's training file, a JSON object:
     steps, step_seconds, checkpoint_every, tokens: how far and how fast;
     witness: a path whose flock is held as long as this process lives; whoever finds it held writes `<witness>.twice`;
     crash_at, crash_code, crash_once: leave at that step; complaint: {code, retry} to say before;
+    untold_at: be killed when that step's checkpoint is complete and not told of yet;
     deaf: ignore SIGTERM; stall_at: stand still there; write_seconds: how long a checkpoint is half written.
 
 Its weights are a hash of all steps in order, so that a lost or repeated step shows.
@@ -87,6 +88,8 @@ class Standin:
             time.sleep(self.plan.get("write_seconds", 0))
 
         write_folder(target, fill, extra=kept)
+        if self.step == self.plan.get("untold_at"):
+            os.kill(os.getpid(), signal.SIGKILL)
         self.say("checkpoint", path=str(target), step=self.step, reason=reason, metrics={"loss": 1 / self.step})
 
     def fill_final(self, folder: Path) -> None:

@@ -110,6 +110,14 @@ def test_a_crash_is_tried_again_from_the_last_checkpoint(served: Bench) -> None:
     assert [event.global_step for event in resumed] == [4]
 
 
+def test_a_checkpoint_whose_word_a_kill_cut_off_is_told_of_by_the_next_attempt(served: Bench) -> None:
+    job_id = served.submit(steps=6, checkpoint_every=2, untold_at=4)
+    served.until_status(job_id, "succeeded")
+    told = [event.global_step for event in served.events(job_id) if event.kind == "checkpoint"]
+    assert told == [2, 4, 6]
+    assert [event.global_step for event in served.events(job_id) if event.kind == "resumed"] == [4]
+
+
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(served: Bench) -> None:
     """The sizes are right, so that only the trainer, which hashes it, can tell."""
     job_id = served.submit(steps=100_000, checkpoint_every=2)
