@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-LOADED = "import sys, {module}; sys.exit('torch' in sys.modules)"
+LIGHT = (
+    "service.app", "service.main", "service.cli", "service.worker", "service.translate",
+    "model_core", "model_core.types", "model_core.analysis.compare",
+)  # fmt: skip
+HEAVY = {"torch", "transformers", "opentelemetry.sdk"}
+IMPORTED = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    print(name, *sys.modules)
+"""
 PLANTED = [
     ("model_core/unplaced.py", "", "unplaced"),
     ("service/unplaced.py", "", "unplaced"),
@@ -19,14 +29,12 @@ PLANTED = [
 ]
 
 
-def loads_torch(module: str, root: Path) -> bool:
-    """Whether a fresh interpreter has torch in memory after `import module`."""
-    finished = subprocess.run(
-        [sys.executable, "-c", LOADED.format(module=module)], cwd=root, capture_output=True, text=True
-    )
-    assert finished.returncode in (0, 1), finished.stderr
-    assert "Traceback" not in finished.stderr, finished.stderr
-    return finished.returncode == 1
+def heavy_after(root: Path, *modules: str) -> dict[str, set[str]]:
+    """What is heavy in a fresh interpreter's memory after each of these, imported in this order."""
+    command = [sys.executable, "-c", IMPORTED, *modules]
+    finished = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    return {name: HEAVY & set(loaded) for name, *loaded in map(str.split, finished.stdout.splitlines())}
 
 
 def lint_imports(root: Path) -> subprocess.CompletedProcess[str]:
@@ -46,15 +54,12 @@ def copy(root: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    "module", ["service.app", "service.translate", "service.worker", "model_core", "model_core.types"]
-)
-def test_torch_stays_out_of_memory(module: str, root: Path) -> None:
-    assert not loads_torch(module, root)
+def test_torch_and_the_tracer_stay_out_of_memory(root: Path) -> None:
+    assert heavy_after(root, *LIGHT) == {name: set() for name in LIGHT}
 
 
-def test_the_probe_sees_torch(root: Path) -> None:
-    assert loads_torch("model_core.linear", root)
+def test_the_probe_sees_them(root: Path) -> None:
+    assert heavy_after(root, "service.tracing.otel", "transformers", "torch")["torch"] == HEAVY
 
 
 def test_the_contracts_hold(root: Path) -> None:

@@ -341,27 +341,6 @@ def test_the_pool_computes_on_one_torch_thread_and_nobody_else():
     assert done.returncode == 0, done.stderr
 
 
-LOADED = """
-import sys
-import {}
-heavy = ("torch", "transformers", "opentelemetry.sdk")
-sys.exit(any(name == one or name.startswith(one + ".") for name in sys.modules for one in heavy))
-"""
-
-
-@pytest.mark.parametrize(
-    "module", ["service.app", "service.main", "service.cli", "service.worker", "model_core.analysis.compare"]
-)
-def test_the_service_imports_no_torch_and_no_tracer(module: str):
-    done = run(LOADED.format(module))
-    assert done.returncode == 0, done.stderr
-
-
-def test_and_that_test_can_fail():
-    assert run(LOADED.format("torch")).returncode == 1
-    assert run(LOADED.format("service.tracing.otel")).returncode == 1
-
-
 @pytest.mark.parametrize("path", sorted((ROOT / "service").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_module_says_what_it_is(path: Path):
     text = path.read_text()

@@ -14,7 +14,8 @@ from model_core.cli.bench_train import main
 from model_core.training.freeze import MODES
 from tests.model_core import tiny
 
-LOAD = ["-n", "4", "--batch-size", "2", "--image-size", "56,84", "--words", "1,12", "--rounds", "1"]
+LOAD = ["--batch-size", "2", "--image-size", "56,84", "--words", "1,12", "--rounds", "1"]
+TWO_STEPS, ONE_STEP = ["-n", "4", *LOAD], ["-n", "2", *LOAD]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_everybody_trains_the_same_samples(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--model", folder, *LOAD, "--modes", "full,fusion_only", "--peak-tflops", "0.1"]
+    flags = ["--model", folder, *TWO_STEPS, "--modes", "full,fusion_only", "--peak-tflops", "0.1"]
     assert main([*flags, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     runs: dict[tuple[str, str], Any] = {(run["mode"], run["kind"]): run for run in found["runs"]}
@@ -42,7 +43,7 @@ def test_everybody_trains_the_same_samples(folder: str, capsys: pytest.CaptureFi
 
 def test_what_a_mode_freezes_holds_no_gradient_and_no_state(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     """On one model that all modes share, one after the other: nothing of an earlier mode is left over."""
-    assert main(["--model", folder, *LOAD, "--no-trainer", "--no-unpacked", "--json"]) == 0
+    assert main(["--model", folder, *ONE_STEP, "--no-trainer", "--no-unpacked", "--json"]) == 0
     for run in json.loads(capsys.readouterr().out)["runs"]:
         for component, held in run["memory"].items():
             assert held["weights"] > 0
@@ -55,7 +56,7 @@ def test_what_a_mode_freezes_holds_no_gradient_and_no_state(folder: str, capsys:
 
 
 def test_the_table(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--model", folder, *LOAD, "--modes", "fusion_only", "--no-unpacked"]) == 0
+    assert main(["--model", folder, *ONE_STEP, "--modes", "fusion_only", "--no-unpacked"]) == 0
     shown = capsys.readouterr().out
     for words in ("fusion_only, packed", "fusion_only, Trainer", "x Trainer", "data wait, %", "output_projector"):
         assert words in shown
