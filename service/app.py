@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Match
 
 from model_core.errors import DualVisionError
 from service.addresses import AllowedHosts
-from service.auth import KeyGate, scope_of
+from service.auth import KeyGate
 from service.checkpoint_publisher import CheckpointPublisher
 from service.engine_client import EngineClient
 from service.errors import (
@@ -44,10 +44,8 @@ from service.limits import KeyLimits
 from service.logs import log_failure, request_id_var
 from service.media import MediaLimits, MediaSource
 from service.middleware import BodyLimit, RequestScope
+from service.openapi import complete_document
 from service.preflight import Preflight
-from service.protocol.chat import ChatCompletionRequest
-from service.protocol.fine_tuning import CreateJobRequest, PatchFusion
-from service.protocol.fusion import AnalyzeRequest, CompareRequest
 from service.remote import RemoteImages
 from service.request_limits import RequestLimits
 from service.routes import chat, files, fine_tuning, fusion, health, job_events, models
@@ -69,16 +67,6 @@ _FASTAPI: Mapping[str, Any] = {
     "redirect_slashes": False,
     # FastAPI's own spans and metrics: asked for nowhere (service/tracing has ours), yet looked for in every request.
     "telemetry": {"tracing": False, "metrics": False, "logs": False},
-}
-
-#: Routes read these bodies themselves (strict JSON, OpenAI errors), so the schema must be told of them.
-_BODIES: Mapping[str, type[BaseModel]] = {
-    "/v1/chat/completions": ChatCompletionRequest,
-    "/v1/fusion/analyze": AnalyzeRequest,
-    "/v1/encoders/compare": CompareRequest,
-    "/v1/fine_tuning/jobs": CreateJobRequest,
-    "/v1/fine_tuning/jobs/validate": CreateJobRequest,
-    "/v1/fine_tuning/jobs/{job_id}/fusion": PatchFusion,
 }
 
 
@@ -121,6 +109,7 @@ def create_app(
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, limits=request_limits, waiting=waiting, metrics=metrics)
     routers = [module.router for module in (chat, fusion, models, files, fine_tuning, job_events, health)]
+    routes = [route for router in routers for route in router.routes]
     limits = KeyLimits(settings.key_requests_per_minute, settings.key_max_concurrent, clock)
     app.add_middleware(
         KeyGate,
@@ -129,13 +118,13 @@ def create_app(
         metrics=metrics,
         public_paths=settings.no_key_paths(),
         host_name=settings.host,
-        routes=[route for router in routers for route in router.routes],
+        routes=routes,
     )
     app.add_middleware(RequestScope, metrics=metrics, tracer=tracer)
     for router in routers:
         app.include_router(router)
-    _shape_errors(app)
-    _complete_document(app, settings)
+    _shape_errors(app, routes)
+    complete_document(app, settings.no_key_paths(), is_open=keys.is_open)
     return app
 
 
@@ -153,9 +142,9 @@ async def _kept_in_order(
         await asyncio.to_thread(store.close)
 
 
-def _shape_errors(app: FastAPI) -> None:
+def _shape_errors(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
     app.add_exception_handler(DualVisionError, _on_error)
-    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(HTTPException, partial(_on_http_exception, routes))
     app.add_exception_handler(RequestValidationError, _on_invalid_query)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
 
@@ -176,20 +165,30 @@ async def _on_error(request: Request, error: Exception) -> Response:
     return error_response(error, request_id_var.get())
 
 
-async def _on_http_exception(request: Request, error: Exception) -> Response:
+async def _on_http_exception(routes: Sequence[BaseRoute], request: Request, error: Exception) -> Response:
     """Starlette's own: unknown paths and methods, and forms that can't be read."""
     status = error.status_code if isinstance(error, HTTPException) else 400
     headers = error.headers if isinstance(error, HTTPException) else None
     where = f"{request.method} {request.url.path}"
     shaped: DualVisionError
-    allow = (headers or {}).get("allow", "")
     if status == 404:
         shaped = UnknownUrlError("there is nothing at this path", value=where, fix="GET /openapi.json lists the paths")
     elif status == 405:
+        allow = ", ".join(_methods_of(request, routes))
+        headers = {**(headers or {}), "Allow": allow}
         shaped = MethodNotAllowedError("this path has another method", value=where, allowed=allow)
     else:
         shaped = InvalidBodyError("the form can't be read", allowed="one file and the fields question and model")
     return error_response(shaped, request_id_var.get(), headers)
+
+
+def _methods_of(request: Request, routes: Sequence[BaseRoute]) -> list[str]:
+    """Starlette's own `Allow` names those of the first route on the path alone (RFC 9110, 10.2.1 wants all). Where the
+    path fits two templates (a model's id may hold slashes), the first one's count."""
+    found = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    paths = [getattr(route, "path", "") for route in found]
+    same = (route for route, path in zip(found, paths, strict=True) if path == paths[0])
+    return sorted({method for route in same for method in getattr(route, "methods", None) or ()})
 
 
 async def _on_invalid_query(_: Request, error: Exception) -> Response:
@@ -201,56 +200,3 @@ async def _on_invalid_query(_: Request, error: Exception) -> Response:
 
 async def _on_disconnect(_: Request, __: Exception) -> Response:
     return error_response(ClientDisconnectedError("the client closed the connection"), request_id_var.get())
-
-
-def _complete_document(app: FastAPI, settings: Settings) -> None:
-    """Adds the request bodies, and what takes a key, to the OpenAPI document when it is first asked for."""
-    generate = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            document = generate()
-            refs, definitions = models_json_schema(
-                [(model, "validation") for model in _BODIES.values()], ref_template="#/components/schemas/{model}"
-            )
-            document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
-            for path, model in _BODIES.items():
-                content: dict[str, Any] = {"application/json": {"schema": refs[(model, "validation")]}}
-                if model in (AnalyzeRequest, CompareRequest):
-                    content["multipart/form-data"] = {"schema": _UPLOAD_SCHEMA}
-                for operation in document["paths"][path].keys() & {"post", "patch"}:
-                    document["paths"][path][operation]["requestBody"] = {"required": True, "content": content}
-            document["paths"]["/v1/files"]["post"]["requestBody"] = {
-                "required": True, "content": {"multipart/form-data": {"schema": _FILE_SCHEMA}}
-            }  # fmt: skip
-            document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-            for path, operations in document["paths"].items():
-                for method, operation in operations.items():
-                    if scope_of(method.upper(), path, settings.no_key_paths()) is not None:
-                        operation["security"] = [{"key": []}]
-            app.openapi_schema = document
-        return app.openapi_schema
-
-    # FastAPI's documented way to extend the schema.
-    app.openapi = openapi  # type: ignore[method-assign]
-
-
-_FILE_SCHEMA: Mapping[str, Any] = {
-    "type": "object",
-    "required": ["file", "purpose"],
-    "properties": {
-        "file": {"type": "string", "format": "binary"},
-        "purpose": {"type": "string", "enum": ["fine-tune", "vision"]},
-        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
-        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
-    },
-}
-_UPLOAD_SCHEMA: Mapping[str, Any] = {
-    "type": "object",
-    "required": ["file"],
-    "properties": {
-        "file": {"type": "string", "format": "binary"},
-        "question": {"type": "string"},
-        "model": {"type": "string"},
-    },
-}

@@ -215,6 +215,9 @@ def test_unknown_paths_and_methods(shared: LiveServer):
     wrong = shared.http.get(CHAT)
     check(wrong, 405, "method_not_allowed")
     assert wrong.headers["allow"] == "POST"
+    assert shared.http.patch("/v1/models/fake/model:1").headers["allow"] == "DELETE, GET"
+    assert shared.http.patch("/v1/fine_tuning/jobs").headers["allow"] == "GET, POST"
+    assert shared.http.patch("/v1/models/fake/model:1/load").headers["allow"] == "POST"
 
 
 def test_lone_surrogates(shared: LiveServer):
