@@ -30,6 +30,7 @@ from model_core.errors import (
     HubUnreachableError,
 )
 from model_core.fingerprint import of_files, of_manifest, of_parts
+from model_core.fusion.base import FusionStrategy
 from model_core.manifest import verify_folder, write_folder
 from model_core.model import DualVisionModel
 from model_core.processing.processor import DualVisionProcessor
@@ -38,6 +39,8 @@ MAX_SHARD_SIZE = "4GB"
 SECOND_ENCODERS = ("dinov2", "dinov2_with_registers")
 #: Of a pair that is combined: what its fresh fusion is made of.
 FUSION_SETTINGS = ("encoder", "fusion", "common_dim", "static_weights", "dinov2_max_patches")
+
+_BIRTH_SEED = 0
 
 #: Lets transformers' Auto classes (and engines built on them) find our classes in a saved folder.
 _SHIM = '''"""Names this folder's classes for transformers' Auto classes. Needs `pip install dual-vision-encoder`."""
@@ -210,12 +213,24 @@ def assemble(
     backbone.language_model, backbone.visual = qwen.model.language_model, qwen.model.visual
     install_segment_attention(backbone.visual)
     setattr(backbone, backbone.second_name, second)
-    backbone.fusion = backbone.fusion.to_empty(device=qwen.device).to(qwen.dtype)
-    backbone.fusion.reset_parameters()
+    backbone.fusion = _born(backbone.fusion, qwen.device).to(qwen.dtype)
     model.lm_head = qwen.lm_head
     model.generation_config = qwen.generation_config or GenerationConfig.from_model_config(config)
     model.tie_weights()
     return model
+
+
+def _born(fusion: FusionStrategy, device: torch.device) -> FusionStrategy:
+    """New weights, the same in every process and on every device.
+
+    A pair of names has no folder that would hold them: a server, a trainer and whoever publishes what it trained must
+    find one and the same base, and two runs of one recipe the same beginning.
+    """
+    fusion = fusion.to_empty(device=device if device.type == "meta" else "cpu").float()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_BIRTH_SEED)
+        fusion.reset_parameters()
+    return fusion.to(device)
 
 
 def read_model_config(name: str | Path | tuple[str, str], **fusion_settings: Any) -> DualVisionConfig:

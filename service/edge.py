@@ -25,11 +25,13 @@ from service.security_headers import SECURITY_HEADERS
 
 @dataclass(frozen=True, slots=True)
 class EdgeLimits:
-    """`head_seconds`: for a whole request head. `stall_seconds`: for a client to take what waits for it."""
+    """`head_seconds`: for a whole request head. `stall_seconds`: for a client to take what waits for it.
+    `last_call_seconds`: for a request that is on its way when the server goes."""
 
     head_bytes: int = 96 * 1024  # 64 KB of request id get a new one, not a refusal
     head_seconds: float = 10.0
     stall_seconds: float = 30.0
+    last_call_seconds: float = 0.2
 
 
 _SECURITY = "".join(f"{name.decode()}: {value.decode()}\r\n" for name, value in SECURITY_HEADERS)
@@ -63,7 +65,7 @@ class EdgeProtocol(HttpToolsProtocol):
         self._has_begun = False
         self._num_parsed_bytes = 0
         self._num_unparsed_bytes = 0
-        self._is_ignoring = False
+        self._is_ignoring = self._is_last = False
         self._refusal: DualVisionError | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
@@ -120,6 +122,8 @@ class EdgeProtocol(HttpToolsProtocol):
         self._check_framing()
         super().on_headers_complete()
         self._phase = "body"
+        if self._is_last:
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         if not self._is_ignoring:
@@ -209,8 +213,12 @@ class EdgeProtocol(HttpToolsProtocol):
             self._arm(self._limits.head_seconds, self._close)
 
     def shutdown(self) -> None:
-        super().shutdown()
-        self._bound_flush()
+        """Not closed at once where nothing is under way, as uvicorn does: a request may be, and gets its 503."""
+        self._is_last = True
+        if self._is_busy():
+            self.cycle.keep_alive = False
+        else:
+            self._arm(self._limits.last_call_seconds, self._close)
 
     def timeout_keep_alive_handler(self) -> None:
         self._close()

@@ -50,6 +50,8 @@ _BACKLOG = 2048  # connections that wait to be taken; uvicorn's own
 #: From the second signal to the end, whatever happens; `_GOING_SECONDS`, for connections to close after the drain.
 _LAST_SECONDS = 1.8
 _GOING_SECONDS = 5
+#: Of the event loop, from a connection in the kernel's queue to one that the edge knows, and one to spare.
+_LAST_TURNS = 4
 
 #: An idle engine waits so long for company: what comes together starts together, and nobody feels 5 ms.
 _BATCH_WINDOW_SECONDS = 0.005
@@ -266,6 +268,12 @@ class _Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Whether it is time to close the port and go."""
         return await super().on_tick(counter) or self._client.is_drained()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Who has dialled is let in before the port closes: the kernel would reset what it has queued."""
+        for _ in range(_LAST_TURNS):
+            await asyncio.sleep(0)
+        await super().shutdown(sockets)
 
 
 def serve(settings: Settings, jobs: JobSettings, load: Callable[[], Engine] | None = None) -> int:

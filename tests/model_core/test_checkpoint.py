@@ -218,6 +218,26 @@ def test_parts_take_qwens_dtype_and_an_asked_one_wins(tmp_path: Path) -> None:
         assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+def test_a_pair_is_one_base_in_every_process(tmp_path: Path) -> None:
+    """What a job trained from it is published as what differs: of two births the gate would differ as well."""
+    qwen, dinov2 = save_qwen(tmp_path / "q"), save_dinov2(tmp_path / "d")
+    one = combine_checkpoints(qwen, dinov2)
+    state = torch.get_rng_state()
+    torch.rand(3)
+    two = combine_checkpoints(qwen, dinov2)
+    assert same_weights(one.model, two.model) and one.fingerprint == two.fingerprint
+    torch.set_rng_state(state)
+    before = torch.rand(1)
+    torch.set_rng_state(state)
+    combine_checkpoints(qwen, dinov2)
+    assert torch.equal(torch.rand(1), before), "a caller's random numbers are its own"
+
+
+def same_weights(one: DualVisionModel, two: DualVisionModel) -> bool:
+    states = one.state_dict(), two.state_dict()
+    return all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 

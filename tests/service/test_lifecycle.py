@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -28,8 +29,10 @@ CHAT = "/v1/chat/completions"
 
 #: 100 steps a second, so that a signal finds every answer half said.
 SERVE = """
+import functools
 import sys
 import threading
+from service import main
 from service.main import serve
 from service.settings import load_settings
 from tests.service.fakes import FakeEngine
@@ -47,6 +50,9 @@ class Slow(FakeEngine):
             for kept in (self.seen, self.forked, self.added, self.aborted, self.batch_sizes):
                 kept.clear()
         return super().prepare(request)
+
+if "patient" in sys.argv:
+    main.EdgeLimits = functools.partial(main.EdgeLimits, last_call_seconds=20.0)
 
 def load():
     if "never" in sys.argv:
@@ -165,6 +171,26 @@ def test_a_second_signal_ends_what_runs_with_an_error_in_the_stream():
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "server_draining"
     assert (whole[0].status_code, whole[0].json()["error"]["code"]) == (503, "server_draining")
     assert not any("Traceback" in line for line in process.lines)
+
+
+def test_who_has_dialled_gets_an_answer_though_the_port_is_closed():
+    """Reset, a client can't know whether its request was taken."""
+    with running("patient") as process:
+        where = httpx.URL(process.url)
+        with socket.create_connection((where.host, where.port), timeout=20) as early:
+            process.signal()
+            while is_open(where):
+                time.sleep(0.01)
+            early.sendall(b"GET /health/ready HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            answer = b"".join(iter(lambda: early.recv(65536), b""))
+        assert process.end() == 0
+    assert answer.startswith(b"HTTP/1.1 503 ") and b"connection: close" in answer and b"server_draining" in answer
+
+
+def is_open(where: httpx.URL) -> bool:
+    with contextlib.suppress(ConnectionRefusedError), socket.create_connection((where.host, where.port)):
+        return True
+    return False
 
 
 def test_what_outlasts_the_shutdown_time_is_ended_with_an_error():
