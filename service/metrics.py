@@ -68,6 +68,7 @@ class Metrics:
         self.iteration_tokens = self._histogram("iteration_tokens", "Tokens that one engine step gave out.", _COUNTS)
         self.model_info = self._gauge("model_info", "The loaded models.", "model", "fusion", "device", "dtype")
         self.model_swaps = self._counter("model_swaps", "Variants that came into memory or left it.", "outcome")
+        self.model_swaps.labels("failed")  # from the start: an alert asks how much it has grown
 
     def _declare_vision(self) -> None:
         self.fusion_weight = self._histogram("fusion_weight", "Gate weight, per image.", _RATIO, "encoder")

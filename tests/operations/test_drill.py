@@ -41,7 +41,7 @@ from tests.service.jobs.postgres import Cluster, run_cluster
 
 _DISK = "1400m"
 _KINDS = ["text", "image", "stream"]
-_ALERTS = ("DveNoWorker", "DveDown", "DveStoreUnreachable", "DveDiskFull", "DveJobFailed")
+_ALERTS = ("DveNoWorker", "DveDown", "DveStoreUnreachable", "DveDiskFull", "DveJobFailed", "DveModelNotLoading")
 
 drilled = [
     pytest.mark.heavy,
@@ -248,9 +248,11 @@ def test_a_damaged_model(drill: Drill) -> None:
     counted = [line for line in drill.http.get("/metrics").text.splitlines()
                if line.startswith('dve_model_swaps_total{outcome="failed"}')]  # fmt: skip
     assert counted and float(counted[0].split()[1]) >= 2
+    drill.alerts.wait_for("DveModelNotLoading")
     shard.write_bytes(whole)
     assert drill.http.post(f"/v1/models/{model}/load").status_code == 200
     assert drill.http.post(CHAT, json=asked).status_code == 200
+    drill.alerts.wait_until_silent("DveModelNotLoading")
     check_unnoticed(traffic.stop())
 
 
