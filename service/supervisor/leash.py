@@ -7,6 +7,7 @@ elsewhere the trainer's own deadline does the work, later.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -26,10 +27,19 @@ def main(argv: list[str]) -> int:
     if os.getppid() != parent:
         return ORPHANED
     if niceness:
-        os.nice(niceness)
+        yield_to_others(niceness)
     command = argv[3:]
     os.execv(command[0], command)
     return ORPHANED
+
+
+def yield_to_others(niceness: int) -> None:
+    """Where Linux groups processes by session (sched_autogroup), niceness counts within a group alone: a trainer in a
+    session of its own had as much of the machine as the server. The group has a niceness of its own."""
+    os.nice(niceness)
+    if os.getsid(0) == os.getpid():
+        with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as group:
+            group.write(str(niceness))
 
 
 if __name__ == "__main__":

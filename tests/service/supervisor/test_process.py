@@ -175,6 +175,22 @@ def test_one_that_reads_nothing_does_not_stop_its_supervisor(tmp_path: Path) -> 
     assert not sent[-1]
 
 
+def test_a_trainer_stands_back_and_its_session_as_well(tmp_path: Path) -> None:
+    async def run() -> None:
+        command = [sys.executable, "-c", "import time; time.sleep(600)"]
+        child = TrainerProcess.start(Launch(command, tmp_path / "e", tmp_path / "l", niceness=7))
+        group = Path(f"/proc/{child.pid}/autogroup")
+        try:
+            await until(lambda: os.getpriority(os.PRIO_PROCESS, child.pid) == 7)
+            if group.exists():
+                await until(lambda: group.read_text().endswith(" nice 7\n"))
+        finally:
+            child.kill()
+            await child.wait()
+
+    asyncio.run(run())
+
+
 def test_a_slot_is_held_once(tmp_path: Path) -> None:
     locks = LockFolder(tmp_path, host="a/b")
     held = locks.try_lock(Device("gpu-0", 0))
