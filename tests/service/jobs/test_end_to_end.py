@@ -172,5 +172,6 @@ def test_the_whole_story(kind: type[Any], database_url: str | None, tmp_path: Pa
             await trained_on(place, file_id, model)
             await delete(place, model)
             assert (await place.call(place.client.files.delete, file_id)).deleted
+            await place.call(place.client.close)  # the asynchronous one in its own loop
 
         asyncio.run(story())
