@@ -79,8 +79,7 @@ class Process:
 
     def read_on(self) -> None:
         """A log that nobody reads would fill its pipe and hold the process up."""
-        for _ in self.popen.stderr:
-            pass
+        self.lines += self.popen.stderr
 
     def signal(self) -> None:
         self.popen.send_signal(signal.SIGTERM)
@@ -280,8 +279,11 @@ class Load:
 
 def signal_under_load(after_answers: int) -> Load:
     with running() as process:
+        reading = threading.Thread(target=process.read_on)
+        reading.start()
         load = Load(process.url)
         asyncio.run(load.run(process, 24, after_answers))
+        reading.join(30)
         assert process.end() == 0
     assert not any("Traceback" in line for line in process.lines), process.lines
     # Whoever asked before the signal has an answer: whole, or a refusal that says when to come again.
