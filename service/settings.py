@@ -130,7 +130,9 @@ class Settings(BaseSettings):
     max_num_batched_tokens: int = Field(
         2048, ge=1, description="tokens of one engine step; long prompts come in chunks"
     )
-    max_encode_tokens: int = Field(4096, ge=1, description="image tokens of one pass of the encoders")
+    max_encode_tokens: int | None = Field(
+        None, ge=1, description="image tokens of one pass of the encoders; none: 256 on a CPU, 4096 on a GPU"
+    )
     encode_window_seconds: float = Field(
         0.0, ge=0, le=1, description="while others are answered, a picture waits so long for company in the encoders"
     )

@@ -14,6 +14,7 @@ from model_core.engine.decode_graphs import DecodeGraphs
 from model_core.engine.encoder_cache import EncoderCache
 from model_core.engine.engine import ContinuousEngine
 from model_core.engine.model_runner import ModelRunner
+from model_core.language.compiled import KERNELS
 from model_core.language.decoder import Decoder
 from model_core.language.paged import build_store
 from model_core.model import DualVisionModel
@@ -41,7 +42,7 @@ def build_engine(
     Raises:
         ConfigError: settings that contradict each other or the device, with both numbers.
     """
-    decoder = _decoder_of(model, beside, joins_weights=config.joins_weights)
+    decoder = _decoder_of(model, beside, config)
     shape = decoder.cache_shape
     free = torch.cuda.mem_get_info(shape.device)[0] if shape.device.type == "cuda" else None
     num_blocks = config.num_blocks(shape, free, info.max_context_tokens)
@@ -83,7 +84,7 @@ def build_engine(
     return ContinuousEngine(runner, info, eos_ids, blocks, config, grammars=grammars)
 
 
-def _decoder_of(model: DualVisionModel, beside: ContinuousEngine | None, *, joins_weights: bool) -> Decoder:
+def _decoder_of(model: DualVisionModel, beside: ContinuousEngine | None, config: EngineConfig) -> Decoder:
     language_model, lm_head = model.model.language_model, model.lm_head
     if (
         beside is not None
@@ -91,4 +92,5 @@ def _decoder_of(model: DualVisionModel, beside: ContinuousEngine | None, *, join
         and beside.runner.decoder.lm_head is lm_head
     ):
         return beside.runner.decoder
-    return Decoder(language_model, lm_head, joins_weights=joins_weights)
+    kernels = KERNELS if config.compiles_decode else None
+    return Decoder(language_model, lm_head, joins_weights=config.joins_weights, kernels=kernels)

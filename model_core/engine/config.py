@@ -9,6 +9,7 @@ from model_core.language.kv_cache import CacheShape
 
 BLOCK_SIZE = 16
 _CPU_CACHE_BYTES = 2**30
+_GPU_ENCODE_TOKENS, _CPU_ENCODE_TOKENS = 4096, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,26 +17,30 @@ class EngineConfig:
     """Settings of one engine.
 
     max_num_seqs: sequences that run at once. max_num_batched_tokens: tokens of one step, prompts in chunks.
-    max_encode_tokens: image tokens that one pass of the encoders takes; an image above it goes alone.
+    max_encode_tokens: image tokens that one pass of the encoders takes; an image above it goes alone. None: 4096 on a
+        GPU; 256 elsewhere, where a larger pass is no faster an image and all of it waits for the last one.
     encode_window_seconds: how long a picture may wait for company while others are being answered.
     kv_cache_bytes: None derives it from the device. encoder_cache_bytes: 0 keeps no features.
     joins_weights: the decoder's products joined, its parameters becoming views of larger ones; False leaves them alone.
+    compiles_decode: on a CPU, decode steps in float32 run through loops that another process compiles meanwhile; only
+        with joined weights.
     variant_bytes: left free on a GPU for variants beside this model; None is an eighth of what is free.
     """
 
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 2048
-    max_encode_tokens: int = 4096
+    max_encode_tokens: int | None = None
     encode_window_seconds: float = 0.0
     kv_cache_bytes: int | None = None
     encoder_cache_bytes: int = 256 * 2**20
     enable_prefix_caching: bool = True
     joins_weights: bool = True
+    compiles_decode: bool = True
     variant_bytes: int | None = 0
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_encode_tokens"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} is out of range", value=getattr(self, name), allowed="1 or more")
         if self.encode_window_seconds < 0:
             raise ConfigError(
@@ -47,6 +52,12 @@ class EngineConfig:
                 value=f"max_num_batched_tokens={self.max_num_batched_tokens}, max_num_seqs={self.max_num_seqs}",
                 allowed="max_num_batched_tokens of at least max_num_seqs",
             )
+
+    def encode_tokens_on(self, device_type: str) -> int:
+        """`max_encode_tokens`, by the device where it was left open."""
+        if self.max_encode_tokens is not None:
+            return self.max_encode_tokens
+        return _GPU_ENCODE_TOKENS if device_type == "cuda" else _CPU_ENCODE_TOKENS
 
     def num_blocks(self, shape: CacheShape, free_device_bytes: int | None, max_context_tokens: int) -> int:
         """Blocks of the cache. More than all sequences could ever fill are never taken.

@@ -53,6 +53,7 @@ class ContinuousEngine:
             SchedulerConfig(config.max_num_seqs, config.max_num_batched_tokens), blocks
         )
         self._eos_ids = eos_ids
+        self._encode_tokens = config.encode_tokens_on(runner.device.type)
         self._vocab_size = runner.decoder.config.vocab_size
         self.grammars = grammars or GrammarCompiler(runner.fmt.tokenizer, self._vocab_size, eos_ids)
         self._arrivals = itertools.count()
@@ -206,7 +207,7 @@ class ContinuousEngine:
         tokens = 0
         for sequence in sorted(with_images, key=lambda s: (s.priority, s.arrival)):
             tokens += sequence.inputs.num_image_tokens
-            if batch and tokens > self.config.max_encode_tokens:
+            if batch and tokens > self._encode_tokens:
                 break
             batch.append(sequence)
         self._encode(batch, events)
@@ -217,7 +218,7 @@ class ContinuousEngine:
             return True
         tokens = sum(s.inputs.num_image_tokens for s in waiting)
         oldest = min(s.added_at for s in waiting)
-        return tokens >= self.config.max_encode_tokens or self.runner.clock() - oldest >= window
+        return tokens >= self._encode_tokens or self.runner.clock() - oldest >= window
 
     def _encode(self, sequences: list[Sequence], events: list[TokenEvent]) -> None:
         """One pass for all; if it fails, half and half again, so that only the culprit ends."""

@@ -124,7 +124,21 @@ class ModelRunner:
                 places = torch.tensor(c.sequence.image_places[first:last]) - c.start + at
                 embeds[places.to(self.device)] = c.sequence.embeds[first:last].to(embeds.dtype)
             at += c.length
-        return self.decoder.forward(embeds, positions.to(self.device), self.store.begin(work))
+        return self._forward(embeds, positions, work)
+
+    def _forward(self, embeds: Tensor, positions: Tensor, work: Items[Work]) -> Tensor:
+        """Single tokens through compiled loops where there are such, whatever prompts share the step; the rest through
+        torch, or all."""
+        singles = next((i for i, w in enumerate(work) if w.length != 1), len(work))
+        layers = self.decoder.compiled_layers(singles) if singles else None
+        rows = self.store.dense(work[:singles]) if layers is not None else None
+        if rows is None:
+            return self.decoder.forward(embeds, positions.to(self.device), self.store.begin(work))
+        hidden = layers.forward(embeds[:singles], positions[:, :singles], rows)
+        if singles == len(work):
+            return hidden
+        attend = self.store.begin(work[singles:])
+        return torch.cat([hidden, self.decoder.forward(embeds[singles:], positions[:, singles:], attend)])
 
     def _positions(self, chunks: Items[Chunk[Sequence]]) -> Tensor:
         """(3, S) on the host: the prompt's own, then one by one from where the prompt's end."""

@@ -1,16 +1,22 @@
 """A lean forward of Qwen2.5's decoder over the SAME parameters transformers holds.
 
-It leaves out the mask building, output capturing and cache objects. Plain layers run joined (fused.py); layers
-with LoRA or hooks run module by module, so that these stay in effect. Tokens of all sequences of a step are
+It leaves out the mask building, output capturing and cache objects. Plain layers run joined (fused.py), and single
+tokens on CPUs through compiled loops (compiled.py); layers with LoRA or hooks run module by module, so that these stay
+in effect. Tokens of all sequences of a step are
 packed into one row, so that every weight is read once a step; only attention tells them apart.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
+
+import torch
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
 from model_core.errors import ConfigError
+from model_core.language import compiled
+from model_core.language.compiled import CompiledHead, CompiledLayers, KernelLoader
 from model_core.language.fused import FusedLayers, JoinedHead
 from model_core.language.kv_cache import Attend, CacheShape
 
@@ -18,7 +24,15 @@ from model_core.language.kv_cache import Attend, CacheShape
 class Decoder:
     """Packed tokens to hidden states to logits. Holds no state of any sequence."""
 
-    def __init__(self, language_model: nn.Module, lm_head: nn.Module, *, joins_weights: bool = True) -> None:
+    def __init__(
+        self,
+        language_model: nn.Module,
+        lm_head: nn.Module,
+        *,
+        joins_weights: bool = True,
+        kernels: KernelLoader | None = None,
+    ) -> None:
+        """kernels: who gives compiled loops; None: single tokens run as all others do."""
         config = language_model.config
         if "sliding_attention" in config.layer_types:
             raise ConfigError(
@@ -28,14 +42,48 @@ class Decoder:
             )
         self.model, self.lm_head, self.config = language_model, lm_head, config
         self.head_dim = config.hidden_size // config.num_attention_heads
-        self._fused = FusedLayers.build(language_model) if joins_weights else None
-        self._head = JoinedHead.build(lm_head) if joins_weights else None
+        self._kernels = kernels if joins_weights and not compiled.find_fault(language_model, lm_head) else None
+        self._layers: CompiledLayers | None = None
+        self._layers_stand_on: tuple = ()
+        self._compiled_head: CompiledHead | None = None
+        self._fused: FusedLayers | None = None
+        self._head: JoinedHead | None = None
+        if joins_weights:
+            self._join()
 
     def joined(self) -> FusedLayers | None:
         """The joined layers, another object whenever their weights moved; None: it runs module by module."""
         if self._fused is not None and not self._fused.is_current():
-            self._fused = FusedLayers.build(self.model)
+            self._fused = FusedLayers.build(self.model, packs=self._kernels is None)
         return self._fused
+
+    def _join(self) -> None:
+        """Where loops are or will be compiled, they hold the one copy of the weights that there may be."""
+        packs = self._kernels is None
+        self._fused = FusedLayers.build(self.model, packs=packs)
+        self._head = JoinedHead.build(self.lm_head, packs=packs)
+
+    def compiled_layers(self, num_rows: int) -> CompiledLayers | None:
+        """What takes one token of each of so many sequences, if compiled loops may stand for the modules now."""
+        kernel = self._kernel() if num_rows <= compiled.MAX_ROWS else None
+        joined, around = self.joined(), (self.model.rotary_emb, self.model.norm)
+        if kernel is None or joined is None or any(m._forward_hooks or m._forward_pre_hooks for m in around):
+            return None
+        stand_on = (joined, *around, self.model.norm.weight.data_ptr())
+        if stand_on != self._layers_stand_on:
+            fault = compiled.find_fault(self.model, self.lm_head)  # another type may be why the weights moved
+            self._layers = None if fault else CompiledLayers(self.model, kernel)
+            self._layers_stand_on = stand_on
+        return self._layers
+
+    def _kernel(self) -> ModuleType | None:
+        if self._kernels is None:
+            return None
+        kernel = self._kernels.get()
+        if self._kernels.refusal:
+            self._kernels = None
+            self._join()
+        return kernel
 
     @property
     def cache_shape(self) -> CacheShape:
@@ -47,7 +95,9 @@ class Decoder:
 
     @property
     def copied_bytes(self) -> int:
-        """Of copies in another layout than the weights have (linear.py)."""
+        """Of copies in another layout than the weights have (linear.py, compiled.py), those to come included."""
+        if self._kernels is not None:
+            return compiled.copied_bytes(self.model, self.lm_head)
         joined = 0 if self._fused is None else self._fused.copied_bytes
         return joined + (0 if self._head is None else self._head.copied_bytes)
 
@@ -78,9 +128,15 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N, V) float32."""
         if self._head is not None and not self._head.is_current():
-            self._head = JoinedHead.build(self.lm_head)
-        head = self.lm_head if self._head is None else self._head.forward
-        return head(hidden).float()
+            self._head, self._compiled_head = JoinedHead.build(self.lm_head, packs=self._kernels is None), None
+        if self._head is None:
+            return self.lm_head(hidden).float()
+        kernel = self._kernel() if hidden.shape[0] <= compiled.MAX_ROWS else None
+        if kernel is None or hidden.dtype != torch.float32 or hidden.device.type != "cpu":
+            return self._head.forward(hidden).float()
+        if self._compiled_head is None:
+            self._compiled_head = CompiledHead(self.lm_head, kernel)
+        return self._compiled_head.forward(hidden)
 
 
 def decode_layer(layer: nn.Module, number: int, hidden: Tensor, cos: Tensor, sin: Tensor, *, attend: Attend) -> Tensor:

@@ -50,11 +50,12 @@ class FusedLayers:
         self.eps = config.rms_norm_eps
 
     @classmethod
-    def build(cls, model: nn.Module) -> FusedLayers | None:
+    def build(cls, model: nn.Module, *, packs: bool = True) -> FusedLayers | None:
+        """packs: copies in oneDNN's layout where they are faster; without, one copy of the weights is all there is."""
         if model.config.hidden_act != "silu" or any(_Watched.of(layer) is None for layer in model.layers):
             return None
         # A parameter made in inference mode could never be trained again, and a step may be what calls us.
-        product = product_for(sum(p.nbytes for p in model.layers.parameters()))
+        product = product_for(sum(p.nbytes for p in model.layers.parameters()), packs=packs)
         with torch.inference_mode(mode=False), torch.no_grad():
             layers = [_join(layer, product) for layer in model.layers]
         return cls(model, layers, [_Watched.of(layer) for layer in model.layers])
@@ -123,19 +124,19 @@ class _Watched:
 class JoinedHead:
     """The product that ends in logits, over `lm_head`'s weight."""
 
-    def __init__(self, lm_head: nn.Module) -> None:
+    def __init__(self, lm_head: nn.Module, *, packs: bool = True) -> None:
         self._module, weight = lm_head, lm_head.weight
         self._hooks = [lm_head._forward_hooks, lm_head._forward_pre_hooks]
-        self._product = product_for(weight.nbytes)(weight.data, lm_head.bias)
+        self._product = product_for(weight.nbytes, packs=packs)(weight.data, lm_head.bias)
         self._weight, self._state = weight, (weight.data_ptr(), weight._version)
 
     @classmethod
-    def build(cls, lm_head: nn.Module) -> JoinedHead | None:
+    def build(cls, lm_head: nn.Module, *, packs: bool = True) -> JoinedHead | None:
         hooks = lm_head._forward_hooks or lm_head._forward_pre_hooks
         if type(lm_head) is not nn.Linear or hooks or lm_head.weight.is_inference():
             return None
         with torch.inference_mode(mode=False), torch.no_grad():
-            return cls(lm_head)
+            return cls(lm_head, packs=packs)
 
     @property
     def copied_bytes(self) -> int:
@@ -151,11 +152,11 @@ class JoinedHead:
         return self._product(hidden)
 
 
-def product_for(num_bytes: int) -> Callable[[Tensor, Tensor | None], Product]:
-    """What to multiply with by weights of so many bytes in all."""
+def product_for(num_bytes: int, *, packs: bool = True) -> Callable[[Tensor, Tensor | None], Product]:
+    """What to multiply with by weights of so many bytes in all. packs: a copy may be kept."""
 
     def product(weight: Tensor, bias: Tensor | None) -> Product:
-        if num_bytes <= PACKED_BYTES and can_use_onednn(weight):
+        if packs and num_bytes <= PACKED_BYTES and can_use_onednn(weight):
             return PackedProduct(weight, bias)
         return PlainProduct(weight, bias)
 

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,6 +46,18 @@ class CacheShape:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class DenseRows:
+    """One new token for each of B sequences, in a cache of whole rows on the host.
+
+    rows: (B,) int64. ends: (B,) int64, tokens of each sequence, the new one included. cache: (L, 2, rows, K, T, dh).
+    """
+
+    rows: np.ndarray
+    ends: np.ndarray
+    cache: Tensor
+
+
 class KVStore(ABC):
     """One for each engine. Single-token work (decode) must stand before longer work in a step."""
 
@@ -61,6 +74,11 @@ class KVStore(ABC):
     @abstractmethod
     def begin(self, work: Sequence[Work]) -> Attend:
         """Make ready for one forward over the packed tokens of `work`. A repeated step writes the same places."""
+
+    def dense(self, work: Sequence[Work]) -> DenseRows | None:
+        """Make ready for single-token `work`, for somebody who reads and writes whole rows. None: it has none."""
+        del work
+        return None
 
     @abstractmethod
     def keep(self, key: Hashable, first: int, blocks: Sequence[int]) -> None:
@@ -177,11 +195,7 @@ class RowStore(KVStore):
         self._kept[torch.tensor(list(blocks), device=self.shape.device)] = part.permute(3, 0, 1, 2, 4, 5)
 
     def begin(self, work: Sequence[Work]) -> Attend:
-        ends = [w.start + w.length for w in work]
-        self._reserve(len(self._rows), max([*ends, *self._lengths]))
-        rows = [self._row_of[w.key] for w in work]
-        for row, end in zip(rows, ends, strict=True):
-            self._lengths[row] = end
+        rows, ends = self._place(work)
         singles = next((i for i, w in enumerate(work) if w.length != 1), len(work))
         decode = self._decode_plan(rows[:singles], ends[:singles]) if singles else None
         chunks = []
@@ -190,6 +204,19 @@ class RowStore(KVStore):
             chunks.append((row, at, w.start, w.length, chunk_mask(w.start, w.length, self.shape.device)))
             at += w.length
         return self._attend(decode, singles, chunks)
+
+    def dense(self, work: Sequence[Work]) -> DenseRows:
+        rows, ends = self._place(work)
+        return DenseRows(np.array(rows), np.array(ends), self._store)
+
+    def _place(self, work: Sequence[Work]) -> tuple[list[int], list[int]]:
+        """The row of each piece of work and its end there; there is room up to it."""
+        ends = [w.start + w.length for w in work]
+        self._reserve(len(self._rows), max([*ends, *self._lengths]))
+        rows = [self._row_of[w.key] for w in work]
+        for row, end in zip(rows, ends, strict=True):
+            self._lengths[row] = end
+        return rows, ends
 
     def _attend(self, decode: Callable[..., Tensor] | None, singles: int, chunks: list) -> Attend:
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
