@@ -49,8 +49,10 @@ up: $(VENV)/.runtime ## serve and worker together, in one data folder [HOST=] [P
 	@exec $(BIN)/dve up $(call flag,HOST,--host) $(call flag,PORT,--port) $(call flag,MODEL,--model) \
 	  $(call flag,DEVICES,--devices) $(call flag,CONCURRENCY,--concurrency)
 
+# One process more than there are cores: half of the tests' time is waiting for programs that they start.
 test: $(VENV)/.dev ## the default tests [ARGS="-k name"]
-	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	@cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); \
+	$(BIN)/python -m pytest -n $$((cores + 1)) --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-heavy: $(VENV)/.dev ## the long proofs
 	@$(BIN)/python -m pytest -m heavy --timeout 3600 $(ARGS)
