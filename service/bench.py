@@ -44,6 +44,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--against", metavar="URL", help="put the same load on this endpoint, round by round in turn")
     parser.add_argument("--against-model", metavar="MODEL", help="model id there; alone: another model of --url")
     add_load_flags(parser)
+    parser.add_argument(
+        "--pause",
+        type=float,
+        default=3.0,
+        metavar="SECONDS",
+        help="between the rounds of two servers: one may spin on the processors after its last answer (default: 3)",
+    )
     parser.add_argument("--key", default="", help="sent to both as a bearer token")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds that one request may take")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -75,7 +82,7 @@ async def _measure(args: argparse.Namespace, load: Workload) -> tuple[list[Endpo
         for url, model in wanted:
             base = _base(url)
             endpoints.append(Endpoint(base, model or await first_model(session, base), args.key))
-        bench = _ServeBench(session, endpoints, load)
+        bench = _ServeBench(session, endpoints, load, args.pause)
         return endpoints, [await bench.level(concurrency, args.rounds) for concurrency in args.concurrency]
 
 
@@ -92,10 +99,13 @@ class _ServeBench:
     Two servers get the same pictures in a round; two models of one server, whose caches they share, never do.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, endpoints: Sequence[Endpoint], load: Workload) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, endpoints: Sequence[Endpoint], load: Workload, pause: float
+    ) -> None:
         self._session, self._load = session, load
         self._endpoints = dict(zip(_NAMES, endpoints, strict=False))
         self._shares_server = len({one.url for one in endpoints}) < len(endpoints)
+        self._pause = pause if len(endpoints) > 1 and not self._shares_server else 0.0
         self._next = 0
 
     async def level(self, concurrency: int, num_rounds: int) -> Level:
@@ -107,6 +117,7 @@ class _ServeBench:
         for turn, name in enumerate(alternate(list(rounds), num_rounds)):
             if turn % len(rounds) == 0 or self._shares_server:
                 first = self._numbers(self._load.num_requests)
+            await asyncio.sleep(self._pause)
             rounds[name].append(await self._round(name, concurrency, first, self._load.num_requests))
         return Level(concurrency, rounds)
 

@@ -280,7 +280,20 @@ def bench(*flags: str) -> int:
 def test_two_endpoints_in_turn(serve: Callable[..., FakeEndpoint], capsys: pytest.CaptureFixture[str]) -> None:
     log: list[str] = []
     ours, theirs = serve(log=log), serve(log=log)
-    flags = ["--url", ours.url + "/v1/", "--model", "A", "--against", theirs.url, "--against-model", "B", "--seed", "3"]
+    flags = [
+        "--pause",
+        "0.1",
+        "--url",
+        ours.url + "/v1/",
+        "--model",
+        "A",
+        "--against",
+        theirs.url,
+        "--against-model",
+        "B",
+        "--seed",
+        "3",
+    ]
     assert bench(*flags, "-c", "1", "--rounds", "2", "--json") == 0
     assert log == ["A", "B", *["A", "A", "B", "B"] * 2], "one to warm up each, then round by round"
     found = json.loads(capsys.readouterr().out)
