@@ -288,13 +288,16 @@ class DualVisionEncoder:
     def benchmark(self, messages: Messages, *, max_tokens: int = 64, rounds: int = 10) -> Benchmark:
         """Time this conversation stage by stage, alone on the engine, warmed up."""
         request = GenerationRequest("bench", self._messages(messages), SamplingParams(max_tokens=max_tokens))
+        self.engine.runner.decoder.compile_loops(wait=True)
         return run_benchmark(self.engine, request, time.perf_counter, rounds=rounds, prepare=self._prepare)
 
     def warm_up(self) -> None:
-        """One picture and two tokens through everything, so that the first user does not pay for it."""
+        """One picture and two tokens through everything, so that the first user does not pay for it; and what may be
+        compiled for those after him is begun."""
         parts: list[Any] = [{"type": "image", "image": Image.new("RGB", (112, 112), "grey")}]
         parts.append({"type": "text", "text": "hi"})
         self.chat([{"role": "user", "content": parts}], max_tokens=2)
+        self.engine.runner.decoder.compile_loops(wait=False)
 
     def configure(self, limits: ImageLimits) -> None:
         """Other picture limits for every request from now on."""

@@ -50,6 +50,9 @@ _BACKLOG = 2048  # connections that wait to be taken; uvicorn's own
 #: From the second signal to the end, whatever happens; `_GOING_SECONDS`, for connections to close after the drain.
 _LAST_SECONDS = 1.8
 _GOING_SECONDS = 5
+#: Of an idle connection. A client that keeps it for longer meets the end of it with its next request: httpx keeps 5 s,
+#: aiohttp 15, load balancers 60.
+_IDLE_SECONDS = 75
 #: Of the event loop, from a connection in the kernel's queue to one that the edge knows, and one to spare.
 _LAST_TURNS = 4
 
@@ -218,6 +221,7 @@ def server_config(
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=_IDLE_SECONDS,
         timeout_graceful_shutdown=going_seconds,
     )
 

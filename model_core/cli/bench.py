@@ -110,6 +110,7 @@ def _offline(args: argparse.Namespace) -> int:
         )  # fmt: skip
     load = workload_of(args)
     encoder = _load(args, max(args.concurrency))
+    encoder.engine.runner.decoder.compile_loops(wait=True)
     bench = _OfflineBench(encoder, load, args.arm)
     contenders: dict[str, Round] = {"engine": bench.engine_round}
     if args.generate:

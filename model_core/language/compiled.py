@@ -1,9 +1,9 @@
 """Decode steps through compiled loops (decode_kernel.py), for float32 on CPUs: who compiles them, and when they may
 stand for the modules.
 
-Compiling takes seconds of a core, so another process does it, at the lowest priority, once this one has decoded for a
-while; until then, and wherever it can't be, torch's operations run (fused.py). Weights are copied into the layout of
-the loops; whoever holds a copy watches the weights for changes.
+Compiling takes seconds of a core, so another process does it, at a low priority, when a server has loaded or any other
+process has decoded for a while; until then, and wherever it can't be, torch's operations run (fused.py). Weights are
+copied into the layout of the loops; whoever holds a copy watches the weights for changes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ROTARY_STEP = 1024
 # It goes on when its parent ends, for the next one: only its last word is lost.
 _COMPILE = """
 import os, sys
-getattr(os, "nice", int)(19)
+getattr(os, "nice", int)(10)
 from model_core.language import decode_kernel
 decode_kernel.load()
 """
@@ -57,9 +57,15 @@ class KernelLoader:
         if self._module is not None or self.refusal:
             return self._module
         self._patience -= 1
-        if self._patience > 0:
-            return None
-        if self._compiler is None:
+        if self._compiler is None and self._patience <= 0:
+            self.begin()
+        elif self._compiler is not None and self._compiler.poll() is not None:
+            self._finish(self._compiler)
+        return self._module
+
+    def begin(self) -> None:
+        """Start the compiler now: this process will decode for long."""
+        if self._compiler is None and self._module is None and not self.refusal:
             self._compiler = subprocess.Popen(
                 [sys.executable, "-c", _COMPILE],
                 stdin=subprocess.DEVNULL,
@@ -67,13 +73,10 @@ class KernelLoader:
                 stderr=subprocess.PIPE,
             )
             atexit.register(self._leave)
-        elif self._compiler.poll() is not None:
-            self._finish(self._compiler)
-        return self._module
 
     def wait(self) -> ModuleType | None:
         """As `get`, but it waits for what there is to wait for."""
-        self._patience = 0
+        self.begin()
         while self.get() is None and not self.refusal:
             self._compiler.wait()
         return self._module

@@ -76,6 +76,11 @@ class Decoder:
             self._layers_stand_on = stand_on
         return self._layers
 
+    def compile_loops(self, *, wait: bool) -> None:
+        """Begin to compile what single tokens may run through, or see to it that they do from now on."""
+        if self._kernels is not None:
+            (self._kernels.wait if wait else self._kernels.begin)()
+
     def _kernel(self) -> ModuleType | None:
         if self._kernels is None:
             return None

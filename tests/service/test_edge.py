@@ -1,15 +1,22 @@
 """The edge by raw sockets: slow, silent, endless, odd clients. Limits are fractions of a second, closes are awaited."""
 
 import json
+import re
 import threading
 import tracemalloc
 from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
 
+import httpx
 import pytest
 
+from service.main import server_config
 from tests.service.conftest import LiveServer, ask, run_server
 from tests.service.fakes import FakeEngine
 from tests.service.sockets import CHAT, PROBE, SHORT, check_refused, connect, exchange, parts, read_all
+
+NGINX = Path(__file__).resolve().parents[2] / "deploy/nginx/nginx.conf"
 
 
 @pytest.fixture(scope="module")
@@ -250,3 +257,12 @@ def test_hostile_forms_leave_memory_flat(start, name: str):
         tracemalloc.stop()
     assert now < 1_000_000, "nothing of it is kept"
     assert peak < 2 * len(body) + 2_000_000
+
+
+def test_an_idle_connection_is_kept_for_longer_than_clients_keep_it() -> None:
+    app = SimpleNamespace(state=SimpleNamespace(parts=SimpleNamespace(metrics=None)))
+    kept = server_config(app).timeout_keep_alive
+    assert kept > httpx.Limits().keepalive_expiry
+    assert kept > 60, "load balancers"
+    proxied = re.findall(r"^ {8}keepalive_timeout (\d+)s;", NGINX.read_text(), re.MULTILINE)
+    assert [kept > int(seconds) for seconds in proxied] == [True], "nginx lets go first"
