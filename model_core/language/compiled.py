@@ -34,6 +34,7 @@ _ROTARY_STEP = 1024
 # It goes on when its parent ends, for the next one: only its last word is lost.
 _COMPILE = """
 import os, sys
+sys.path[:] = {path!r}
 getattr(os, "nice", int)(10)
 from model_core.language import decode_kernel
 decode_kernel.load()
@@ -65,14 +66,17 @@ class KernelLoader:
 
     def begin(self) -> None:
         """Start the compiler now: this process will decode for long."""
-        if self._compiler is None and self._module is None and not self.refusal:
+        if self._compiler is not None or self._module is not None or self.refusal:
+            return
+        command = [sys.executable, "-P", "-c", _COMPILE.format(path=sys.path)]  # the very modules that this process has
+        try:
             self._compiler = subprocess.Popen(
-                [sys.executable, "-c", _COMPILE],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
             )
-            atexit.register(self._leave)
+        except OSError as error:
+            self._refuse(f"the compiler can't be started: {error}")
+            return
+        atexit.register(self._leave)
 
     def wait(self) -> ModuleType | None:
         """As `get`, but it waits for what there is to wait for."""
@@ -92,8 +96,8 @@ class KernelLoader:
             num_threads = torch.get_num_threads()
             decode_kernel.load()
             torch.set_num_threads(num_threads)  # numba has told OpenMP its own number, which torch would take over
-        except (ImportError, RuntimeError, ValueError, OSError) as error:
-            self._refuse(str(error))
+        except Exception as error:  # noqa: BLE001  a compiler's, of any kind: what it would have made is not needed
+            self._refuse(f"{type(error).__name__}: {error}")
             return
         self._module = decode_kernel
         LOG.info("decode steps of up to %d rows run compiled", MAX_ROWS)

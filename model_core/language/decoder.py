@@ -2,8 +2,8 @@
 
 It leaves out the mask building, output capturing and cache objects. Plain layers run joined (fused.py), and single
 tokens on CPUs through compiled loops (compiled.py); layers with LoRA or hooks run module by module, so that these stay
-in effect. Tokens of all sequences of a step are
-packed into one row, so that every weight is read once a step; only attention tells them apart.
+in effect. Tokens of all sequences of a step are packed into one row, so that every weight is read once a step; only
+attention tells them apart.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Decoder:
     def compiled_layers(self, num_rows: int) -> CompiledLayers | None:
         """What takes one token of each of so many sequences, if compiled loops may stand for the modules now."""
         kernel = self._kernel() if num_rows <= compiled.MAX_ROWS else None
-        joined, around = self.joined(), (self.model.rotary_emb, self.model.norm)
-        if kernel is None or joined is None or any(m._forward_hooks or m._forward_pre_hooks for m in around):
+        joined, around = None if kernel is None else self.joined(), (self.model.rotary_emb, self.model.norm)
+        if joined is None or any(m._forward_hooks or m._forward_pre_hooks for m in around):
             return None
         stand_on = (joined, *around, self.model.norm.weight.data_ptr())
         if stand_on != self._layers_stand_on:

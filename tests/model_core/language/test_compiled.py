@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -291,6 +292,36 @@ def test_without_a_compiler_torch_goes_on_with_its_own_copies(
     if can_use_onednn(model.lm_head.weight):
         assert isinstance(decoder.joined()._layers[0].qkv, PackedProduct)
     assert torch.allclose(decoder.logits(torch.ones(2, 64)), model.lm_head(torch.ones(2, 64)), atol=1e-5)
+
+
+def test_a_compiler_that_does_not_start_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    loader = KernelLoader()
+    assert loader.wait() is None
+    assert "No such file" in loader.refusal
+
+
+def test_what_fails_to_load_is_a_refusal(kernel: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise NotImplementedError("no such processor")
+
+    child = Child()
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: child)
+    monkeypatch.setattr(kernel, "load", fail)
+    loader = KernelLoader()
+    loader.begin()
+    child.returncode = 0
+    assert loader.get() is None
+    assert loader.refusal == "NotImplementedError: no such processor"
+
+
+def test_the_compiler_takes_modules_from_where_this_process_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "numba.py").write_text("raise SystemExit('a file of the working directory')")
+    monkeypatch.chdir(tmp_path)
+    loader = KernelLoader()
+    assert loader.wait() is not None, loader.refusal
 
 
 def test_without_numba_it_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
