@@ -38,6 +38,7 @@ _NAMES = ("A", "B")
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The endpoints, the load that all of `dve bench` shares, and the output."""
     parser = argparse.ArgumentParser(prog="dve bench serve", description=__doc__)
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)")
     parser.add_argument("--model", help="model id (default: the first that the server lists)")

@@ -90,16 +90,14 @@ class KernelLoader:
         if compiler.returncode != 0:
             self._refuse(told.splitlines()[-1] if told else f"the compiler ended with {compiler.returncode}")
             return
+        num_threads = torch.get_num_threads()
         try:
-            from model_core.language import decode_kernel  # noqa: PLC0415  numba's import, and 60 MB
-
-            num_threads = torch.get_num_threads()
-            decode_kernel.load()
-            torch.set_num_threads(num_threads)  # numba has told OpenMP its own number, which torch would take over
-        except Exception as error:  # noqa: BLE001  a compiler's, of any kind: what it would have made is not needed
+            self._module = _load_kernel()
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
             self._refuse(f"{type(error).__name__}: {error}")
             return
-        self._module = decode_kernel
+        finally:
+            torch.set_num_threads(num_threads)  # numba has told OpenMP its own number, which torch would take over
         LOG.info("decode steps of up to %d rows run compiled", MAX_ROWS)
 
     def _leave(self) -> None:
@@ -176,6 +174,19 @@ class RotaryTable:
     def _ask(self, positions: Tensor) -> tuple[np.ndarray, np.ndarray]:
         cos, sin = self._module(self._weight[None, :1], positions[:, None])
         return np.ascontiguousarray(cos[0].numpy()), np.ascontiguousarray(sin[0].numpy())
+
+
+def _load_kernel() -> ModuleType:
+    """numba is imported here: 0.2 s, 60 MB. Raises ImportError, OSError, RuntimeError, ValueError: it won't do."""
+    from numba.core.errors import NumbaError  # noqa: PLC0415
+
+    from model_core.language import decode_kernel  # noqa: PLC0415
+
+    try:
+        decode_kernel.load()
+    except NumbaError as error:
+        raise RuntimeError(str(error)) from error
+    return decode_kernel
 
 
 def find_fault(model: nn.Module, lm_head: nn.Module) -> str:

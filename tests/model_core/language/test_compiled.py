@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from numba.core.errors import NumbaError
 from torch import Tensor, nn
 
 from model_core.language import compiled
@@ -301,9 +302,12 @@ def test_a_compiler_that_does_not_start_is_a_refusal(monkeypatch: pytest.MonkeyP
     assert "No such file" in loader.refusal
 
 
-def test_what_fails_to_load_is_a_refusal(kernel: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [NotImplementedError, OSError, NumbaError])
+def test_what_fails_to_load_is_a_refusal(
+    kind: type[Exception], kernel: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail() -> None:
-        raise NotImplementedError("no such processor")
+        raise kind("no such processor")
 
     child = Child()
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: child)
@@ -312,7 +316,7 @@ def test_what_fails_to_load_is_a_refusal(kernel: SimpleNamespace, monkeypatch: p
     loader.begin()
     child.returncode = 0
     assert loader.get() is None
-    assert loader.refusal == "NotImplementedError: no such processor"
+    assert loader.refusal.endswith("Error: no such processor")
 
 
 def test_the_compiler_takes_modules_from_where_this_process_does(
