@@ -17,8 +17,8 @@ class EngineConfig:
     """Settings of one engine.
 
     max_num_seqs: sequences that run at once. max_num_batched_tokens: tokens of one step, prompts in chunks.
-    max_encode_tokens: image tokens that one pass of the encoders takes; an image above it goes alone. None: 4096 on a
-        GPU; 256 elsewhere, where a larger pass is no faster an image and all of it waits for the last one.
+    max_encode_tokens: image tokens that one pass of the encoders takes; an image above it goes alone. None: 256 on a
+        CPU, where a larger pass is no faster an image and all of it waits for the last one; 4096 elsewhere.
     encode_window_seconds: how long a picture may wait for company while others are being answered.
     kv_cache_bytes: None derives it from the device. encoder_cache_bytes: 0 keeps no features.
     joins_weights: the decoder's products joined, its parameters becoming views of larger ones; False leaves them alone.
@@ -57,7 +57,7 @@ class EngineConfig:
         """`max_encode_tokens`, by the device where it was left open."""
         if self.max_encode_tokens is not None:
             return self.max_encode_tokens
-        return _GPU_ENCODE_TOKENS if device_type == "cuda" else _CPU_ENCODE_TOKENS
+        return _CPU_ENCODE_TOKENS if device_type == "cpu" else _GPU_ENCODE_TOKENS
 
     def num_blocks(self, shape: CacheShape, free_device_bytes: int | None, max_context_tokens: int) -> int:
         """Blocks of the cache. More than all sequences could ever fill are never taken.

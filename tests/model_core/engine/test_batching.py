@@ -13,6 +13,8 @@ from model_core.encoder import DualVisionEncoder
 from model_core.engine.config import BLOCK_SIZE, EngineConfig
 from model_core.engine.decode_graphs import DecodeGraphs
 from model_core.errors import ConfigError, ContextLengthError, RequestFailedError
+from model_core.language.compiled import CompiledLayers
+from model_core.language.decoder import Decoder
 from model_core.language.kv_cache import CacheShape
 from model_core.language.paged import PagedStore
 from model_core.types import ChatMessage, GenerationRequest, ImagePart, SamplingParams, TextPart
@@ -55,6 +57,43 @@ def test_greedy_equals_generate_under(name: str) -> None:
     check(encoder, 7, 1, 16)
     if name == "preemption":
         assert encoder.engine.stats().num_preemptions > 0, "this test must preempt to mean something"
+
+
+def test_single_tokens_run_through_the_loops_also_beside_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_loops, by_torch, loops, decode = [], [], CompiledLayers.forward, Decoder.forward
+
+    def count(self: CompiledLayers, *args: object) -> object:
+        by_loops.append(len(by_torch))
+        return loops(self, *args)
+
+    def count_others(self: Decoder, hidden: torch.Tensor, *args: object) -> torch.Tensor:
+        by_torch.append(len(hidden))
+        return decode(self, hidden, *args)
+
+    monkeypatch.setattr(CompiledLayers, "forward", count)
+    monkeypatch.setattr(Decoder, "forward", count_others)
+    encoder = tiny.encoder(engine_config=SETTINGS["chunks of a few tokens"])
+    check(encoder, 7, 1, 16)
+    assert 1 not in by_torch, "torch takes prompts alone"
+    assert len(set(by_loops)) > 10, "prompts came between and beside"
+
+
+@pytest.mark.parametrize(("device", "tokens"), [("cpu", 256), ("cuda", 4096), ("mps", 4096)])
+def test_the_size_of_a_pass_goes_by_the_device_unless_it_is_asked_for(device: str, tokens: int) -> None:
+    assert EngineConfig().encode_tokens_on(device) == tokens
+    assert EngineConfig(max_encode_tokens=10).encode_tokens_on(device) == 10
+
+
+def test_a_pass_of_the_encoders_takes_no_more_than_that() -> None:
+    one = picture(random.Random(9)).resize((112, 112))
+    requests = [
+        GenerationRequest(f"q{n}", (ChatMessage("user", (ImagePart(one.rotate(n)),)),), SamplingParams(max_tokens=2))
+        for n in range(10)
+    ]
+    tokens = tiny.encoder().engine.prepare(requests[0]).inputs.num_image_tokens
+    encoder = tiny.encoder(engine_config=EngineConfig(max_encode_tokens=4 * tokens))
+    run(encoder, requests)
+    assert encoder.engine.runner.encoders.batch_sizes["qwen"] == {4: 2, 2: 1}
 
 
 @pytest.mark.heavy
