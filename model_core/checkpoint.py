@@ -21,7 +21,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLCo
 from transformers.utils import logging as transformers_logging
 
 from model_core.config import DualVisionConfig
-from model_core.encoders.qwen import install_segment_attention
+from model_core.encoders.segments import install_segment_attention
 from model_core.errors import (
     CheckpointError,
     CheckpointIncompleteError,

@@ -115,7 +115,7 @@ def _one_round(
     features: dict[str, Tensor] = {}
     for name in backbone.encoders:
         begin = now()
-        features |= backbone.encode_images(values, grid_thw, [name])
+        features |= backbone.infer_images(values, grid_thw, [name])
         seconds[name] = now() - begin
     begin = now()
     backbone.fuse(features, cell_grids(grid_thw, model.config.merge_size))

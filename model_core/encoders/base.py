@@ -61,3 +61,7 @@ class VisionEncoder(ABC):
         Returns:
             tokens (sum t*h*w / m^2, output_dim) on the cell grid, raster order.
         """
+
+    def infer(self, module: nn.Module, pixel_values: Tensor, grid_thw: Tensor) -> VisionTokens:
+        """The same tokens to rounding, where no gradient is wanted: an encoder may know a shorter way to them."""
+        return self.encode(module, pixel_values, grid_thw)

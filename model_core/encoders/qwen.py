@@ -1,107 +1,20 @@
 """Qwen2.5-VL's own vision tower (2502.13923, section 2.1.1) as an encoder.
 
-The module is transformers', unchanged but for its attention: equal-length windows of all images go
-through one attention call instead of a Python loop over every window. Same weights, same names.
+The module is transformers', unchanged but for its attention (segments.py). In inference on a CPU a lean forward over
+its parameters stands for it (lean_qwen.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-    Qwen2_5_VisionTransformerPretrainedModel,
-    Qwen2_5_VLVisionAttention,
-    apply_rotary_pos_emb_vision,
-    eager_attention_forward,
-)
-from transformers.utils.generic import is_flash_attention_requested
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
+from model_core.encoders import lean, lean_qwen
 from model_core.encoders.base import VisionEncoder
+from model_core.encoders.segments import SegmentPlan, install_segment_attention
 from model_core.vision_tokens import VisionTokens, cell_grids
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentPlan:
-    """How packed segments are grouped: their lengths in order, and the segment numbers of each length."""
-
-    lengths: list[int]
-    groups: dict[int, list[int]]
-
-    @classmethod
-    def from_bounds(cls, bounds: list[int]) -> SegmentPlan:
-        lengths = [end - start for start, end in pairwise(bounds)]
-        groups: dict[int, list[int]] = {}
-        for number, length in enumerate(lengths):
-            groups.setdefault(length, []).append(number)
-        return cls(lengths, groups)
-
-
-class SegmentVisionAttention(Qwen2_5_VLVisionAttention):
-    """Vision attention over packed segments, one batched call for each distinct segment length."""
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        cu_seqlens: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        max_seqlen: int | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        if is_flash_attention_requested(self.config):  # the variable-length kernel needs no grouping
-            return super().forward(hidden_states, cu_seqlens, position_embeddings, max_seqlen, **kwargs)
-        length = hidden_states.shape[0]
-        qkv = self.qkv(hidden_states).reshape(length, 3, self.num_heads, -1)
-        query, key, value = qkv.permute(1, 0, 2, 3).unbind(0)  # each (S, H, dh)
-        query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
-        plan = getattr(cu_seqlens, "segment_plan", None) or SegmentPlan.from_bounds(cu_seqlens.tolist())
-        if len(plan.groups) == 1:
-            out = self._attend(*(x.unflatten(0, (-1, plan.lengths[0])) for x in (query, key, value)))
-            return self.proj(out.reshape(length, -1))
-        # split, stack and cat: their gradients are a cat and a split; an index's would be a scatter-add.
-        split = [x.split(plan.lengths) for x in (query, key, value)]
-        done: list[Tensor | None] = [None] * len(plan.lengths)
-        for members in plan.groups.values():
-            out = self._attend(*(torch.stack([parts[i] for i in members]) for parts in split))
-            for number, part in zip(members, out.unbind(), strict=True):
-                done[number] = part
-        return self.proj(torch.cat(done).reshape(length, -1))
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """n segments of one length, (n, size, H, dh) each -> (n, size, H, dh)."""
-        attend: Callable[..., tuple[Tensor, Any]] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        out, _ = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask=None,
-            scaling=self.scaling,
-            dropout=self.attention_dropout if self.training else 0.0,
-            is_causal=False,
-        )
-        return out
-
-
-def install_segment_attention(visual: nn.Module) -> None:
-    """Swap each block's attention for ours around the SAME projections; a second call changes nothing."""
-    for block in visual.blocks:
-        if isinstance(block.attn, SegmentVisionAttention):
-            continue
-        with torch.device("meta"):
-            attention = SegmentVisionAttention(block.attn.config)
-        attention.qkv, attention.proj = block.attn.qkv, block.attn.proj
-        attention.train(block.attn.training)
-        block.attn = attention
 
 
 class QwenEncoder(VisionEncoder):
@@ -134,6 +47,13 @@ class QwenEncoder(VisionEncoder):
             cu_window_seqlens=cu_windows,
         )
         return VisionTokens(output.pooler_output, cell_grids(grid, vision.spatial_merge_size))
+
+    def infer(self, module: nn.Module, pixel_values: Tensor, grid_thw: Tensor) -> VisionTokens:
+        if type(self).encode is not QwenEncoder.encode or not lean.can_stand_for(module, lean_qwen.TYPES):
+            return self.encode(module, pixel_values, grid_thw)
+        grids = tuple((t, h, w) for t, h, w in grid_thw.tolist())
+        tokens = lean_qwen.forward(module, pixel_values.to(module.dtype), grids)
+        return VisionTokens(tokens, cell_grids(grid_thw, self.spec.merge_size))
 
 
 def _planned(cu_seqlens: Tensor, device: torch.device) -> Tensor:

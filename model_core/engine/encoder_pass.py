@@ -127,7 +127,7 @@ class EncoderPass:
         return spent
 
     def _forward(self, name: str, values: Tensor, grids: Tensor) -> Forward:
-        return lambda: self.model.model.encode_images(values, grids, [name])[name]
+        return lambda: self.model.model.infer_images(values, grids, [name])[name]
 
     def _lay_out(self, name: str, parts: list[Tensor | None], grids: Sequence[Grid]) -> Tensor:
         """One after the other; zeros where an image's arm takes this encoder away."""

@@ -10,7 +10,7 @@ from model_core.config import DualVisionConfig
 from model_core.encoders import build_encoders
 from model_core.encoders.base import PixelSpec, VisionEncoder
 from model_core.encoders.dinov2 import IMAGENET_MEAN, IMAGENET_STD, budgeted_grid, recover_pixels, to_imagenet
-from model_core.encoders.qwen import SegmentVisionAttention, install_segment_attention
+from model_core.encoders.segments import SegmentVisionAttention, install_segment_attention
 from model_core.errors import ConfigError
 from model_core.vision_tokens import VisionTokens
 from tests.model_core import tiny

@@ -189,7 +189,7 @@ def test_a_bad_forward_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> Non
     """Features that were not finite once must not stay in the cache and fail the picture for ever."""
     encoder = tiny.encoder()
     qwen = encoder.model.model.encoders["qwen"]
-    original = qwen.encode
+    original = qwen.infer
 
     def poisoned(*args: object) -> object:
         found = original(*args)
@@ -199,7 +199,7 @@ def test_a_bad_forward_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> Non
     request = GenerationRequest(
         "p", (ChatMessage("user", (ImagePart(picture(random.Random(1))), TextPart("?"))),), SamplingParams(max_tokens=2)
     )
-    monkeypatch.setattr(qwen, "encode", poisoned)
+    monkeypatch.setattr(qwen, "infer", poisoned)
     assert isinstance(run(encoder, [request])["p"].error, RequestFailedError)
     monkeypatch.undo()
     assert run(encoder, [request])["p"].error is None

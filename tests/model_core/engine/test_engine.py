@@ -190,14 +190,14 @@ def test_a_poisoned_image_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN in one image's features is that request's error, not the engine's."""
     encoder = tiny.encoder()
     qwen = encoder.model.model.encoders["qwen"]
-    original = qwen.encode
+    original = qwen.infer
 
     def poisoned(module: torch.nn.Module, pixel_values: torch.Tensor, grid: torch.Tensor) -> object:
         found = original(module, pixel_values, grid)
         found.tokens[: found.lengths[0]] = float("nan")
         return found
 
-    monkeypatch.setattr(qwen, "encode", poisoned)
+    monkeypatch.setattr(qwen, "infer", poisoned)
     message = ChatMessage("user", (ImagePart(picture(random.Random(1))), TextPart("?")))
     bad = GenerationRequest("bad", (message,), SamplingParams(max_tokens=3))
     good = [random_request(seed, max_tokens=4) for seed in (0, 4, 8)]
