@@ -314,23 +314,30 @@ class ContinuousEngine:
 
     def _advance(self, sequence: Sequence, chosen: Sampled) -> TokenEvent:
         """Add the token, turn it to text, and see whether the sequence ends."""
-        event = self._opening(sequence) if not sequence.has_opened else TokenEvent(sequence.request_id)
+        opening = None if sequence.has_opened else self._opening(sequence)
         sampling, token = sequence.request.sampling, chosen.token_id
         is_end = token in sampling.stop_token_ids or (token in self._eos_ids and not sampling.ignore_eos)
         text = "" if is_end else sequence.detokenizer.push(token)
         sequence.token_ids.append(token)
         sequence.sampler.push(token)
         self._num_generation_tokens += 1
-        logprobs = None if chosen.logprob is None else (chosen.logprob,)
-        event = replace(event, text=text, token_ids=(token,), logprobs=logprobs)
         reason: FinishReason | None = None
         if is_end or sequence.detokenizer.is_stopped:
             reason = "stop"
         elif len(sequence.token_ids) >= sequence.max_tokens:
             reason = "length"
-        if reason is None:
-            return event
-        return self._close(sequence, replace(event, text=event.text + sequence.detokenizer.finish()), reason)
+        if reason is not None:
+            text += sequence.detokenizer.finish()
+        # Made once and not changed after: this is done for every token.
+        event = TokenEvent(
+            sequence.request_id,
+            text,
+            (token,),
+            None if opening is None else opening.fusion,
+            usage=None if opening is None else opening.usage,
+            logprobs=None if chosen.logprob is None else (chosen.logprob,),
+        )
+        return event if reason is None else self._close(sequence, event, reason)
 
     # Ends
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -133,8 +134,7 @@ def sample_batch(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled
     Args:
         logits: (B, V) float32, on any device; states: B of them.
     """
-    highest = logits.max(dim=-1)  # NaN anywhere in a row makes its maximum NaN
-    greedy, sound = torch.stack([highest.indices, torch.isfinite(highest.values).long()]).tolist()  # one transfer
+    greedy, sound = _highest(logits)
     out: list[Sampled | Exception] = []
     for row, state in enumerate(states):
         if not sound[row]:
@@ -144,6 +144,17 @@ def sample_batch(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled
         else:
             out.append(_sample_row(logits[row].float().cpu(), state))
     return out
+
+
+def _highest(logits: Tensor) -> tuple[list[int], list[bool]]:
+    """Where each row is highest, and whether by a number: NaN anywhere in a row is its highest."""
+    if logits.device.type == "cpu":  # a tenth of torch's time over rows as few and as long as these
+        array = logits.numpy()
+        places = array.argmax(axis=1)
+        return places.tolist(), np.isfinite(array[np.arange(len(array)), places]).tolist()
+    highest = logits.max(dim=-1)
+    greedy, sound = torch.stack([highest.indices, torch.isfinite(highest.values).long()]).tolist()  # one transfer
+    return greedy, sound
 
 
 def _sample_row(raw: Tensor, state: SamplerState) -> Sampled | Exception:

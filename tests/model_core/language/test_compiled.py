@@ -145,13 +145,19 @@ def test_exp_is_good_to_two_units_in_the_last_place_and_flat_beyond(kernel: Simp
 
 
 @pytest.mark.parametrize("columns", [1, PANEL, 3 * PANEL + 5])
-def test_a_product_of_any_number_of_columns(kernel: SimpleNamespace, columns: int) -> None:
-    rng = np.random.default_rng(columns)
-    weight = rng.standard_normal((columns, 64), dtype=np.float32)
-    for rows in (1, 5):
-        x = rng.standard_normal((rows, 64), dtype=np.float32)
-        found = kernel.project(x, pack_columns(weight), columns, num_threads=2)
-        assert np.allclose(found, x @ weight.T, atol=1e-4)
+@pytest.mark.parametrize("inner", [1, 64, 127, 128, 129, 300])
+def test_a_product_is_numpys_and_each_row_its_own(kernel: SimpleNamespace, inner: int, columns: int) -> None:
+    """Any number of columns and rows, and inner lengths around one turn's."""
+    rng = np.random.default_rng(inner)
+    weight = rng.standard_normal((columns, inner), dtype=np.float32)
+    packed = pack_columns(weight)
+    for rows in (1, 2, 3, 8):
+        x = rng.standard_normal((rows, inner), dtype=np.float32)
+        found = kernel.project(x, packed, columns, num_threads=2)
+        assert np.allclose(found, x.astype(np.float64) @ weight.astype(np.float64).T, atol=1e-4)
+        for number in range(rows):
+            alone = kernel.project(x[number : number + 1].copy(), packed, columns, num_threads=1)
+            assert np.array_equal(alone[0], found[number])
 
 
 def negate(model: nn.Module) -> None:
