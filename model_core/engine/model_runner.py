@@ -19,6 +19,7 @@ from model_core.engine.scheduler import Chunk
 from model_core.engine.sequence import Sequence
 from model_core.errors import RequestFailedError
 from model_core.fusion.attribution import describe_fusion
+from model_core.language.compiled import count_fitting
 from model_core.language.decoder import Decoder
 from model_core.language.kv_cache import KVStore, Work
 from model_core.model import DualVisionModel
@@ -127,18 +128,17 @@ class ModelRunner:
         return self._forward(embeds, positions, work)
 
     def _forward(self, embeds: Tensor, positions: Tensor, work: Items[Work]) -> Tensor:
-        """Single tokens through compiled loops where there are such, whatever prompts share the step; the rest through
-        torch, or all."""
-        singles = next((i for i, w in enumerate(work) if w.length != 1), len(work))
-        layers = self.decoder.compiled_layers(singles) if singles else None
-        rows = self.store.dense(work[:singles]) if layers is not None else None
+        """Single tokens and short prompts through compiled loops if there are such; the rest, or all, through torch."""
+        pieces, tokens = count_fitting(work)
+        layers = self.decoder.compiled_layers(tokens) if tokens else None
+        rows = self.store.dense(work[:pieces]) if layers is not None else None
         if rows is None:
             return self.decoder.forward(embeds, positions.to(self.device), self.store.begin(work))
-        hidden = layers.forward(embeds[:singles], positions[:, :singles], rows)
-        if singles == len(work):
+        hidden = layers.forward(embeds[:tokens], positions[:, :tokens], rows)
+        if pieces == len(work):
             return hidden
-        attend = self.store.begin(work[singles:])
-        return torch.cat([hidden, self.decoder.forward(embeds[singles:], positions[:, singles:], attend)])
+        attend = self.store.begin(work[pieces:])
+        return torch.cat([hidden, self.decoder.forward(embeds[tokens:], positions[:, tokens:], attend)])
 
     def _positions(self, chunks: Items[Chunk[Sequence]]) -> Tensor:
         """(3, S) on the host: the prompt's own, then one by one from where the prompt's end."""

@@ -1,5 +1,5 @@
-"""Decode steps through compiled loops (decode_kernel.py), for float32 on CPUs: who compiles them, and when they may
-stand for the modules.
+"""Decode steps and short prompts through compiled loops (decode_kernel.py), for float32 on CPUs: who compiles them, and
+when they may stand for the modules.
 
 Compiling takes seconds of a core, so another process does it, at a low priority, when a server has loaded or any other
 process has decoded for a while; until then, and wherever it can't be, torch's operations run (fused.py). Weights are
@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import subprocess
 import sys
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -20,13 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model_core.language.kv_cache import DenseRows
+from model_core.language.kv_cache import DenseRows, Work
 from model_core.language.panels import PANEL, pack_columns
 
 LOG = logging.getLogger(__name__)
-#: Rows of one step. Beyond it oneDNN's products, which keep several rows in registers, are as fast.
-MAX_ROWS = 64
-#: Decode steps before anything is compiled or loaded: a process that answers one short question never pays for it.
+#: Tokens of one step, and of a prompt with what is before it. Beyond them torch is as fast: each token passes over all
+#: keys before it, where torch's attention takes many queries at a time.
+MAX_ROWS = 256
+MAX_PROMPT = 256
+#: Steps before anything is compiled or loaded: a process that answers one short question never pays for it.
 PATIENCE = 16
 #: A larger model keeps one copy of its weights: on a CPU memory is then what there is least of.
 COPIED_BYTES = 4 * 2**30
@@ -54,7 +57,7 @@ class KernelLoader:
         self._module: ModuleType | None = None
 
     def get(self) -> ModuleType | None:
-        """The module `decode_kernel`, loaded, or None: not yet, or never. Asked once a decode step."""
+        """The module `decode_kernel`, loaded, or None: not yet, or never. Asked once a step."""
         if self._module is not None or self.refusal:
             return self._module
         self._patience -= 1
@@ -98,7 +101,7 @@ class KernelLoader:
             return
         finally:
             torch.set_num_threads(num_threads)  # numba has told OpenMP its own number, which torch would take over
-        LOG.info("decode steps of up to %d rows run compiled", MAX_ROWS)
+        LOG.info("steps of up to %d tokens run compiled", MAX_ROWS)
 
     def _leave(self) -> None:
         if self._compiler.returncode is None:
@@ -112,6 +115,17 @@ class KernelLoader:
 
 #: Of this process: compiled once, whatever number of engines it has.
 KERNELS = KernelLoader()
+
+
+def count_fitting(work: Sequence[Work]) -> tuple[int, int]:
+    """How many pieces of a step, single tokens first, the loops should take, and the tokens in them."""
+    tokens = 0
+    for number, piece in enumerate(work):
+        is_long = piece.length > 1 and piece.start + piece.length > MAX_PROMPT
+        if is_long or tokens + piece.length > MAX_ROWS:
+            return (number, tokens) if piece.length > 1 else (0, 0)  # single tokens go together
+        tokens += piece.length
+    return len(work), tokens
 
 
 class CompiledLayers:

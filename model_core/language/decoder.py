@@ -1,9 +1,9 @@
 """A lean forward of Qwen2.5's decoder over the SAME parameters transformers holds.
 
-It leaves out the mask building, output capturing and cache objects. Plain layers run joined (fused.py), and single
-tokens on CPUs through compiled loops (compiled.py); layers with LoRA or hooks run module by module, so that these stay
-in effect. Tokens of all sequences of a step are packed into one row, so that every weight is read once a step; only
-attention tells them apart.
+It leaves out the mask building, output capturing and cache objects. Plain layers run joined (fused.py), single tokens
+and short prompts on CPUs through compiled loops (compiled.py); layers with LoRA or hooks run module by module, so that
+these stay in effect. Tokens of all sequences of a step are packed into one row, so that every weight is read once a
+step; only attention tells them apart.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Decoder:
         joins_weights: bool = True,
         kernels: KernelLoader | None = None,
     ) -> None:
-        """kernels: who gives compiled loops; None: single tokens run as all others do."""
+        """kernels: who gives compiled loops; None: everything runs through torch."""
         config = language_model.config
         if "sliding_attention" in config.layer_types:
             raise ConfigError(
@@ -64,7 +64,7 @@ class Decoder:
         self._head = JoinedHead.build(self.lm_head, packs=packs)
 
     def compiled_layers(self, num_rows: int) -> CompiledLayers | None:
-        """What takes one token of each of so many sequences, if compiled loops may stand for the modules now."""
+        """What takes a step of so many tokens, if compiled loops may stand for the modules now."""
         kernel = self._kernel() if num_rows <= compiled.MAX_ROWS else None
         joined, around = None if kernel is None else self.joined(), (self.model.rotary_emb, self.model.norm)
         if joined is None or any(m._forward_hooks or m._forward_pre_hooks for m in around):
@@ -77,7 +77,7 @@ class Decoder:
         return self._layers
 
     def compile_loops(self, *, wait: bool) -> None:
-        """Begin to compile what single tokens may run through, or see to it that they do from now on."""
+        """Begin to compile what steps may run through, or see to it that they do from now on."""
         if self._kernels is not None:
             (self._kernels.wait if wait else self._kernels.begin)()
 

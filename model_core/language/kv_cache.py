@@ -48,9 +48,10 @@ class CacheShape:
 
 @dataclass(frozen=True, slots=True)
 class DenseRows:
-    """One new token for each of B sequences, in a cache of whole rows on the host.
+    """B new tokens of some sequences, in a cache of whole rows on the host.
 
-    rows: (B,) int64. ends: (B,) int64, tokens of each sequence, the new one included. cache: (L, 2, rows, K, T, dh).
+    rows: (B,) int64. ends: (B,) int64, a sequence's tokens up to the new one, itself included. cache:
+    (L, 2, rows, K, T, dh).
     """
 
     rows: np.ndarray
@@ -76,7 +77,7 @@ class KVStore(ABC):
         """Make ready for one forward over the packed tokens of `work`. A repeated step writes the same places."""
 
     def dense(self, work: Sequence[Work]) -> DenseRows | None:
-        """Make ready for single-token `work`, for somebody who reads and writes whole rows. None: it has none."""
+        """Make ready for `work`, for somebody who reads and writes whole rows. None: it has none."""
         del work
         return None
 
@@ -207,7 +208,11 @@ class RowStore(KVStore):
 
     def dense(self, work: Sequence[Work]) -> DenseRows:
         rows, ends = self._place(work)
-        return DenseRows(np.array(rows), np.array(ends), self._store)
+        lengths = [w.length for w in work]
+        each = np.repeat(np.array(rows), lengths)
+        # Counted from the end of each piece, so that its last token sees all of it.
+        places = np.concatenate([np.arange(end - n, end) for end, n in zip(ends, lengths, strict=True)])
+        return DenseRows(each, places + 1, self._store)
 
     def _place(self, work: Sequence[Work]) -> tuple[list[int], list[int]]:
         """The row of each piece of work and its end there; there is room up to it."""

@@ -13,6 +13,7 @@ from model_core.encoder import DualVisionEncoder
 from model_core.engine.config import BLOCK_SIZE, EngineConfig
 from model_core.engine.decode_graphs import DecodeGraphs
 from model_core.errors import ConfigError, ContextLengthError, RequestFailedError
+from model_core.language import compiled
 from model_core.language.compiled import CompiledLayers
 from model_core.language.decoder import Decoder
 from model_core.language.kv_cache import CacheShape
@@ -59,23 +60,27 @@ def test_greedy_equals_generate_under(name: str) -> None:
         assert encoder.engine.stats().num_preemptions > 0, "this test must preempt to mean something"
 
 
-def test_single_tokens_run_through_the_loops_also_beside_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("longest", [compiled.MAX_PROMPT, 6])
+def test_single_tokens_and_short_prompts_run_through_the_loops(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     by_loops, by_torch, loops, decode = [], [], CompiledLayers.forward, Decoder.forward
 
-    def count(self: CompiledLayers, *args: object) -> object:
-        by_loops.append(len(by_torch))
-        return loops(self, *args)
+    def count(self: CompiledLayers, hidden: torch.Tensor, *args: object) -> object:
+        by_loops.append(len(hidden))
+        return loops(self, hidden, *args)
 
     def count_others(self: Decoder, hidden: torch.Tensor, *args: object) -> torch.Tensor:
         by_torch.append(len(hidden))
         return decode(self, hidden, *args)
 
+    monkeypatch.setattr(compiled, "MAX_PROMPT", longest)
     monkeypatch.setattr(CompiledLayers, "forward", count)
     monkeypatch.setattr(Decoder, "forward", count_others)
     encoder = tiny.encoder(engine_config=SETTINGS["chunks of a few tokens"])
     check(encoder, 7, 1, 16)
-    assert 1 not in by_torch, "torch takes prompts alone"
-    assert len(set(by_loops)) > 10, "prompts came between and beside"
+    if longest > 6:
+        assert not by_torch and {1, 7} <= set(by_loops), "single tokens, and chunks as large as a step's budget"
+    else:
+        assert 1 in by_loops and by_torch and 1 not in by_torch, "torch takes longer prompts, and those alone"
 
 
 @pytest.mark.parametrize(("device", "tokens"), [("cpu", 256), ("cuda", 4096), ("mps", 4096)])

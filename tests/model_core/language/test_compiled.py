@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from numba.core.errors import NumbaError
@@ -19,20 +18,11 @@ from model_core.language import compiled
 from model_core.language.compiled import KERNELS, KernelLoader, find_fault
 from model_core.language.decoder import Decoder
 from model_core.language.kv_cache import RowStore, Work
-from model_core.language.panels import PANEL, pack_columns
 from model_core.linear import PackedProduct, PlainProduct, can_use_onednn
 from tests.model_core import tiny
 from tests.model_core.language.test_decoder import random_sequence
 
 LENGTHS = [1, 3, 4, 17, 40, 130, 300]
-
-
-@pytest.fixture(scope="module")
-def kernel() -> object:
-    """Compiled once on a machine: the first run waits for it."""
-    module = KERNELS.wait()
-    assert module is not None, KERNELS.refusal
-    return module
 
 
 def uneven(model: nn.Module) -> nn.Module:
@@ -135,31 +125,6 @@ def test_what_is_not_a_number_stays_so_and_stays_alone(kernel: object) -> None:
     assert torch.equal(found[[0, 2]], whole[[0, 2]])
 
 
-def test_exp_is_good_to_two_units_in_the_last_place_and_flat_beyond(kernel: SimpleNamespace) -> None:
-    x = np.linspace(-87, 88, 20_001, dtype=np.float32)
-    found = np.array([kernel._exp.py_func(value) for value in x])
-    right = np.exp(x.astype(np.float64))
-    assert (np.abs(found - right) <= 2.5 * np.spacing(right.astype(np.float32))).all()
-    assert kernel._exp.py_func(np.float32(-1000)) < 1e-37
-    assert np.isfinite(kernel._exp.py_func(np.float32(1000)))
-
-
-@pytest.mark.parametrize("columns", [1, PANEL, 3 * PANEL + 5])
-@pytest.mark.parametrize("inner", [1, 64, 127, 128, 129, 300])
-def test_a_product_is_numpys_and_each_row_its_own(kernel: SimpleNamespace, inner: int, columns: int) -> None:
-    """Any number of columns and rows, and inner lengths around one turn's."""
-    rng = np.random.default_rng(inner)
-    weight = rng.standard_normal((columns, inner), dtype=np.float32)
-    packed = pack_columns(weight)
-    for rows in (1, 2, 3, 8):
-        x = rng.standard_normal((rows, inner), dtype=np.float32)
-        found = kernel.project(x, packed, columns, num_threads=2)
-        assert np.allclose(found, x.astype(np.float64) @ weight.astype(np.float64).T, atol=1e-4)
-        for number in range(rows):
-            alone = kernel.project(x[number : number + 1].copy(), packed, columns, num_threads=1)
-            assert np.array_equal(alone[0], found[number])
-
-
 def negate(model: nn.Module) -> None:
     model.model.language_model.layers[1].mlp.up_proj.weight.mul_(-1)
 
@@ -213,10 +178,63 @@ def test_another_type_makes_the_loops_stand_down(kernel: object) -> None:
     assert decoder.compiled_layers(1) is not None
 
 
-def test_a_step_of_many_rows_is_left_to_torch(kernel: object) -> None:
+def test_what_the_loops_take_of_a_step() -> None:
+    single, most = Work("s", 900, 1), compiled.MAX_ROWS
+    short, behind = Work("p", 0, 30), Work("p", compiled.MAX_PROMPT - 30, 30)
+    long = Work("l", compiled.MAX_PROMPT - 29, 30)
+    assert compiled.count_fitting([]) == (0, 0)
+    assert compiled.count_fitting([single, short, behind]) == (3, 61)
+    assert compiled.count_fitting([single, short, long, short]) == (2, 31), "a long prompt, and what is behind it"
+    assert compiled.count_fitting([single] * most) == (most, most)
+    assert compiled.count_fitting([single] * most + [short]) == (most, most)
+    assert compiled.count_fitting([single] * (most + 1)) == (0, 0), "single tokens go together"
+
+
+def test_a_step_of_many_tokens_is_left_to_torch(kernel: object) -> None:
     decoder = build(tiny.qwen_model())
     assert decoder.compiled_layers(compiled.MAX_ROWS) is not None
     assert decoder.compiled_layers(compiled.MAX_ROWS + 1) is None
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@torch.no_grad()
+def test_prompts_through_the_loops_equal_torchs(kernel: object, threads: int) -> None:
+    """Whole prompts, the rest of one, and single tokens in one step; then to the bit what they are alone."""
+    model, rng, before = uneven(tiny.qwen_model()), random.Random(4), torch.get_num_threads()
+    decoder, plain = build(model), build(model, None)
+    told = [random_sequence(rng, length) for length in (40, 3, 70)]
+    pieces = [(1, 2, 3), (0, 0, 40), (2, 5, 70)]  # which, from, to
+
+    def run(pieces: list[tuple[int, int, int]], *, by_loops: bool) -> tuple[Tensor, Tensor]:
+        store = RowStore(decoder.cache_shape)
+        for which, start, _ in pieces:
+            store.open(which)
+            if start:
+                ids, places, _ = told[which]
+                attend = store.begin([Work(which, 0, start)])
+                plain.forward(plain.embed(torch.tensor(ids[:start])), places[:, :start], attend)
+        work = [Work(which, start, end - start) for which, start, end in pieces]
+        embeds = plain.embed(torch.tensor([i for which, start, end in pieces for i in told[which][0][start:end]]))
+        positions = torch.cat([told[which][1][:, start:end] for which, start, end in pieces], dim=1)
+        if by_loops:
+            hidden = decoder.compiled_layers(len(embeds)).forward(embeds, positions, store.dense(work))
+        else:
+            hidden = plain.forward(embeds, positions, store.begin(work))
+        return hidden, store._store.clone()
+
+    try:
+        torch.set_num_threads(threads)
+        hidden, cache = run(pieces, by_loops=True)
+        expected, expected_cache = run(pieces, by_loops=False)
+        assert torch.allclose(hidden, expected, atol=5e-5)
+        assert torch.allclose(cache, expected_cache, atol=5e-5)
+        at = 0
+        for piece in pieces:
+            length = piece[2] - piece[1]
+            assert torch.equal(run([piece], by_loops=True)[0], hidden[at : at + length])
+            at += length
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_copy_for_the_loops_is_the_only_copy(kernel: object) -> None:
