@@ -110,7 +110,7 @@ class KernelLoader:
 
     def _refuse(self, reason: str) -> None:
         self.refusal = reason
-        LOG.warning("decode steps run uncompiled: %s", reason)
+        LOG.warning("steps run uncompiled: %s", reason)
 
 
 #: Of this process: compiled once, whatever number of engines it has.
