@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+#: A larger language model keeps one copy of its weights: on a CPU memory is then what there is least of.
+COPIED_BYTES = 4 * 2**30
 #: Rows that a copy's layout is chosen for: about a decode step's.
 _TYPICAL_ROWS = 16
 _DTYPES = (torch.float32, torch.bfloat16)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from model_core.language.kv_cache import DenseRows, Work
 from model_core.language.panels import PANEL, pack_columns
+from model_core.linear import COPIED_BYTES
 
 LOG = logging.getLogger(__name__)
 #: Tokens of one step, and of a prompt with what is before it. Beyond them torch is as fast: each token passes over all
@@ -31,8 +32,6 @@ MAX_ROWS = 256
 MAX_PROMPT = 256
 #: Steps before anything is compiled or loaded: a process that answers one short question never pays for it.
 PATIENCE = 16
-#: A larger model keeps one copy of its weights: on a CPU memory is then what there is least of.
-COPIED_BYTES = 4 * 2**30
 _ROTARY_STEP = 1024
 # It goes on when its parent ends, for the next one: only its last word is lost.
 _COMPILE = """

@@ -2,7 +2,7 @@
 
 q, k and v are one product, gate and up are one, residuals are added inside the last product of a block. The
 joined weights are not copies: each parameter becomes a view of its part, so training, saving and state dicts see
-what they saw. On a CPU products then run over copies in oneDNN's layout (linear.py), up to PACKED_BYTES of them.
+what they saw. On a CPU products then run over copies in oneDNN's layout (linear.py), up to COPIED_BYTES of them.
 A layer that holds anything but plain linear modules without hooks (LoRA, a debugger) is not joined, and one that
 changes later is noticed: `is_current` is asked before every forward. Only a write through `.data` escapes it.
 """
@@ -18,10 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_core.language.kv_cache import Attend
-from model_core.linear import PackedProduct, PlainProduct, Product, can_use_onednn
+from model_core.linear import COPIED_BYTES, PackedProduct, PlainProduct, Product, can_use_onednn
 
-#: A larger language model keeps one copy of its weights: on a CPU memory is then what there is least of.
-PACKED_BYTES = 4 * 2**30
 _JOINED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -156,7 +154,7 @@ def product_for(num_bytes: int, *, packs: bool = True) -> Callable[[Tensor, Tens
     """What to multiply with by weights of so many bytes in all. packs: a copy may be kept."""
 
     def product(weight: Tensor, bias: Tensor | None) -> Product:
-        if packs and num_bytes <= PACKED_BYTES and can_use_onednn(weight):
+        if packs and num_bytes <= COPIED_BYTES and can_use_onednn(weight):
             return PackedProduct(weight, bias)
         return PlainProduct(weight, bias)
 

@@ -70,7 +70,7 @@ def test_the_parameters_are_views_so_that_nothing_is_stale_and_nothing_is_held_t
 
 @pytest.mark.parametrize("num_bytes", [0, 2**40])
 def test_logits_follow_the_head_whatever_multiplies(num_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "PACKED_BYTES", num_bytes)
+    monkeypatch.setattr(fused, "COPIED_BYTES", num_bytes)
     model = Qwen2_5_VLForConditionalGeneration(tiny.qwen_config(tie=False)).eval()
     decoder, x = build(model), torch.randn(3, 64)
     with torch.inference_mode():
@@ -85,7 +85,7 @@ def test_logits_follow_the_head_whatever_multiplies(num_bytes: int, monkeypatch:
 
 
 def test_a_large_model_is_not_held_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "PACKED_BYTES", 1000)
+    monkeypatch.setattr(fused, "COPIED_BYTES", 1000)
     model = tiny.qwen_model()
     decoder = build(model)
     qkv = decoder._fused._layers[0].qkv
