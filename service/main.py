@@ -8,6 +8,7 @@ import the model.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import socket
@@ -72,6 +73,10 @@ class ModelLoader:
         """Runs in the engine's thread; takes a while."""
         self._encoder = load_encoder(self._settings, self._request_limits)
         engine: Engine = self._encoder.engine
+        # What is there now stays for good. The collector need not look at it again: half a million objects are a pause
+        # of a third of a second in somebody's answer, and so many that it would come by far too rarely.
+        gc.collect()
+        gc.freeze()
         return engine
 
     def budget_bytes(self) -> int:

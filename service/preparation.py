@@ -26,20 +26,24 @@ class Preparation:
         if self._is_over:
             return
         try:
-            self._future = pool.submit(self._work)
+            future = self._future = pool.submit(self._work)
         except RuntimeError as error:  # the pool has been shut down
             self._end(self._on_error, error)
         else:
-            self._future.add_done_callback(self._settle)
+            future.add_done_callback(self._settle)
 
     def cancel(self) -> None:
         """Not begun, it never begins; begun, nobody hears of its end."""
         with self._lock:
             self._is_over = True
-        if self._future is not None:
-            self._future.cancel()
+        future = self._future
+        if future is not None:
+            future.cancel()
 
     def _settle(self, future: Future[object]) -> None:
+        # A future keeps its callbacks, and so us: holding it as well would keep the pictures until the garbage collector
+        # comes by, which in a process with a model in it can take minutes.
+        self._future = None
         if future.cancelled():
             return
         if (error := future.exception()) is not None:
