@@ -41,8 +41,8 @@ class Preparation:
             future.cancel()
 
     def _settle(self, future: Future[object]) -> None:
-        # A future keeps its callbacks, and so us: holding it as well would keep the pictures until the garbage collector
-        # comes by, which in a process with a model in it can take minutes.
+        # A future keeps its callbacks, and so us: holding it as well would keep the pictures until the garbage
+        # collector comes by, which in a process with a model in it can take minutes.
         self._future = None
         if future.cancelled():
             return

@@ -144,7 +144,9 @@ def live(versions: Versions) -> Iterator[LiveServer]:
         for _ in range(100_000):
             if server.http.get("/health/ready").status_code == 200:
                 break
+        assert gc.get_freeze_count() > 100_000, "the model is no longer the garbage collector's business"
         yield server
+    gc.unfreeze()
 
 
 def test_the_versions_answer_differently(versions: Versions) -> None:

@@ -28,8 +28,15 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 def test_a_result_is_not_kept_by_its_own_preparation(pool: ThreadPoolExecutor) -> None:
     seen: list[weakref.ref[Pixels]] = []
-    preparation = Preparation(Pixels, lambda made: seen.append(weakref.ref(made)), pytest.fail)
+    may_begin = threading.Event()
+
+    def work() -> Pixels:
+        may_begin.wait(30)  # until its end can be told to somebody: a future that has ended keeps no callback
+        return Pixels()
+
+    preparation = Preparation(work, lambda made: seen.append(weakref.ref(made)), pytest.fail)
     preparation.start(pool)
+    may_begin.set()
     pool.submit(int).result()  # the pool's only thread is behind it then
     assert len(seen) == 1
     mine = weakref.ref(preparation)
@@ -39,12 +46,15 @@ def test_a_result_is_not_kept_by_its_own_preparation(pool: ThreadPoolExecutor) -
 
 def test_an_error_is_told_and_keeps_nothing(pool: ThreadPoolExecutor) -> None:
     errors: list[str] = []
+    may_begin = threading.Event()
 
     def fail() -> None:
+        may_begin.wait(30)
         raise ValueError("no picture")
 
     preparation = Preparation(fail, pytest.fail, lambda error: errors.append(str(error)))
     preparation.start(pool)
+    may_begin.set()
     pool.submit(int).result()
     mine = weakref.ref(preparation)
     del preparation
