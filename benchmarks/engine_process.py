@@ -60,6 +60,10 @@ class Wire:
         with self._sending:
             self._socket.sendall(_HEADER.pack(len(text), len(blob)) + text + blob)
 
+    def close(self) -> None:
+        self._reader.close()
+        self._socket.close()
+
     def receive(self) -> tuple[Any, bytes]:
         """Raises EOFError: the other side has gone."""
         header = self._reader.read(_HEADER.size)
