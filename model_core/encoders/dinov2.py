@@ -115,14 +115,10 @@ class DinoV2Encoder(VisionEncoder):
         cells: list[Tensor] = [pixel_values] * len(grids)
         parts = pixel_values.split([t * h * w for t, h, w in grids])
         for (h, w), members in _by_shape(grids).items():
-            frames = torch.cat([parts[i] for i in members]).unflatten(1, (3, self.spec.temporal_patch_size, -1))[
-                :, :, 0
-            ]
-            pixels = to_imagenet(frames[..., None], self.spec)[..., 0]
-            found = lean_dinov2.forward(module, pixels, h, w, self.spec)
-            for i, part in zip(
-                members, found.split([grids[i][0] * h * w // self.spec.merge_size**2 for i in members]), strict=True
-            ):
+            patches = parts[members[0]] if len(members) == 1 else torch.cat([parts[i] for i in members])
+            found = lean_dinov2.forward(module, _first_frames(patches, self.spec), h, w, self.spec)
+            sizes = [grids[i][0] * h * w // self.spec.merge_size**2 for i in members]
+            for i, part in zip(members, found.split(sizes), strict=True):
                 cells[i] = part
         return VisionTokens(torch.cat(cells), cell_grids(grid_thw, self.spec.merge_size))
 
