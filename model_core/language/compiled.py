@@ -26,8 +26,8 @@ from model_core.language.panels import PANEL, pack_columns
 from model_core.linear import COPIED_BYTES
 
 LOG = logging.getLogger(__name__)
-#: Tokens of one step, and of a prompt with what is before it. Beyond them torch is as fast: each token passes over all
-#: keys before it, where torch's attention takes many queries at a time.
+#: Tokens of one step, and of a prompt with what is before it. With AVX2 a prompt of 256 takes 0.9 of torch's time, one
+#: of 400 to 500 as long: each token passes over all keys before it, where torch's attention takes many at a time.
 MAX_ROWS = 256
 MAX_PROMPT = 256
 #: Steps before anything is compiled or loaded: a process that answers one short question never pays for it.
