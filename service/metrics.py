@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from model_core.errors import DualVisionError, ImageError
 from model_core.types import EngineStats, FusionWeights, ModelInfo, Timings, TokenEvent
 from service.errors import ClientDisconnectedError, rule_for
+from service.histogram import Histogram
 
 # vLLM's buckets where vLLM has the metric, so that one dashboard reads both.
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
@@ -146,12 +147,13 @@ class Metrics:
 
     def observe_step(self, events: Sequence[TokenEvent]) -> None:
         """A request's first event carries its fusion: its prompt was finished in this step."""
+        requests = {event.request_id for event in events}
         opening = {event.request_id for event in events if event.fusion is not None}
-        others = {event.request_id for event in events} - opening
-        for stage, ids in (("prefill", opening), ("decode", others)):
-            if ids:
-                self.batch_size.labels(stage).observe(len(ids))
-        self.iteration_tokens.observe(sum(len(event.token_ids) for event in events))
+        if opening:
+            self.batch_size.labels("prefill").observe(len(opening))
+        if len(requests) > len(opening):
+            self.batch_size.labels("decode").observe(len(requests) - len(opening))
+        self.iteration_tokens.observe(sum([len(event.token_ids) for event in events]))
 
     def count_error(self, error: DualVisionError) -> None:
         """An error on its way to a client; images are counted by what was wrong with them."""

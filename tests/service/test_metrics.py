@@ -103,7 +103,7 @@ COUNTED = {
 @pytest.mark.parametrize(("make", "declared"), [(Metrics, DECLARED), (TrainingMetrics, TRAINING)])
 def test_names_types_and_labels_are_pinned(make, declared):
     found = {
-        metric._name.removeprefix("dve_"): (metric._type, metric._labelnames)
+        metric._name.removeprefix("dve_"): (next(iter(metric.describe())).type, metric._labelnames)
         for metric in make().registry._collector_to_names
     }
     assert found == declared
