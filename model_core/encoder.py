@@ -27,6 +27,7 @@ from model_core.encoders.base import PixelSpec
 from model_core.engine.build import build_engine
 from model_core.engine.config import EngineConfig
 from model_core.engine.engine import ContinuousEngine
+from model_core.engine.weight_watch import WeightWatch
 from model_core.errors import ConfigError, InvalidRequestError
 from model_core.fusion.attribution import dominant, entropy
 from model_core.processing.batch import InputFormat
@@ -180,6 +181,7 @@ class DualVisionEncoder:
         sizes, eos = engine_config or EngineConfig(), _eos_ids(loaded)
         self.engine = build_engine(self.model, self.format, info, eos, sizes, time.perf_counter, beside=beside)
         self.info = self.engine.info
+        self._weights = WeightWatch(self.model)
         self._ids = itertools.count()
         self._inbox: dict[str, deque[TokenEvent]] = {}
 
@@ -300,7 +302,17 @@ class DualVisionEncoder:
         self.engine.runner.decoder.compile_loops(wait=False)
 
     def configure(self, limits: ImageLimits) -> None:
-        """Other picture limits for every request from now on."""
+        """Other picture limits for every request from now on.
+
+        Raises:
+            ConfigError: no image at all would be within them, with both numbers.
+        """
+        smallest = self.format.patches.min_image_tokens * self.model.fusion.tokens_per_cell
+        if limits.max_visual_tokens is not None and limits.max_visual_tokens < smallest:
+            raise ConfigError(
+                "no image is within the limit of vision tokens", value=f"max_visual_tokens={limits.max_visual_tokens}",
+                allowed=f"at least {smallest}, the tokens of this model's smallest image",
+            )  # fmt: skip
         self.format = replace(self.format, limits=limits)
         self.engine.runner.fmt = self.format
 
@@ -313,6 +325,8 @@ class DualVisionEncoder:
 
     def _events(self, prepared: Any) -> Generator[TokenEvent, None, None]:
         """Queue a request at once; its events as they are asked for, whoever else uses the engine meanwhile."""
+        if self._weights.has_changed():
+            self.engine.reset_caches()
         self.engine.add_request(prepared)
         self._inbox[prepared.request_id] = deque()
         return self._read(prepared.request_id)

@@ -103,6 +103,7 @@ class ModelLoader:
         sizes = replace(
             encoder.engine.config,
             kv_cache_bytes=kv_cache_bytes,
+            shrinks_context=True,
             encoder_cache_bytes=encoder.engine.config.encoder_cache_bytes // KV_SHARE,
         )
         try:
@@ -129,6 +130,7 @@ def load_encoder(settings: Settings, request_limits: RequestLimits) -> DualVisio
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_encode_tokens=settings.max_encode_tokens,
             encode_window_seconds=settings.encode_window_seconds,
+            max_context_tokens=settings.max_context_tokens,
             kv_cache_bytes=settings.kv_cache_bytes,
             encoder_cache_bytes=settings.encoder_cache_bytes,
             variant_bytes=settings.variant_memory_bytes,

@@ -131,13 +131,16 @@ class Settings(BaseSettings):
         2048, ge=1, description="tokens of one engine step; long prompts come in chunks"
     )
     max_encode_tokens: int | None = Field(
-        None, ge=1, description="image tokens of one pass of the encoders; none: 256 on a CPU, 4096 on a GPU"
+        None, ge=1, description="image tokens that one pass of the encoders computes; none: 256 on a CPU, 4096 on a GPU"
     )
     encode_window_seconds: float = Field(
         0.0, ge=0, le=1, description="while others are answered, a picture waits so long for company in the encoders"
     )
+    max_context_tokens: int | None = Field(
+        None, ge=1, description="longest prompt with its answer; none: the model's, or what a derived KV cache holds"
+    )
     kv_cache_bytes: int | None = Field(
-        None, ge=1, description="KV cache; none: 1 GiB on a CPU, 85 % of what a GPU has free"
+        None, ge=1, description="KV cache, prefixes included; none: 1 GiB on a CPU, 85 % of what a GPU has free"
     )
     variant_memory_bytes: int | None = Field(
         None, ge=0, description="fine-tuned models in memory beside the base; none: 2 GiB, or an eighth of a free GPU"

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 #: An evaluation's own: small, and nothing is kept, since the weights move between two of them.
 _ENGINE = EngineConfig(
-    max_num_seqs=16, kv_cache_bytes=256 * 2**20, encoder_cache_bytes=0, enable_prefix_caching=False, joins_weights=False
-)
+    max_num_seqs=16, kv_cache_bytes=256 * 2**20, shrinks_context=True, encoder_cache_bytes=0,
+    enable_prefix_caching=False, joins_weights=False,
+)  # fmt: skip
 
 
 def answerer(loaded: Loaded) -> Answer:

@@ -16,7 +16,8 @@ from model_core.engine.engine import ContinuousEngine
 from model_core.engine.model_runner import ModelRunner
 from model_core.language.compiled import KERNELS
 from model_core.language.decoder import Decoder
-from model_core.language.paged import build_store
+from model_core.language.kv_cache import CacheShape
+from model_core.language.paged import build_store, num_copies
 from model_core.model import DualVisionModel
 from model_core.processing.batch import InputFormat
 from model_core.types import ModelInfo
@@ -44,8 +45,8 @@ def build_engine(
     """
     decoder = _decoder_of(model, beside, config)
     shape = decoder.cache_shape
-    free = torch.cuda.mem_get_info(shape.device)[0] if shape.device.type == "cuda" else None
-    num_blocks = config.num_blocks(shape, free, info.max_context_tokens)
+    config.check_encode_tokens(fmt.patches.min_image_tokens)
+    num_blocks, info = _sizes(config, shape, info)
     blocks = BlockManager(num_blocks, BLOCK_SIZE, enable_prefix_caching=config.enable_prefix_caching)
     store, reason = build_store(
         shape,
@@ -54,7 +55,6 @@ def build_engine(
         use_flash_attention=model.config._attn_implementation == "flash_attention_2",
         enable_prefix_caching=config.enable_prefix_caching,
     )
-    info = replace(info, max_context_tokens=min(info.max_context_tokens, num_blocks * BLOCK_SIZE))
     graphs = DecodeGraphs(
         decoder,
         store,
@@ -82,6 +82,18 @@ def build_engine(
     )
     grammars = beside.grammars if beside is not None and beside.runner.fmt.tokenizer is fmt.tokenizer else None
     return ContinuousEngine(runner, info, eos_ids, blocks, config, grammars=grammars)
+
+
+def _sizes(config: EngineConfig, shape: CacheShape, info: ModelInfo) -> tuple[int, ModelInfo]:
+    """Blocks of the cache, and the model with the context that they hold."""
+    free = torch.cuda.mem_get_info(shape.device)[0] if shape.device.type == "cuda" else None
+    wanted = config.context_of(info.max_context_tokens)
+    copies = num_copies(shape, enable_prefix_caching=config.enable_prefix_caching)
+    num_blocks = config.num_blocks(shape, free, wanted, copies=copies)
+    context = min(wanted, num_blocks * BLOCK_SIZE)
+    if context < wanted:
+        LOG.info("the context is %d tokens, of %d: the KV cache holds no more", context, wanted)
+    return num_blocks, replace(info, max_context_tokens=context)
 
 
 def _decoder_of(model: DualVisionModel, beside: ContinuousEngine | None, config: EngineConfig) -> Decoder:

@@ -17,10 +17,16 @@ class EngineConfig:
     """Settings of one engine.
 
     max_num_seqs: sequences that run at once. max_num_batched_tokens: tokens of one step, prompts in chunks.
-    max_encode_tokens: image tokens that one pass of the encoders takes; an image above it goes alone. None: 256 on a
-        CPU, where a larger pass is no faster an image and all of it waits for the last one; 4096 elsewhere.
+    max_encode_tokens: image tokens that one pass of the encoders computes; an image above it goes alone, and a request
+        with more takes several passes. None: 256 on a CPU, where a larger pass is no faster an image and all of it
+        waits for the last one; 4096 elsewhere.
     encode_window_seconds: how long a picture may wait for company while others are being answered.
-    kv_cache_bytes: None derives it from the device. encoder_cache_bytes: 0 keeps no features.
+    max_context_tokens: the longest sequence, at most the model's own; None is the model's own, or what a derived cache
+        can hold.
+    kv_cache_bytes: keys and values of running sequences and the copies of prefixes beside them. None derives it from
+        the device. encoder_cache_bytes: 0 keeps no features.
+    shrinks_context: a cache that was asked for and can't hold the context shortens it instead of being refused: for
+        variants, whose caches are shares of a budget.
     joins_weights: the decoder's products joined, its parameters becoming views of larger ones; False leaves them alone.
     compiles_decode: on a CPU, decode steps in float32 run through loops that another process compiles meanwhile; only
         with joined weights.
@@ -31,7 +37,9 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     max_encode_tokens: int | None = None
     encode_window_seconds: float = 0.0
+    max_context_tokens: int | None = None
     kv_cache_bytes: int | None = None
+    shrinks_context: bool = False
     encoder_cache_bytes: int = 256 * 2**20
     enable_prefix_caching: bool = True
     joins_weights: bool = True
@@ -39,7 +47,7 @@ class EngineConfig:
     variant_bytes: int | None = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_encode_tokens"):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_encode_tokens", "max_context_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} is out of range", value=getattr(self, name), allowed="1 or more")
         if self.encode_window_seconds < 0:
@@ -59,23 +67,55 @@ class EngineConfig:
             return self.max_encode_tokens
         return _CPU_ENCODE_TOKENS if device_type == "cpu" else _GPU_ENCODE_TOKENS
 
-    def num_blocks(self, shape: CacheShape, free_device_bytes: int | None, max_context_tokens: int) -> int:
-        """Blocks of the cache. More than all sequences could ever fill are never taken.
+    def context_of(self, model_tokens: int) -> int:
+        """The longest sequence that is wanted of a model whose own context is `model_tokens`.
 
         Raises:
-            ConfigError: the cache can't hold one sequence of the model's context, with both numbers.
+            ConfigError: more was asked for than the model has.
+        """
+        if self.max_context_tokens is None:
+            return model_tokens
+        if self.max_context_tokens > model_tokens:
+            raise ConfigError(
+                "max_context_tokens is more than the model's own context", value=self.max_context_tokens,
+                allowed=f"up to {model_tokens}",
+            )  # fmt: skip
+        return self.max_context_tokens
+
+    def check_encode_tokens(self, smallest_image: int) -> None:
+        """Raises ConfigError: not one image fits a pass, with both numbers. smallest_image: tokens it comes to."""
+        if self.max_encode_tokens is not None and self.max_encode_tokens < smallest_image:
+            raise ConfigError(
+                "no image fits a pass of the encoders", value=f"max_encode_tokens={self.max_encode_tokens}",
+                allowed=f"at least {smallest_image}, the tokens of this model's smallest image",
+            )  # fmt: skip
+
+    def num_blocks(
+        self, shape: CacheShape, free_device_bytes: int | None, max_context_tokens: int, *, copies: int = 1
+    ) -> int:
+        """Blocks of the cache. More than all sequences could ever fill are never taken.
+
+        Args:
+            copies: how often the store may hold a block: 2 where kept prefixes lie beside the running rows.
+        Raises:
+            ConfigError: the cache that was asked for can't hold one sequence of this context, or one that was derived
+                not one block, with both numbers.
         """
         budget = self.kv_cache_bytes
         if budget is None:
             budget = _CPU_CACHE_BYTES if free_device_bytes is None else self._share_of(free_device_bytes)
-        block_bytes = shape.token_bytes * BLOCK_SIZE
-        blocks = min(budget // block_bytes, self.max_num_seqs * -(-max_context_tokens // BLOCK_SIZE))
-        if blocks < 1:
+        block_bytes = shape.token_bytes * BLOCK_SIZE * copies
+        sequence_blocks = -(-max_context_tokens // BLOCK_SIZE)
+        blocks = min(budget // block_bytes, self.max_num_seqs * sequence_blocks)
+        may_shrink = self.shrinks_context or (self.kv_cache_bytes is None and self.max_context_tokens is None)
+        if blocks < (least := 1 if may_shrink else sequence_blocks):
+            what = "one block" if may_shrink else "one sequence of the context"
+            fix = "Raise kv_cache_bytes, or free memory on the device"
             raise ConfigError(
-                "the KV cache can't hold one block",
-                value=f"{budget} bytes",
-                allowed=f"at least {block_bytes} bytes, {BLOCK_SIZE} tokens",
-                fix="Raise kv_cache_bytes, or free memory on the device",
+                f"the KV cache can't hold {what}",
+                value=f"{budget} bytes, {blocks * BLOCK_SIZE} tokens",
+                allowed=f"at least {least * block_bytes} bytes, {least * BLOCK_SIZE} tokens",
+                fix=fix if may_shrink else f"{fix}, or lower max_context_tokens",
             )
         return blocks
 

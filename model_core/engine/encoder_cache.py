@@ -27,6 +27,10 @@ class EncoderCache:
         self.evictions: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
 
+    def __contains__(self, place: tuple[str, bytes]) -> bool:
+        """Are (encoder name, image key)'s features here? Counts nothing and makes nothing younger."""
+        return place in self._kept
+
     def get(self, name: str, key: bytes) -> Tensor | None:
         """Features (n, C) of one image, read only; counts a hit or a miss."""
         found = self._kept.get((name, key))

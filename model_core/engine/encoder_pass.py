@@ -25,6 +25,8 @@ from model_core.vision_tokens import Grid
 Clock = Callable[[], float]
 #: What one encoder has to compute: it gives tokens (S, C_e).
 Forward = Callable[[], Tensor]
+#: Features by encoder name and image key, of one request: (n, C_e) each.
+Held = dict[tuple[str, bytes], Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,44 +66,77 @@ class EncoderPass:
         self._patches = patches
         self._lanes = lanes or (CudaLanes(model.device) if model.device.type == "cuda" else OneLane(clock))
 
-    def run(self, images: Sequence[EncoderInput], arms: Sequence[Arm]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def lacking(self, images: Sequence[EncoderInput], arms: Sequence[Arm], held: Held) -> list[int]:
+        """Cells that each image's pass would compute: none of one that is kept, held, or a repetition."""
+        seen: set[bytes] = set()
+        found = []
+        for image, arm in zip(images, arms, strict=True):
+            names = self.model.model.needed_encoders([arm])
+            is_here = all((n, image.key) in held or (n, image.key) in self.features for n in names)
+            found.append(0 if is_here or image.key in seen else self._num_cells(image.grid))
+            seen.add(image.key)
+        return found
+
+    def run_ahead(self, images: Sequence[EncoderInput], arms: Sequence[Arm], held: Held) -> dict[str, float]:
+        """Compute what these images lack and put it into `held`, for a `run` that comes later. Returns the seconds."""
+        features, spent = self._gather(images, arms, held)
+        for name, parts in features.items():
+            held.update({(name, key): part for key, part in parts.items()})
+        return spent
+
+    def run(
+        self, images: Sequence[EncoderInput], arms: Sequence[Arm], held: Held | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """images and their arms, I of each -> features (S, C_e) of all of them by encoder, and this pass's seconds.
 
         An encoder that no arm needs is left out; where only some need it the others' cells are zeros (the
-        encoder's mean comes in later).
+        encoder's mean comes in later). held: features that earlier passes have left for these images.
         """
-        backbone = self.model.model
-        needs = {arm: backbone.needed_encoders([arm]) for arm in set(arms)}
-        found: dict[str, dict[bytes, Tensor | None]] = {}
-        missing: dict[str, list[EncoderInput]] = {}
-        for name in backbone.encoders:
-            wanted = [image for image, arm in zip(images, arms, strict=True) if name in needs[arm]]
-            if wanted:
-                found[name], lacks = self._look_up(name, wanted)
-                if lacks:
-                    missing[name] = lacks
-        spent = self._compute(missing, found)
+        found, spent = self._gather(images, arms, held or {})
         grids = [image.grid for image in images]
         features = {
             name: self._lay_out(name, [kept.get(image.key) for image in images], grids) for name, kept in found.items()
         }
         return features, dict.fromkeys(found, 0.0) | spent
 
+    def _gather(
+        self, images: Sequence[EncoderInput], arms: Sequence[Arm], held: Held
+    ) -> tuple[dict[str, dict[bytes, Tensor]], dict[str, float]]:
+        """Features by encoder and image, held, kept or computed now, and the seconds of what was computed."""
+        backbone = self.model.model
+        needs = {arm: backbone.needed_encoders([arm]) for arm in set(arms)}
+        found: dict[str, dict[bytes, Tensor]] = {}
+        missing: dict[str, list[EncoderInput]] = {}
+        for name in backbone.encoders:
+            wanted = [image for image, arm in zip(images, arms, strict=True) if name in needs[arm]]
+            if wanted:
+                found[name], lacks = self._look_up(name, wanted, held)
+                if lacks:
+                    missing[name] = lacks
+        spent = self._compute(missing, found)
+        return found, spent
+
     def _look_up(
-        self, name: str, wanted: Sequence[EncoderInput]
-    ) -> tuple[dict[bytes, Tensor | None], list[EncoderInput]]:
-        """What is kept, and what must be computed: a picture that comes twice in a pass is encoded once."""
-        found: dict[bytes, Tensor | None] = {}
-        lacks = []
+        self, name: str, wanted: Sequence[EncoderInput], held: Held
+    ) -> tuple[dict[bytes, Tensor], list[EncoderInput]]:
+        """What is there, and what must be computed: a picture that comes twice in a pass is encoded once."""
+        found: dict[bytes, Tensor] = {}
+        lacks: dict[bytes, EncoderInput] = {}
         for image in wanted:
-            if image.key not in found:
-                found[image.key] = self.features.get(name, image.key)
-                if found[image.key] is None:
-                    lacks.append(image)
-        return found, lacks
+            if image.key in found or image.key in lacks:
+                continue
+            # What is held was counted as a miss when it was computed, and is no hit of the cache now.
+            features = held.get((name, image.key))
+            if features is None:
+                features = self.features.get(name, image.key)
+            if features is None:
+                lacks[image.key] = image
+            else:
+                found[image.key] = features
+        return found, list(lacks.values())
 
     def _compute(
-        self, missing: Mapping[str, list[EncoderInput]], found: Mapping[str, dict[bytes, Tensor | None]]
+        self, missing: Mapping[str, list[EncoderInput]], found: Mapping[str, dict[bytes, Tensor]]
     ) -> dict[str, float]:
         if not missing:
             return {}

@@ -8,7 +8,6 @@ deterministic; no thread, no sleep, no wall clock of its own.
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -18,19 +17,20 @@ from torch import Tensor
 from model_core.engine.block_manager import BlockManager
 from model_core.engine.config import BLOCK_SIZE, EngineConfig
 from model_core.engine.detokenizer import Detokenizer, bytes_of, text_of
+from model_core.engine.encode_stage import EncodeStage
 from model_core.engine.encoder_cache import EncoderCache
 from model_core.engine.grammar import GrammarCompiler, GrammarMatcher
 from model_core.engine.model_runner import ModelRunner
 from model_core.engine.prefix_hash import PrefixHasher, prefix_root
+from model_core.engine.row_errors import ROW_ERRORS, make_room, told
 from model_core.engine.sampler import Sampled, SamplerState, check_params, sample_batch
 from model_core.engine.scheduler import Chunk, Scheduler, SchedulerConfig
 from model_core.engine.sequence import Sequence
-from model_core.errors import DualVisionError, InvalidRequestError, OutOfDeviceMemoryError, RequestFailedError
+from model_core.errors import InvalidRequestError, RequestFailedError
+from model_core.language.paged import num_copies
 from model_core.processing.batch import InputFormat, ModelInputs, prepare_inputs
 from model_core.types import EngineStats, FinishReason, GenerationRequest, ModelInfo, SamplingParams, TokenEvent
 
-#: What one row may do wrong without taking the others with it.
-ROW_ERRORS = (RuntimeError, ValueError, MemoryError, DualVisionError)
 _NO_FEATURES = EncoderCache(0)
 
 
@@ -50,15 +50,17 @@ class ContinuousEngine:
         config = config or EngineConfig()
         self.runner, self.info, self.config, self.blocks = runner, info, config, blocks
         self.scheduler: Scheduler[Sequence] = Scheduler(
-            SchedulerConfig(config.max_num_seqs, config.max_num_batched_tokens), blocks
+            SchedulerConfig(config.max_num_seqs, config.max_num_batched_tokens),
+            blocks,
+            has_even_rows=runner.store.has_even_rows,
         )
         self._eos_ids = eos_ids
-        self._encode_tokens = config.encode_tokens_on(runner.device.type)
+        tokens, window = config.encode_tokens_on(runner.device.type), config.encode_window_seconds
+        self._encoding = EncodeStage(runner, tokens, window)
         self._vocab_size = runner.decoder.config.vocab_size
         self.grammars = grammars or GrammarCompiler(runner.fmt.tokenizer, self._vocab_size, eos_ids)
         self._arrivals = itertools.count()
         self._known: dict[str, Sequence] = {}
-        self._to_encode: OrderedDict[str, Sequence] = OrderedDict()
         self._num_steps = self._num_prompt_tokens = self._num_generation_tokens = 0
 
     def prepare(self, request: GenerationRequest, fmt: InputFormat | None = None) -> Sequence:
@@ -116,7 +118,7 @@ class ContinuousEngine:
         prepared.added_at = prepared.queued_at = self.runner.clock()
         prepared.arrival = next(self._arrivals)
         self._known[prepared.request_id] = prepared
-        self._to_encode[prepared.request_id] = prepared
+        self._encoding.add(prepared)
 
     @torch.inference_mode()
     def abort(self, request_id: str) -> None:
@@ -130,10 +132,11 @@ class ContinuousEngine:
 
     @property
     def cache_bytes(self) -> int:
-        """Of keys and values when full, and of kept features."""
-        tokens = self.blocks.num_blocks * BLOCK_SIZE
+        """Of keys and values when full, with the copies of prefixes where these lie apart, and of kept features."""
+        shape, caches = self.runner.decoder.cache_shape, self.config.enable_prefix_caching
+        tokens = self.blocks.num_blocks * BLOCK_SIZE * num_copies(shape, enable_prefix_caching=caches)
         features = self.config.encoder_cache_bytes if self.runner.owns_features else 0
-        return tokens * self.runner.decoder.cache_shape.token_bytes + features
+        return tokens * shape.token_bytes + features
 
     def has_work(self) -> bool:
         return bool(self._known)
@@ -149,13 +152,13 @@ class ContinuousEngine:
         cache = self.runner.features if self.runner.owns_features else _NO_FEATURES
         return EngineStats(
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting) + len(self._to_encode),
+            num_waiting=len(scheduler.waiting) + len(self._encoding),
             num_steps=self._num_steps,
             num_prompt_tokens=self._num_prompt_tokens,
             num_generation_tokens=self._num_generation_tokens,
             num_images_encoded=self.runner.encoders.num_images,
             encoder_seconds=dict(self.runner.encoders.seconds),
-            num_encoding=len(self._to_encode),
+            num_encoding=len(self._encoding),
             num_preemptions=scheduler.num_preemptions,
             kv_cache_usage_ratio=self.blocks.usage_ratio,
             prefix_cache_queries=scheduler.num_prefix_queries,
@@ -191,53 +194,11 @@ class ContinuousEngine:
                 late = RequestFailedError("the request ran out of time", value=f"{seconds:g} s", allowed="less")
                 events.append(self._fail(sequence, late))
 
-    # Encoding
-
     def _encode_waiting(self, events: list[TokenEvent]) -> None:
-        """Text goes on at once; pictures in the order of their rank, up to the budget of one pass."""
-        with_images = []
-        for sequence in list(self._to_encode.values()):
-            if sequence.inputs.pixels is None:
-                self._encode([sequence], events)
-            else:
-                with_images.append(sequence)
-        if not with_images or not self._is_window_over(with_images):
-            return
-        batch: list[Sequence] = []
-        tokens = 0
-        for sequence in sorted(with_images, key=lambda s: (s.priority, s.arrival)):
-            tokens += sequence.inputs.num_image_tokens
-            if batch and tokens > self._encode_tokens:
-                break
-            batch.append(sequence)
-        self._encode(batch, events)
-
-    def _is_window_over(self, waiting: list[Sequence]) -> bool:
-        window = self.config.encode_window_seconds
-        if not window or not self.scheduler.running:
-            return True
-        tokens = sum(s.inputs.num_image_tokens for s in waiting)
-        oldest = min(s.added_at for s in waiting)
-        return tokens >= self._encode_tokens or self.runner.clock() - oldest >= window
-
-    def _encode(self, sequences: list[Sequence], events: list[TokenEvent]) -> None:
-        """One pass for all; if it fails, half and half again, so that only the culprit ends."""
-        for sequence in sequences:
-            sequence.leave_queue(self.runner.clock())
-        try:
-            self.runner.encode(sequences)
-        except ROW_ERRORS as error:
-            if len(sequences) == 1:
-                events.append(self._fail(sequences[0], error))
-                return
-            _make_room(error)
-            half = len(sequences) // 2
-            self._encode(sequences[:half], events)
-            self._encode(sequences[half:], events)
-            return
-        for sequence in sequences:
-            del self._to_encode[sequence.request_id]
-            if sequence.request.encode_only:
+        for sequence, error in self._encoding.advance(others_run=bool(self.scheduler.running)):
+            if error is not None:
+                events.append(self._fail(sequence, error))
+            elif sequence.request.encode_only:
                 events.append(self._close(sequence, self._opening(sequence), "stop"))
             else:
                 sequence.queued_at = self.runner.clock()
@@ -258,6 +219,7 @@ class ContinuousEngine:
                     chunk.sequence.scores += self.runner.score(hidden[end - chunk.length : end], chunk)
             answering = [(c, end - 1) for c, end in zip(chunks, ends, strict=True) if _is_answering(c)]
             logits = self.runner.logits(hidden, [row for _, row in answering]) if answering else None
+            self._keep(chunks)
         except ROW_ERRORS as error:
             self._split(chunks, error, events)
             return
@@ -279,7 +241,7 @@ class ContinuousEngine:
         if len(chunks) == 1:
             events.append(self._fail(chunks[0].sequence, error))
             return
-        _make_room(error)
+        make_room(error)
         half = len(chunks) // 2
         for part in (chunks[:half], chunks[half:]):
             for chunk in part:
@@ -291,19 +253,36 @@ class ContinuousEngine:
         suffix = chunk.sequence.request.score_token_ids or ()
         return max(0, chunk.start - (chunk.sequence.num_prompt - len(suffix) - 1))
 
+    def _keep(self, chunks: list[Chunk[Sequence]]) -> None:
+        """Copies of the blocks that are full now, before `commit` names them."""
+        if not self.config.enable_prefix_caching:
+            return
+        for chunk in chunks:
+            first, last = chunk.start // BLOCK_SIZE, (chunk.start + chunk.length) // BLOCK_SIZE
+            if first < last:
+                self.runner.store.keep(chunk.sequence, first, chunk.sequence.blocks[first:last])
+
     def _commit(self, chunks: list[Chunk[Sequence]], seconds: float) -> None:
         self.scheduler.commit(chunks)
         for chunk in chunks:
-            sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.length
-            first, last = start // BLOCK_SIZE, end // BLOCK_SIZE
-            if self.config.enable_prefix_caching and first < last:
-                self.runner.store.keep(sequence, first, sequence.blocks[first:last])
-            if not sequence.has_opened:
-                sequence.prefill_seconds += seconds
+            if not chunk.sequence.has_opened:
+                chunk.sequence.prefill_seconds += seconds
                 self._num_prompt_tokens += chunk.length
 
     def _sample(self, sequences: list[Sequence], logits: Tensor, events: list[TokenEvent]) -> None:
-        for sequence, chosen in zip(sequences, sample_batch(logits, [s.sampler for s in sequences]), strict=True):
+        """A token for each; where there is no memory for all at once, half and half again."""
+        try:
+            sampled = sample_batch(logits, [s.sampler for s in sequences])
+        except ROW_ERRORS as error:
+            if len(sequences) == 1:
+                events.append(self._fail(sequences[0], error))
+                return
+            make_room(error)
+            half = len(sequences) // 2
+            self._sample(sequences[:half], logits[:half], events)
+            self._sample(sequences[half:], logits[half:], events)
+            return
+        for sequence, chosen in zip(sequences, sampled, strict=True):
             if isinstance(chosen, Exception):
                 events.append(self._fail(sequence, chosen))
                 continue
@@ -354,37 +333,18 @@ class ContinuousEngine:
 
     def _fail(self, sequence: Sequence, error: Exception) -> TokenEvent:
         self._free(sequence)
-        shown = _told(error)
-        shown.__cause__ = None if shown is error else error
+        shown = told(error)
         timings = sequence.timings(self.runner.clock())
         return TokenEvent(sequence.request_id, error=shown, usage=sequence.usage(), timings=timings)
 
     def _free(self, sequence: Sequence) -> None:
         """Whatever its stage: nothing of it is left after this."""
         self._known.pop(sequence.request_id, None)
-        self._to_encode.pop(sequence.request_id, None)
+        self._encoding.drop(sequence)
         self.scheduler.remove(sequence)
         self.runner.store.close(sequence)
         sequence.embeds = None
-
-
-def _told(error: Exception) -> DualVisionError:
-    if isinstance(error, DualVisionError):
-        return error
-    if _is_memory(error):
-        return OutOfDeviceMemoryError("this request does not fit the memory", fix="Send smaller images or less text")
-    return RequestFailedError("the model failed on this request", value=type(error).__name__)
-
-
-def _make_room(error: Exception) -> None:
-    """Before a smaller try: what the larger one has left behind in torch's cache may be in its way."""
-    if _is_memory(error) and torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _is_memory(error: Exception) -> bool:
-    # On CPUs torch's allocator raises a plain RuntimeError.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+        sequence.held_features.clear()
 
 
 def _is_answering(chunk: Chunk[Sequence]) -> bool:

@@ -5,7 +5,7 @@ Knows tensors and one clock; knows no queue, no sampling and no text.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
 
 import numpy as np
@@ -63,17 +63,26 @@ class ModelRunner:
             if sequence.fusion is None:
                 sequence.fusion = ()
 
+    def lacking(self, sequence: Sequence) -> list[int]:
+        """Cells of each of its images that no pass has computed yet."""
+        images = _images_of(sequence)
+        return self.encoders.lacking(images, [sequence.request.arm] * len(images), sequence.held_features)
+
+    @torch.inference_mode()
+    def encode_ahead(self, sequence: Sequence, images: Items[int]) -> None:
+        """Compute these of a sequence's images now and leave the rest for later passes."""
+        start, chosen = self._now(), [_images_of(sequence)[i] for i in images]
+        spent = self.encoders.run_ahead(chosen, [sequence.request.arm] * len(chosen), sequence.held_features)
+        _add_seconds(sequence, self._now() - start, spent)
+
     def _encode_images(self, sequences: list[Sequence]) -> None:
         backbone, start = self.model.model, self._now()
         arms: list[Arm] = [s.request.arm for s in sequences for _ in s.inputs.grids]
         merge = self.model.config.merge_size
         grids: tuple[Grid, ...] = tuple((t, h // merge, w // merge) for s in sequences for t, h, w in s.inputs.grids)
-        images = [
-            EncoderInput(key, grid, pixels)
-            for s in sequences
-            for (_, _, key), grid, pixels in zip(s.inputs.spans, s.inputs.grids, _split_pixels(s), strict=True)
-        ]
-        features, spent = self.encoders.run(images, arms)
+        images = [image for s in sequences for image in _images_of(s)]
+        held = {place: features for s in sequences for place, features in s.held_features.items()}
+        features, spent = self.encoders.run(images, arms, held)
         want = any(s.request.encode_only for s in sequences)
         output = backbone.fuse(features, grids, arms, want_contributions=want)
         lengths = [n * backbone.fusion.tokens_per_cell for n in cell_counts(grids)]
@@ -92,7 +101,8 @@ class ModelRunner:
             end = at + len(sequence.inputs.grids)
             sequence.embeds = torch.cat(parts[at:end])
             sequence.fusion = tuple(described[at:end])
-            sequence.encode_seconds, sequence.encoder_seconds = seconds, spent
+            _add_seconds(sequence, seconds, spent)
+            sequence.held_features.clear()
             at = end
             self._check_embeds(sequence)
 
@@ -190,6 +200,19 @@ class ModelRunner:
         return self.clock()
 
 
-def _split_pixels(sequence: Sequence) -> list[np.ndarray]:
-    ends = np.cumsum([t * h * w for t, h, w in sequence.inputs.grids])
-    return np.split(sequence.inputs.pixels, ends[:-1])
+def _images_of(sequence: Sequence) -> list[EncoderInput]:
+    inputs = sequence.inputs
+    if inputs.pixels is None:
+        return []
+    ends = np.cumsum([t * h * w for t, h, w in inputs.grids])
+    pixels = np.split(inputs.pixels, ends[:-1])
+    return [
+        EncoderInput(key, grid, part)
+        for (_, _, key), grid, part in zip(inputs.spans, inputs.grids, pixels, strict=True)
+    ]
+
+
+def _add_seconds(sequence: Sequence, seconds: float, by_encoder: Mapping[str, float]) -> None:
+    sequence.encode_seconds += seconds
+    for name, spent in by_encoder.items():
+        sequence.encoder_seconds[name] = sequence.encoder_seconds.get(name, 0.0) + spent

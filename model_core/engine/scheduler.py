@@ -72,10 +72,13 @@ def rank(sequence: Schedulable) -> tuple[int, int]:
 
 
 class Scheduler(Generic[S]):
-    """`preempted`: those that the last `schedule` took out; `num_prefix_*` count tokens, as vLLM does."""
+    """`preempted`: those that the last `schedule` took out; `num_prefix_*` count tokens, as vLLM does.
 
-    def __init__(self, config: SchedulerConfig, blocks: BlockManager) -> None:
-        self.config, self.blocks = config, blocks
+    `has_even_rows`: a running sequence takes as much of the cache as the longest does.
+    """
+
+    def __init__(self, config: SchedulerConfig, blocks: BlockManager, *, has_even_rows: bool = False) -> None:
+        self.config, self.blocks, self._has_even_rows = config, blocks, has_even_rows
         self.running: list[S] = []
         self.waiting: list[S] = []  # by rank
         self.preempted: list[S] = []
@@ -135,7 +138,8 @@ class Scheduler(Generic[S]):
         Returns the tokens of planned work that fell away with them.
         """
         given_back = 0
-        while not self.blocks.allocate(sequence.blocks, num_tokens):
+        is_longer = -(-num_tokens // self.blocks.block_size) > len(sequence.blocks)
+        while is_longer and not (self._has_rows(num_tokens) and self.blocks.allocate(sequence.blocks, num_tokens)):
             victim = max(self.running, key=rank)
             dropped = planned.pop(id(victim), None)
             given_back += dropped.length if dropped else 0
@@ -143,6 +147,13 @@ class Scheduler(Generic[S]):
             if victim is sequence:
                 break
         return given_back
+
+    def _has_rows(self, num_tokens: int, *, is_new: bool = False) -> bool:
+        """Is there room if one of the running, or one more, holds so many tokens?"""
+        if not self._has_even_rows:
+            return True
+        longest = max([-(-num_tokens // self.blocks.block_size), *(len(s.blocks) for s in self.running)])
+        return (len(self.running) + is_new) * longest <= self.blocks.num_blocks
 
     def _preempt(self, victim: S) -> None:
         """Its full blocks stay known, so that most of it comes back as a prefix hit."""
@@ -161,6 +172,8 @@ class Scheduler(Generic[S]):
         cached = self.blocks.match(sequence.block_hashes[:usable])
         start = len(cached) * size
         length = min(budget, sequence.num_tokens - start)
+        if not self._has_rows(start + length, is_new=True):
+            return None
         if not self.blocks.allocate(sequence.blocks, start + length, cached):
             return None
         self.waiting.pop(0)

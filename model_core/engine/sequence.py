@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from model_core.engine.detokenizer import Detokenizer
+from model_core.engine.encoder_pass import Held
 from model_core.engine.prefix_hash import PrefixHasher
 from model_core.engine.sampler import SamplerState
 from model_core.processing.batch import ModelInputs
@@ -19,6 +20,7 @@ class Sequence:
     """Times are readings of the engine's clock; the scheduler owns num_computed, num_cached, blocks, block_hashes.
 
     embeds: (N, D) fused tokens of all its images, kept until it ends: a preempted sequence needs them again.
+    held_features: of those of its images that are encoded while others are not, until all are fused.
     image_places: where in the prompt they go. is_fork: its inputs were prepared for another, who tells what that took.
     """
 
@@ -42,6 +44,7 @@ class Sequence:
     token_ids: list[int] = field(default_factory=list)
     fusion: tuple[FusionWeights, ...] | None = None
     embeds: Tensor | None = None
+    held_features: Held = field(default_factory=dict)
     image_places: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)

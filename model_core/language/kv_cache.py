@@ -63,6 +63,8 @@ class KVStore(ABC):
     """One for each engine. Single-token work (decode) must stand before longer work in a step."""
 
     name: str
+    #: Are all rows as long as the longest? Then it is their number times that which must fit the cache.
+    has_even_rows = False
 
     @abstractmethod
     def open(self, key: Hashable, cached: Sequence[int] = ()) -> None:
@@ -128,14 +130,18 @@ class RowStore(KVStore):
     """Dense rows, for CPUs: a decode step reads all rows through one view, without a gather.
 
     Rows are packed at the front; closing a row moves the last one into its place. Capacity is a power of two
-    in rows and steps in length, fitted to the need whenever it must grow. Kept blocks are copies beside the
+    in rows and steps in length, fitted to the need whenever it must grow (for that moment the old rows are there
+    too) and within `max_tokens`, which the scheduler keeps the need below. Kept blocks are copies beside the
     rows: written once when a block fills, copied into the row of a sequence that shares the prefix.
     """
 
     name = "rows+sdpa"
+    has_even_rows = True
 
-    def __init__(self, shape: CacheShape, num_blocks: int = 0, block_size: int = 16) -> None:
-        self.shape, self.block_size = shape, block_size
+    def __init__(
+        self, shape: CacheShape, num_blocks: int = 0, block_size: int = 16, *, max_tokens: int | None = None
+    ) -> None:
+        self.shape, self.block_size, self._max_tokens = shape, block_size, max_tokens
         self._rows: list[Hashable] = []
         self._row_of: dict[Hashable, int] = {}
         self._lengths: list[int] = []  # tokens filled in each row
@@ -260,6 +266,9 @@ class RowStore(KVStore):
             return
         # By need, not by what there was: a new store is the occasion to give back what left.
         want_rows, want_length = 1 << (rows - 1).bit_length(), -(-(length + 1) // LENGTH_STEP) * LENGTH_STEP
+        if self._max_tokens is not None:
+            want_length = max(length, min(want_length, self._max_tokens // rows))
+            want_rows = max(rows, min(want_rows, self._max_tokens // want_length))
         s = self.shape
         size = (s.num_layers, 2, want_rows, s.num_kv_heads, want_length, s.head_dim)
         grown = torch.zeros(size, device=s.device, dtype=s.dtype)

@@ -290,6 +290,11 @@ def upload(parts: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
     return [moved[start : start + part.size].view(part.shape) for part, start in zip(parts, starts, strict=True)]
 
 
+def num_copies(shape: CacheShape, *, enable_prefix_caching: bool) -> int:
+    """How often the store of this device may hold a block: rows have their kept prefixes beside them."""
+    return 2 if shape.device.type != "cuda" and enable_prefix_caching else 1
+
+
 def build_store(
     shape: CacheShape,
     num_blocks: int,
@@ -300,7 +305,8 @@ def build_store(
 ) -> tuple[KVStore, str]:
     """The store that suits the device, and a sentence for the log that says which and why."""
     if shape.device.type != "cuda":
-        store = RowStore(shape, num_blocks if enable_prefix_caching else 0, block_size)
+        kept = num_blocks if enable_prefix_caching else 0
+        store = RowStore(shape, kept, block_size, max_tokens=num_blocks * block_size)
         return store, f"{store.name}: dense rows, as the device is {shape.device.type}"
     fault = _triton_fault(shape, block_size)
     varlen, why_not = _find_varlen(shape) if use_flash_attention else (None, "it was not asked for")

@@ -267,6 +267,11 @@ class PatchSpec:
         """Pixels along one side of a vision token; resized sides are multiples of it."""
         return self.patch_size * self.merge_size
 
+    @property
+    def min_image_tokens(self) -> int:
+        """Vision tokens of the smallest image: what is smaller is enlarged to it."""
+        return max(1, math.ceil(min(self.min_pixels, self.max_pixels) / self.factor**2))
+
     def within(self, max_pixels: int | None) -> PatchSpec:
         """With a smaller budget, never with a larger one."""
         if max_pixels is None:

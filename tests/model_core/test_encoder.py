@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from model_core.errors import (
@@ -91,6 +92,22 @@ def test_an_abandoned_stream_leaves_nothing_behind(encoder: Any, picture: Image.
     stream.close()
     assert not encoder.engine.has_work()
     assert encoder.engine.runner.store.num_open == 0
+
+
+@pytest.mark.parametrize("changed", ["fusion", "model.visual", "model.language_model", "lm_head"])
+def test_changed_weights_change_the_next_answer(changed: str, picture: Image.Image) -> None:
+    """What was kept of features and prefixes came from the old ones."""
+    encoder = tiny.encoder()
+    asked = {"max_tokens": 4}
+    before = encoder.compare_encoders(ask(picture), **asked).arms["fused"].log_likelihood
+    with torch.no_grad():
+        for parameter in encoder.model.get_submodule(changed).parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    after = encoder.compare_encoders(ask(picture), **asked).arms["fused"].log_likelihood
+    encoder.engine.reset_caches()
+    fresh = encoder.compare_encoders(ask(picture), **asked).arms["fused"].log_likelihood
+    assert after == pytest.approx(fresh, abs=1e-5)
+    assert after != pytest.approx(before, abs=1e-3)
 
 
 def test_weights_are_means_over_images_and_each_images_own(encoder: Any, picture: Image.Image) -> None:

@@ -146,7 +146,7 @@ def test_engines_beside_each_other_answer_as_each_does_alone(base: Loaded, tmp_p
     made = {}
     for name, run in runs.items():
         _, folder = publish(base, run, tmp_path / "m" / name.replace(" ", "-"))
-        made[name] = first.beside(folder, name, EngineConfig(kv_cache_bytes=2**20))
+        made[name] = first.beside(folder, name, EngineConfig(kv_cache_bytes=2**20, shrinks_context=True))
     for _ in range(2):
         assert first.chat(MESSAGES, max_tokens=16) == answer
         assert {name: one.chat(MESSAGES, max_tokens=16) for name, one in made.items()} == alone

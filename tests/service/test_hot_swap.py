@@ -300,7 +300,7 @@ def test_a_swap_under_64_streams(live: LiveServer, versions: Versions, capsys: p
 
 def test_a_second_fusion_takes_its_own_tensors_and_no_more(versions: Versions) -> None:
     base = DualVisionEncoder()
-    sizes = EngineConfig(kv_cache_bytes=2**20)
+    sizes = EngineConfig(kv_cache_bytes=2**20, shrinks_context=True)
     made = [
         base.beside(versions.root / "models" / folder_name(MODEL) / versions.fingerprints[name][3:], name, sizes)
         for name in ("one", "two")

@@ -18,6 +18,7 @@ from model_core.language.compiled import CompiledLayers
 from model_core.language.decoder import Decoder
 from model_core.language.kv_cache import CacheShape
 from model_core.language.paged import PagedStore
+from model_core.processing.images import ImageLimits
 from model_core.types import ChatMessage, GenerationRequest, ImagePart, SamplingParams, TextPart
 from tests.model_core import tiny
 from tests.model_core.engine.test_engine import agrees, generated, picture, random_request, run
@@ -27,7 +28,8 @@ ARMS = ("fused", "qwen-only", "dinov2-only", "blind", "unfused")
 
 
 def cache_of(num_tokens: int) -> int:
-    return num_tokens * TOKEN_BYTES
+    """Rows, and the copies of prefixes beside them."""
+    return 2 * num_tokens * TOKEN_BYTES
 
 
 def check(encoder: DualVisionEncoder, count: int, seed: int, most_tokens: int) -> None:
@@ -48,7 +50,9 @@ def check(encoder: DualVisionEncoder, count: int, seed: int, most_tokens: int) -
 SETTINGS = {
     "chunks of a few tokens": EngineConfig(max_num_seqs=4, max_num_batched_tokens=7),
     "no caches at all": EngineConfig(enable_prefix_caching=False, encoder_cache_bytes=0),
-    "preemption": EngineConfig(max_num_seqs=6, kv_cache_bytes=cache_of(160), max_num_batched_tokens=64),
+    "preemption": EngineConfig(
+        max_num_seqs=6, max_context_tokens=160, kv_cache_bytes=cache_of(160), max_num_batched_tokens=64
+    ),
 }
 
 
@@ -123,7 +127,7 @@ def test_greedy_equals_generate_over_paged_blocks_and_recorded_steps(name: str) 
 
         return replay
 
-    num_blocks = config.num_blocks(decoder.cache_shape, None, 2048)
+    num_blocks = encoder.engine.blocks.num_blocks
     runner.store = PagedStore(decoder.cache_shape, num_blocks, BLOCK_SIZE, backend="sdpa")
     runner.graphs = DecodeGraphs(
         decoder,
@@ -263,7 +267,7 @@ def test_pictures_wait_for_company_while_others_are_answered(monkeypatch: pytest
 
 
 def test_what_can_never_fit_is_refused_with_both_numbers() -> None:
-    encoder = tiny.encoder(engine_config=EngineConfig(kv_cache_bytes=cache_of(64)))
+    encoder = tiny.encoder(engine_config=EngineConfig(max_context_tokens=64, kv_cache_bytes=cache_of(64)))
     message = ChatMessage("user", (TextPart("x" * 100),))
     with pytest.raises(ContextLengthError, match=r"1\d\d tokens .*63 tokens"):
         encoder.engine.prepare(GenerationRequest("big", (message,)))
@@ -277,9 +281,38 @@ def test_settings_that_contradict_each_other_are_refused_with_both_numbers() -> 
     with pytest.raises(ConfigError, match="max_num_batched_tokens=3, max_num_seqs=4"):
         EngineConfig(max_num_seqs=4, max_num_batched_tokens=3)
     shape = CacheShape(2, 2, 16, torch.device("cpu"), torch.float32)
-    with pytest.raises(ConfigError, match=r"100 bytes.*8192 bytes"):
-        EngineConfig(kv_cache_bytes=100).num_blocks(shape, None, 2048)
+    with pytest.raises(ConfigError, match=r"100 bytes, 0 tokens.*8192 bytes, 16 tokens"):
+        EngineConfig(kv_cache_bytes=100, shrinks_context=True).num_blocks(shape, None, 2048)
     assert EngineConfig().num_blocks(shape, None, 160) == 16 * 10, "never more than all sequences could fill"
+
+
+def test_a_cache_below_one_sequence_is_refused_with_both_numbers() -> None:
+    """Unless nobody asked for either: then the context is what the cache holds, and says so."""
+    shape = CacheShape(2, 2, 16, torch.device("cpu"), torch.float32)
+    asked = 100 * shape.token_bytes
+    with pytest.raises(ConfigError, match=rf"{asked} bytes, 96 tokens.*1048576 bytes, 2048 tokens.*max_context_tokens"):
+        EngineConfig(kv_cache_bytes=asked).num_blocks(shape, None, 2048)
+    assert EngineConfig(kv_cache_bytes=asked).num_blocks(shape, None, 96) == 6
+    with pytest.raises(ConfigError, match=r"48 tokens.*96 tokens"):
+        EngineConfig(kv_cache_bytes=asked).num_blocks(shape, None, 96, copies=2)
+    assert EngineConfig(kv_cache_bytes=asked, shrinks_context=True).num_blocks(shape, None, 2048) == 6
+    derived = 2**30 // shape.token_bytes
+    assert EngineConfig().num_blocks(shape, None, 2**24) == derived // BLOCK_SIZE
+    with pytest.raises(ConfigError, match=f"{derived} tokens.*{2**24} tokens"):
+        EngineConfig(max_context_tokens=2**24).num_blocks(shape, None, 2**24)
+    with pytest.raises(ConfigError, match=r"can't hold one sequence.*max_context_tokens"):
+        tiny.encoder(engine_config=EngineConfig(kv_cache_bytes=cache_of(64)))
+    with pytest.raises(ConfigError, match=r"more than the model's own.*4096.*up to 2048"):
+        tiny.encoder(engine_config=EngineConfig(max_context_tokens=4096))
+
+
+def test_a_budget_below_one_image_is_refused_with_both_numbers() -> None:
+    smallest = tiny.encoder().format.patches.min_image_tokens
+    tiny.encoder(engine_config=EngineConfig(max_encode_tokens=smallest))
+    with pytest.raises(ConfigError, match=rf"max_encode_tokens={smallest - 1}.*at least {smallest}"):
+        tiny.encoder(engine_config=EngineConfig(max_encode_tokens=smallest - 1))
+    with pytest.raises(ConfigError, match=rf"max_visual_tokens={smallest - 1}.*at least {smallest}"):
+        tiny.encoder().configure(ImageLimits(max_visual_tokens=smallest - 1))
 
 
 @pytest.mark.parametrize(("variant_bytes", "left"), [(0, 1.0), (None, 7 / 8), (2**29, 0.5), (2**40, 0.0)])

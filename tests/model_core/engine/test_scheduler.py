@@ -41,8 +41,11 @@ class Plain:
         HASHER.extend(self.block_hashes, self.prompt + self.made)
 
 
-def scheduler(num_blocks: int = 16, seqs: int = 4, tokens: int = 32, *, caching: bool = True) -> Scheduler:
-    return Scheduler(SchedulerConfig(seqs, tokens), BlockManager(num_blocks, SIZE, enable_prefix_caching=caching))
+def scheduler(
+    num_blocks: int = 16, seqs: int = 4, tokens: int = 32, *, caching: bool = True, has_even_rows: bool = False
+) -> Scheduler:
+    blocks = BlockManager(num_blocks, SIZE, enable_prefix_caching=caching)
+    return Scheduler(SchedulerConfig(seqs, tokens), blocks, has_even_rows=has_even_rows)
 
 
 def prompt(length: int, first: int = 0) -> list[int]:
@@ -162,10 +165,11 @@ class Lives(RuleBasedStateMachine):
     """Random arrivals, aborts and steps on a cache that is far too small."""
 
     NUM_BLOCKS, SEQS, TOKENS = 7, 3, 9
+    HAS_EVEN_ROWS = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.one = scheduler(self.NUM_BLOCKS, self.SEQS, self.TOKENS)
+        self.one = scheduler(self.NUM_BLOCKS, self.SEQS, self.TOKENS, has_even_rows=self.HAS_EVEN_ROWS)
         self.alive: list[Plain] = []
         self.arrivals = 0
 
@@ -218,6 +222,9 @@ class Lives(RuleBasedStateMachine):
         assert owners == blocks._owners
         assert blocks.num_free + len(owners) == self.NUM_BLOCKS
         assert len(self.one.running) <= self.SEQS
+        if self.HAS_EVEN_ROWS:
+            longest = max((len(s.blocks) for s in self.one.running), default=0)
+            assert len(self.one.running) * longest <= self.NUM_BLOCKS, "all rows are as long as the longest"
         assert {id(s) for s in self.alive} == {id(s) for s in (*self.one.running, *self.one.waiting)}
 
     @invariant()
@@ -231,14 +238,25 @@ class Lives(RuleBasedStateMachine):
                     assert name == sequence.block_hashes[number]
 
 
-TestLives = Lives.TestCase
-TestLives.settings = settings(
+class EvenLives(Lives):
+    """The same where a short sequence takes as much room as the longest."""
+
+    HAS_EVEN_ROWS = True
+
+
+TestLives, TestEvenLives = Lives.TestCase, EvenLives.TestCase
+TestLives.settings = TestEvenLives.settings = settings(
     max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 
 
 @pytest.mark.heavy
 class TestManyLives(Lives.TestCase):
+    settings = settings(max_examples=3000, stateful_step_count=80, deadline=None)
+
+
+@pytest.mark.heavy
+class TestManyEvenLives(EvenLives.TestCase):
     settings = settings(max_examples=3000, stateful_step_count=80, deadline=None)
 
 

@@ -233,7 +233,10 @@ def test_an_engine_over_it_gives_the_tokens_of_one_over_dense_rows(num_tokens: i
     """With 160 tokens of cache sequences are preempted, and blocks change hands all the time."""
     token_bytes = tiny.encoder().engine.runner.decoder.cache_shape.token_bytes
     config = EngineConfig(
-        max_num_seqs=6, max_num_batched_tokens=64, kv_cache_bytes=num_tokens * token_bytes if num_tokens else None
+        max_num_seqs=6,
+        max_num_batched_tokens=64,
+        max_context_tokens=num_tokens or None,
+        kv_cache_bytes=2 * num_tokens * token_bytes or None,
     )
     requests = [random_request(number, max_tokens=12) for number in range(8)]
     expected = run(tiny.encoder(engine_config=config), requests)
