@@ -21,6 +21,7 @@ from model_core.errors import ConfigError, DualVisionError
 from model_core.types import ARMS, ChatMessage, GenerationRequest, ImagePart, Part, SamplingParams, TextPart
 
 if TYPE_CHECKING:
+    from model_core.analysis.floors import Floor
     from model_core.encoder import DualVisionEncoder
 
 #: (concurrency, number of the first question, how many) -> what came of it
@@ -37,6 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_load_flags(offline)
     offline.add_argument("--arm", choices=ARMS, default="fused", help="which eyes are open")
     offline.add_argument("--generate", action="store_true", help="also transformers' generate, in static batches")
+    offline.add_argument("--floors", action="store_true", help="also the shares of what this machine can do at most")
+    offline.add_argument("--peak-gflops", type=float, help="with --floors: dense products (default: measured)")
+    offline.add_argument("--peak-gbs", type=float, help="with --floors: reading memory, GB/s (default: measured)")
     encoders = commands.add_parser("encoders", help="milliseconds an image of every stage before the decoder")
     encoders.add_argument("--image-size", "--size", type=numbers, default=[224, 448], help="sides in pixels: 224,448")
     encoders.add_argument("--batch", type=numbers, default=[1, 4, 16], help="pictures in one pass: 1,4,16")
@@ -108,10 +112,18 @@ def _offline(args: argparse.Namespace) -> int:
             "generate knows no arms, so there is nothing to compare", value=f"--generate --arm {args.arm}",
             allowed="--arm fused", fix="Leave one of the two out",
         )  # fmt: skip
+    for flag in ("peak_gflops", "peak_gbs"):
+        value = getattr(args, flag)
+        if value is not None and not (value > 0 and args.floors):
+            raise ConfigError(
+                f"--{flag.replace('_', '-')} is out of place", value=value, allowed="above 0, together with --floors"
+            )
     load = workload_of(args)
     encoder = _load(args, max(args.concurrency))
     encoder.engine.runner.decoder.compile_loops(wait=True)
     bench = _OfflineBench(encoder, load, args.arm)
+    if args.floors:
+        bench.measure_floor(args.peak_gflops, args.peak_gbs)
     contenders: dict[str, Round] = {"engine": bench.engine_round}
     if args.generate:
         contenders["generate"] = bench.generate_round
@@ -122,7 +134,7 @@ def _offline(args: argparse.Namespace) -> int:
         found = {"command": "offline", "machine": machine, "workload": shape}
         print(json.dumps(found | {"levels": [level.to_dict() for level in levels]}, indent=2))
     else:
-        notes = [_machine_line(machine), *_untrained(encoder, args.arm)]
+        notes = [_machine_line(machine), *_untrained(encoder, args.arm), *bench.notes]
         print_levels(f"engine, arm {args.arm}: {describe(load)}", levels, notes)
     return 1 if any(one.num_errors for level in levels for each in level.rounds.values() for one in each) else 0
 
@@ -152,11 +164,32 @@ class _OfflineBench:
         self._encoder, self.load, self._arm = encoder, load, arm
         self._ids = itertools.count()
         self._next = 0
+        self._floor: Floor | None = None
+        self.notes: list[str] = []
 
     def next_items(self, count: int) -> int:
         """The number of the first of `count` questions that nobody has asked yet."""
         first, self._next = self._next, self._next + count
         return first
+
+    def measure_floor(self, gflops: float | None, gbs: float | None) -> None:
+        """From the model and a request like those to come; every engine's round says its shares from now on."""
+        from model_core.analysis.floors import Peak, floor_of, measure_peak
+
+        model = self._encoder.model
+        found = measure_peak(model.device, model.dtype, time.perf_counter)
+        peak = Peak(
+            found.flops_per_second if gflops is None else gflops * 1e9,
+            found.bytes_per_second if gbs is None else gbs * 1e9,
+        )
+        ((question, jpeg),) = self.load.items(self.next_items(1), 1)
+        inputs = self._encoder.engine.prepare(self._request(question, jpeg)).inputs
+        names = model.model.needed_encoders([self._arm]) if inputs.grids else frozenset()
+        self._floor = floor_of(model, frozenset(names), inputs.grids, len(inputs.input_ids), self.load.num_tokens, peak)
+        self.notes = [
+            f"floors: {peak.flops_per_second / 1e9:.0f} GFLOP/s, {peak.bytes_per_second / 1e9:.0f} GB/s; pictures and "
+            f"prompt owe {1000 * self._floor.prompt_seconds:.2f} ms, a step {1000 * self._floor.step_seconds:.2f} ms"
+        ]
 
     def engine_round(self, concurrency: int, first: int, count: int) -> LoadRound:
         from model_core.analysis.throughput import run_closed_loop
@@ -167,6 +200,8 @@ class _OfflineBench:
         run = run_closed_loop(engine, requests, concurrency, time.perf_counter)
         done = summarise(run.timings, run.seconds, self.load.num_tokens)
         done.figures.update(run.figures)
+        if self._floor is not None:
+            done.figures.update(self._floor.shares(done.figures, concurrency))
         return done
 
     def generate_round(self, concurrency: int, first: int, count: int) -> LoadRound:

@@ -16,6 +16,7 @@ _SHARES = {
     "_cache_hit_ratio": "cache hits, {}, %",
     "_time_share": "requests' time in {}, %",
     "_wall_share": "wall time in {}, %",
+    "_floor_share": "floor of a {} over measured, %",
 }
 
 

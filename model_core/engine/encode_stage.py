@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from model_core.engine.model_runner import ModelRunner
 from model_core.engine.row_errors import ROW_ERRORS, is_memory, make_room
@@ -41,13 +41,16 @@ class EncodeStage:
         """It has ended. One that is not here is ignored."""
         self._waiting.pop(sequence.request_id, None)
 
-    def advance(self, *, others_run: bool) -> Iterator[Left]:
-        """Text goes on at once; images in the order of their rank, up to the budget of one pass."""
+    def advance(self, *, others_run: bool, is_wanted: Callable[[Sequence], bool]) -> Iterator[Left]:
+        """Text goes on at once; images in the order of their rank, up to the budget of one pass.
+
+        is_wanted: would it find a place next? Fused tokens take memory, and wait better as pixels.
+        """
         with_images = []
         for sequence in list(self._waiting.values()):
             if sequence.inputs.pixels is None:
                 yield from self._encode([sequence])
-            else:
+            elif sequence.request.encode_only or is_wanted(sequence):
                 with_images.append(sequence)
         if with_images and self._is_window_over(with_images, others_run=others_run):
             yield from self._one_pass(sorted(with_images, key=lambda s: (s.priority, s.arrival)))

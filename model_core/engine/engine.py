@@ -24,7 +24,7 @@ from model_core.engine.model_runner import ModelRunner
 from model_core.engine.prefix_hash import PrefixHasher, prefix_root
 from model_core.engine.row_errors import ROW_ERRORS, make_room, told
 from model_core.engine.sampler import Sampled, SamplerState, check_params, sample_batch
-from model_core.engine.scheduler import Chunk, Scheduler, SchedulerConfig
+from model_core.engine.scheduler import Chunk, Scheduler, SchedulerConfig, rank
 from model_core.engine.sequence import Sequence
 from model_core.errors import InvalidRequestError, RequestFailedError
 from model_core.language.paged import num_copies
@@ -195,7 +195,8 @@ class ContinuousEngine:
                 events.append(self._fail(sequence, late))
 
     def _encode_waiting(self, events: list[TokenEvent]) -> None:
-        for sequence, error in self._encoding.advance(others_run=bool(self.scheduler.running)):
+        others_run = bool(self.scheduler.running)
+        for sequence, error in self._encoding.advance(others_run=others_run, is_wanted=self._is_wanted):
             if error is not None:
                 events.append(self._fail(sequence, error))
             elif sequence.request.encode_only:
@@ -203,6 +204,11 @@ class ContinuousEngine:
             else:
                 sequence.queued_at = self.runner.clock()
                 self.scheduler.add(sequence)
+
+    def _is_wanted(self, sequence: Sequence) -> bool:
+        """As many wait with their pictures encoded as there are seats; one of better rank than the last may join."""
+        ready = self.scheduler.waiting
+        return len(ready) < self.config.max_num_seqs or rank(sequence) < rank(ready[-1])
 
     # Running
 

@@ -56,6 +56,11 @@ def test_an_arm_and_text_alone(folder: str, capsys: pytest.CaptureFixture[str]) 
     flags = ["--model", folder, "-c", "2", "-n", "2", "--tokens", "2", "--rounds", "1", "--arm", "qwen-only"]
     (level,) = run_json(capsys, "offline", *flags, "--size", "56")["levels"]
     assert "dinov2_cache_hit_ratio" not in level["medians"]["engine"]
+    assert "step_floor_share" not in level["medians"]["engine"]
+    given = ("--floors", "--peak-gflops", "1e6", "--peak-gbs", "1e6")
+    (level,) = run_json(capsys, "offline", *flags, "--size", "56", *given)["levels"]
+    assert 0 < level["medians"]["engine"]["request_floor_share"] < 1
+    assert 0 < level["medians"]["engine"]["step_floor_share"] < 1
     (level,) = run_json(capsys, "offline", *flags, "--text")["levels"]
     assert level["rounds"]["engine"][0]["num_ok"] == 2
     assert "qwen_cache_hit_ratio" not in level["medians"]["engine"]
@@ -107,6 +112,8 @@ def test_a_fresh_model_is_said_to_skip_its_second_encoder(tmp_path: Path, capsys
         (["offline", "--model", "/no/such/folder"], "no such folder"),
         (["offline", "--generate", "--arm", "blind"], "knows no arms"),
         (["encoders", "--peak-gflops", "0"], "above 0"),
+        (["offline", "--floors", "--peak-gbs", "0"], "above 0"),
+        (["offline", "--peak-gflops", "100"], "together with --floors"),
         (["encoders", "--device", "tpu"], "auto, cpu, cuda"),
     ],
 )
@@ -164,4 +171,5 @@ def test_labels() -> None:
     assert label_of("ttft_ms_p95") == "TTFT p95, ms"
     assert label_of("dinov2_cache_hit_ratio") == "cache hits, dinov2, %"
     assert label_of("prefill_time_share") == "requests' time in prefill, %"
+    assert label_of("step_floor_share") == "floor of a step over measured, %"
     assert label_of("prompt_tokens") == "prompt tokens"

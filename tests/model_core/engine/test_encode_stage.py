@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from tests.model_core.engine.test_engine import picture, run
 def album(name: str, numbers: list[int], arm: str = "fused") -> GenerationRequest:
     """Pictures of 16 cells each."""
     images = tuple(ImagePart(picture(random.Random(n)).resize((112, 112))) for n in numbers)
-    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
     return GenerationRequest(name, (ChatMessage("user", (*images, TextPart("?"))),), params, arm=arm)
 
 
@@ -106,3 +107,24 @@ def test_a_pass_that_does_not_fit_is_tried_with_one_image_and_one_that_fits_nowh
     failed = run(encoder, [album("big", [4, 5, 6]), album("kept", [0])])
     assert type(failed["big"].error) is OutOfDeviceMemoryError
     assert failed["kept"].error is None
+
+
+def test_no_more_wait_with_their_pictures_encoded_than_there_are_seats() -> None:
+    """But for those of better rank, and those that want no seat."""
+    encoder = tiny.encoder(engine_config=EngineConfig(max_num_seqs=2))
+    engine = encoder.engine
+    for n in range(9):
+        engine.add_request(engine.prepare(album(f"r{n}", [n])))
+        engine.step()
+    held = [s for s in engine._known.values() if s.embeds is not None]
+    assert len(held) == 2 + 2
+    assert engine.stats().num_encoding == 5
+    engine.add_request(engine.prepare(replace(album("urgent", [20]), priority=-1)))
+    engine.add_request(engine.prepare(replace(album("analysis", [21]), encode_only=True)))
+    events = engine.step()
+    assert engine._known["urgent"].embeds is not None
+    assert [e.request_id for e in events if e.is_terminal] == ["analysis"]
+    ended = set()
+    while engine.has_work():
+        ended |= {event.request_id for event in engine.step() if event.is_terminal}
+    assert ended == {"urgent", *(f"r{n}" for n in range(9))}

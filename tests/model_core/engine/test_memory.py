@@ -104,7 +104,9 @@ def test_a_block_that_can_not_be_kept_is_named_for_nobody(monkeypatch, error: Ex
     hits = encoder.engine.stats().prefix_cache_hits
     again = run(encoder, [requests[2]])["r2"]
     assert again.token_ids == alone["r2"]
-    assert encoder.engine.stats().prefix_cache_hits == hits + BLOCK_SIZE, "what every prompt begins with: others kept it"
+    assert encoder.engine.stats().prefix_cache_hits == hits + BLOCK_SIZE, (
+        "what every prompt begins with: others kept it"
+    )
 
 
 def test_rows_on_a_cpu_stay_within_the_cache_that_was_asked_for() -> None:
