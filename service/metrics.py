@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
@@ -27,6 +28,25 @@ _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _PIXELS = tuple(side * side for side in (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192))
 _RATIO = tuple(i / 10 for i in range(1, 11))
 
+State = Literal["new", "loading", "ready", "failed", "dead", "stopped"]
+STATES: tuple[State, ...] = get_args(State)
+
+
+@dataclass(frozen=True, slots=True)
+class Bridge:
+    """What the engine client knows itself, whatever the engine does.
+
+    num_open: requests whose last event has not come. num_sent: those of them that the engine's thread was given.
+    num_preparing: what the preprocess pool holds. stats: the engine's, as of its last step.
+    """
+
+    state: State
+    num_open: int
+    num_sent: int
+    num_preparing: int
+    stalled_seconds: float
+    stats: EngineStats
+
 
 class Metrics:
     """All metrics of one app. Methods may be called from any thread."""
@@ -41,12 +61,20 @@ class Metrics:
         self.store = StoreMetrics(self.registry)
 
     def _declare_requests(self) -> None:
-        self.http_requests = self._counter("http_requests", "HTTP answers.", "route", "status")
+        self.http_requests = self._counter(
+            "http_requests", "HTTP answers. retry_after: whether it asks the client to come back.", "route", "status",
+            "retry_after",
+        )  # fmt: skip
         self.request_success = self._counter("request_success", "Finished requests by reason.", "finished_reason")
         self.request_failure = self._counter("request_failure", "Requests that ended in an error, by code.", "code")
         self.admission_rejections = self._counter("admission_rejections", "Requests refused at the door.", "reason")
-        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens, vision tokens included.")
-        self.generation_tokens = self._counter("generation_tokens", "Generated tokens.")
+        self.prompt_tokens = self._counter(
+            "prompt_tokens", "Tokens of finished prompts: vision tokens and those found in the prefix cache included;"
+            " of several answers to one prompt once, and whatever became of the answer.",
+        )  # fmt: skip
+        self.generation_tokens = self._counter(
+            "generation_tokens", "Tokens that the engine gave out, those of requests that failed or were left included."
+        )
         self.ttft = self._histogram("time_to_first_token_seconds", "Admission to the first token.", _TTFT)
         self.itl = self._histogram("inter_token_latency_seconds", "Between two tokens of a request.", _PER_TOKEN)
         self.tpot = self._histogram("request_time_per_output_token_seconds", "Mean after the first token.", _PER_TOKEN)
@@ -57,6 +85,11 @@ class Metrics:
         }
 
     def _declare_engine(self) -> None:
+        self.engine_state = self._gauge("engine_state", "1 for the state that the engine is in, else 0.", "state")
+        self.engine_open = self._gauge("engine_open_requests", "Requests with the engine or on their way to it.")
+        self.engine_stalled = self._gauge(
+            "engine_stalled_seconds", "Since the engine last moved, while requests wait for it; 0 while none does."
+        )
         self.running = self._gauge("num_requests_running", "Requests that the engine works on.")
         self.waiting = self._gauge("num_requests_waiting", "Admitted requests that the engine has not begun.")
         self.waiting_bytes = self._gauge("waiting_body_bytes", "Bodies of requests without a first event yet.")
@@ -66,7 +99,9 @@ class Metrics:
         self.prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
         self.preemptions = self._counter("num_preemptions", "Sequences put back to be computed again.")
         self.batch_size = self._histogram("batch_size", "Requests of one engine step, by stage.", _COUNTS, "stage")
-        self.iteration_tokens = self._histogram("iteration_tokens", "Tokens that one engine step gave out.", _COUNTS)
+        self.iteration_tokens = self._histogram(
+            "iteration_tokens", "Tokens of an engine step: of prompts, and given out.", _COUNTS
+        )
         self.model_info = self._gauge("model_info", "The loaded models.", "model", "fusion", "device", "dtype")
         self.model_swaps = self._counter("model_swaps", "Variants that came into memory or left it.", "outcome")
         self.model_swaps.labels("failed")  # from the start: an alert asks how much it has grown
@@ -75,7 +110,7 @@ class Metrics:
         self.fusion_weight = self._histogram("fusion_weight", "Gate weight, per image.", _RATIO, "encoder")
         self.fusion_dominant = self._counter("fusion_dominant", "Images by dominant encoder.", "encoder")
         self.gate_entropy = self._histogram("fusion_gate_entropy", "Normalised entropy, per image.", _RATIO)
-        self.encoder_forward = self._histogram("encoder_forward_seconds", "Encoder, per request.", _STAGE, "encoder")
+        self.encoder_forward = self._histogram("encoder_forward_seconds", "Of one forward pass.", _STAGE, "encoder")
         self.encoder_cache_hits = self._counter("encoder_cache_hits", "Pictures with kept features.", "encoder")
         self.encoder_cache_misses = self._counter("encoder_cache_misses", "Pictures that were encoded.", "encoder")
         self.encoder_cache_evictions = self._counter("encoder_cache_evictions", "Features dropped.", "encoder")
@@ -109,14 +144,20 @@ class Metrics:
         for info in infos:
             self.model_info.labels(info.model_id, info.fusion, info.device, info.dtype).set(1)
 
-    def set_waiting(self, stats: EngineStats, num_preparing: int, num_bytes: int) -> None:
-        """Gauges of a scrape: who is at which stage. `num_preparing`: what the preprocess pool holds."""
+    def set_bridge(self, bridge: Bridge) -> None:
+        """Gauges of a scrape: is the engine alive, does it move, and who is at which stage."""
+        for state in STATES:
+            self.engine_state.labels(state).set(state == bridge.state)
+        self.engine_open.set(bridge.num_open)
+        self.engine_stalled.set(bridge.stalled_seconds)
+        stats, num_preparing = bridge.stats, bridge.num_preparing
+        # A snapshot is taken after a step: whoever has come since is in none, and in a step that hangs never will be.
+        num_waiting = max(stats.num_waiting, bridge.num_sent - stats.num_running)
         self.running.set(stats.num_running)
-        self.waiting.set(stats.num_waiting + num_preparing)
-        self.waiting_bytes.set(num_bytes)
+        self.waiting.set(num_waiting + num_preparing)
         self.queue_depth.labels("preprocess").set(num_preparing)
         self.queue_depth.labels("encode").set(stats.num_encoding)
-        self.queue_depth.labels("prefill").set(stats.num_waiting - stats.num_encoding)
+        self.queue_depth.labels("prefill").set(num_waiting - stats.num_encoding)
         self.queue_depth.labels("decode").set(stats.num_running)
 
     def set_caches(self, stats: EngineStats) -> None:
@@ -145,6 +186,22 @@ class Metrics:
         counter.inc(max(total - self._engine_totals.get(counter, 0.0), 0.0))
         self._engine_totals[counter] = total
 
+    def observe_turn(self, before: EngineStats, after: EngineStats) -> None:
+        """What the engine counted in one step. Called by its thread, for each step."""
+        num_generated = after.num_generation_tokens - before.num_generation_tokens
+        if num_generated > 0:
+            self.generation_tokens.inc(num_generated)
+        num_tokens = num_generated + after.num_prompt_tokens - before.num_prompt_tokens
+        if num_tokens > 0:
+            self.iteration_tokens.observe(num_tokens)
+        if after.num_images_encoded == before.num_images_encoded:
+            return
+        for encoder, sizes in after.encoder_batches.items():
+            num_passes = sum(sizes.values()) - sum(before.encoder_batches.get(encoder, {}).values())
+            seconds = after.encoder_seconds.get(encoder, 0.0) - before.encoder_seconds.get(encoder, 0.0)
+            for _ in range(num_passes):  # mostly one; of several in a step only the sum is known
+                self.encoder_forward.labels(encoder).observe(seconds / num_passes)
+
     def observe_step(self, events: Sequence[TokenEvent]) -> None:
         """A request's first event carries its fusion: its prompt was finished in this step."""
         requests = {event.request_id for event in events}
@@ -153,7 +210,6 @@ class Metrics:
             self.batch_size.labels("prefill").observe(len(opening))
         if len(requests) > len(opening):
             self.batch_size.labels("decode").observe(len(requests) - len(opening))
-        self.iteration_tokens.observe(sum([len(event.token_ids) for event in events]))
 
     def count_error(self, error: DualVisionError) -> None:
         """An error on its way to a client; images are counted by what was wrong with them."""
@@ -171,8 +227,6 @@ class Metrics:
     def _observe_timings(self, timings: Timings) -> None:
         for stage, histogram in self.stages.items():
             histogram.observe(getattr(timings, f"{stage}_seconds"))
-        for encoder, seconds in timings.encoder_seconds.items():
-            self.encoder_forward.labels(encoder).observe(seconds)
         for stage, seconds in timings.preprocess_stages.items():
             self.preprocess_stages.labels(stage).observe(seconds)
 
@@ -203,6 +257,9 @@ class RequestRecorder:
                 self._metrics.itl.observe(now - self._last)
             self._last = now
             self._num_tokens += len(event.token_ids)
+        if event.fusion is not None and event.usage is not None and not self._is_copy:
+            # Of the first event, as soon as the prompt is done: an answer may take minutes, and be left half way.
+            self._metrics.prompt_tokens.inc(event.usage.prompt_tokens)
         if event.fusion is not None and self._is_fused:
             for weights in event.fusion:
                 self._metrics._observe_fusion(weights)
@@ -223,10 +280,7 @@ class RequestRecorder:
         metrics.e2e.observe(now - self._start)
         if self._first is not None and self._num_tokens > 1:
             metrics.tpot.observe((self._last - self._first) / (self._num_tokens - 1))
-        if end.usage is not None:
-            metrics.generation_tokens.inc(end.usage.completion_tokens)
         if end.usage is not None and not self._is_copy:
-            metrics.prompt_tokens.inc(end.usage.prompt_tokens)
             if end.usage.image_tokens:
                 metrics.visual_tokens.observe(end.usage.image_tokens)
             for pixels in end.usage.image_pixels:
