@@ -27,6 +27,8 @@ _STAGE = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0
 _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _PIXELS = tuple(side * side for side in (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192))
 _RATIO = tuple(i / 10 for i in range(1, 11))
+#: Data sets of a job that have a series each; a recipe may have 256.
+_NUM_DATASETS = 16
 
 State = Literal["new", "loading", "ready", "failed", "dead", "stopped"]
 STATES: tuple[State, ...] = get_args(State)
@@ -313,52 +315,65 @@ class StoreMetrics:
 
 
 class TrainingMetrics:
-    """What a worker shows of its jobs, on a registry of its own. Job ids are no labels: one trainer a device is usual,
-    so the gauges of training are of whoever spoke last."""
+    """What a worker shows of its jobs, on a registry of its own. Job ids are no labels: gauges are of a device's slot,
+    which has one job at a time, and go with its attempt."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.train_loss = self._gauge("train_loss", "Loss of the last step.")
-        self.diversity_loss = self._gauge("train_diversity_loss", "The gate's own loss of the last step.")
-        self.learning_rate = self._gauge("train_learning_rate", "Learning rate.", "group")
-        self.stage = self._gauge("train_stage", "Stage of the curriculum, from 0.")
-        self.trainable = self._gauge("train_trainable_parameters", "Parameters that train.", "component")
-        self.samples = Counter("dve_train_samples", "Samples trained on.", ("dataset",), registry=self.registry)
-        self.tokens_per_second = self._gauge("train_tokens_per_second", "Speed of the last step.")
-        self.mfu = self._gauge("train_mfu_ratio", "Share of the device's peak.")
+        self.train_loss = self._gauge("train_loss", "Loss of the last step.", "device")
+        self.diversity_loss = self._gauge("train_diversity_loss", "The gate's own loss of the last step.", "device")
+        self.learning_rate = self._gauge("train_learning_rate", "Learning rate.", "device", "group")
+        self.stage = self._gauge("train_stage", "Stage of the curriculum, from 0.", "device")
+        self.trainable = self._gauge("train_trainable_parameters", "Parameters that train.", "device", "component")
+        self.samples = Counter(
+            "dve_train_samples", "Samples trained on, by the data set's place in its job's list, from 0.",
+            ("device", "dataset"), registry=self.registry,
+        )  # fmt: skip
+        self.tokens_per_second = self._gauge("train_tokens_per_second", "Speed of the last step.", "device")
+        self.mfu = self._gauge("train_mfu_ratio", "Share of the device's peak.", "device")
         self.store = StoreMetrics(self.registry)
         self.heartbeat_age = self._gauge("job_heartbeat_age_seconds", "Since the oldest lease was renewed.")
         self.attempts = Counter("dve_job_attempts", "Attempts by how they ended.", ("end",), registry=self.registry)
+        self._shown: dict[str, set[tuple[Gauge, tuple[str, ...]]]] = {}
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(f"dve_{name}", text, labels, registry=self.registry)
 
-    def observe(self, kind: str, stage: int, data: Mapping[str, Any]) -> None:
-        """One event of a trainer that runs now."""
+    def observe(self, device: str, kind: str, stage: int, data: Mapping[str, Any]) -> None:
+        """One event of a trainer that runs now. device: the name of its slot."""
         if kind == "step":
-            self.stage.set(stage)
-            self._observe_step(data)
+            self._set(self.stage, stage, device)
+            self._observe_step(device, data)
         elif kind == "freeze":
             for row in data.get("rows", ()):
-                self.trainable.labels(_short(row["component"])).set(row["trainable"])
+                self._set(self.trainable, row["trainable"], device, _short(row["component"]))
 
-    def _observe_step(self, data: Mapping[str, Any]) -> None:
+    def clear(self, device: str) -> None:
+        """An attempt has ended: the loss of nobody is shown. What was counted stays."""
+        for gauge, labels in self._shown.pop(device, ()):
+            gauge.remove(*labels)
+
+    def _set(self, gauge: Gauge, value: float, *labels: str) -> None:
+        gauge.labels(*labels).set(value)
+        self._shown.setdefault(labels[0], set()).add((gauge, labels))
+
+    def _observe_step(self, device: str, data: Mapping[str, Any]) -> None:
         figures = (
             (self.train_loss, "loss"), (self.diversity_loss, "gate_loss"), (self.mfu, "mfu"),
             (self.tokens_per_second, "tokens_per_second"),
         )  # fmt: skip
         for gauge, key in figures:
             if isinstance(value := data.get(key), int | float):
-                gauge.set(value)
+                self._set(gauge, value, device)
         for group, rate in (data.get("learning_rates") or {}).items():
-            self.learning_rate.labels(_short(group)).set(rate)
-        for dataset, count in (data.get("dataset_samples") or {"all": data.get("samples") or 0}).items():
-            self.samples.labels(_short(dataset)).inc(count)
+            self._set(self.learning_rate, rate, device, _short(group))
+        for place, count in enumerate(data.get("dataset_samples") or ()):
+            self.samples.labels(device, str(place) if place < _NUM_DATASETS else "others").inc(count)
 
     def exposition(self) -> bytes:
         return generate_latest(self.registry)
 
 
 def _short(label: object) -> str:
-    """A component, group or dataset of a recipe as a label: one line, of bounded length."""
+    """A component or group of a recipe as a label: one line, of bounded length."""
     return str(label)[:64].replace("\n", " ")

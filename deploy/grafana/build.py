@@ -62,6 +62,12 @@ def gauge(metric: str, by: str = "instance") -> tuple[tuple[str, str], ...]:
     return ((f"sum by ({by}) ({metric}{{{FILTER}}})", f"{{{{{by}}}}}"),)
 
 
+def trained(metric: str, by: str = "") -> tuple[tuple[str, str], ...]:
+    """Of one device's job: sums over devices would mix jobs."""
+    shown = f" {{{{{by}}}}}" if by else ""
+    return ((f"{metric}{{{FILTER}}}", f"{{{{instance}}}} {{{{device}}}}{shown}"),)
+
+
 FILTER = 'instance=~"$instance"'
 
 #: Whose instances a board offers: those of the scrape job that has every metric it filters by instance.
@@ -162,16 +168,19 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
         Panel("Oldest lease", "s", "Since a running job's worker spoke. Past the lease another takes the job over.",
               gauge("dve_job_heartbeat_age_seconds")),
         Panel("Attempts", "short", "Trainers that ended, by how.", rate("dve_job_attempts_total", "end")),
-        Panel("Loss", "none", "Of the last step, per label token.", gauge("dve_train_loss")),
-        Panel("Gate loss", "none", "Weighted, of the last step.", gauge("dve_train_diversity_loss")),
-        Panel("Learning rates", "none", "By group.", gauge("dve_train_learning_rate", "group")),
-        Panel("Stage", "none", "Of the curriculum, from 0.", gauge("dve_train_stage")),
+        Panel("Loss", "none", "Of the last step, per label token. Of a device's job, while it runs; so are the next.",
+              trained("dve_train_loss")),
+        Panel("Gate loss", "none", "Weighted, of the last step.", trained("dve_train_diversity_loss")),
+        Panel("Learning rates", "none", "By group.", trained("dve_train_learning_rate", "group")),
+        Panel("Stage", "none", "Of the curriculum, from 0.", trained("dve_train_stage")),
         Panel("What trains", "short", "Parameters that train, by component.",
-              gauge("dve_train_trainable_parameters", "component")),
-        Panel("Samples", "short", "A second, by data set.", rate("dve_train_samples_total", "dataset")),
-        Panel("Tokens", "short", "A second, in the last step.", gauge("dve_train_tokens_per_second")),
+              trained("dve_train_trainable_parameters", "component")),
+        Panel("Samples, by data set", "short", "A second. A number is the data set's place in its job's list, from 0.",
+              rate("dve_train_samples_total", "instance, device, dataset",
+                   "{{instance}} {{device}}: {{dataset}}")),
+        Panel("Tokens", "short", "A second, in the last step.", trained("dve_train_tokens_per_second")),
         Panel("MFU", "percentunit", "Share of the device's peak, where the worker knows it.",
-              gauge("dve_train_mfu_ratio")),
+              trained("dve_train_mfu_ratio")),
         Panel("Worker's disk left", "bytes", "Of the data folder, as the worker sees it.",
               gauge("dve_data_disk_free_bytes")),
         Panel("Worker's store", "s", "Since the store of jobs answered this worker last.",
