@@ -102,7 +102,7 @@ class Metrics:
         self.preemptions = self._counter("num_preemptions", "Sequences put back to be computed again.")
         self.batch_size = self._histogram("batch_size", "Requests of one engine step, by stage.", _COUNTS, "stage")
         self.iteration_tokens = self._histogram(
-            "iteration_tokens", "Tokens of an engine step: of prompts, and given out.", _COUNTS
+            "iteration_tokens", "Tokens of a step: of prompts, computed in it, and given out.", _COUNTS
         )
         self.model_info = self._gauge("model_info", "The loaded models.", "model", "fusion", "device", "dtype")
         self.model_swaps = self._counter("model_swaps", "Variants that came into memory or left it.", "outcome")
