@@ -67,6 +67,7 @@ class FreeEngine:
 
     def __init__(self, rate: float = math.inf) -> None:
         self._rate, self._due = rate, 0.0
+        self._num_tokens = self._num_prompts = 0
         self._left: dict[str, int] = {}
         self._total: dict[str, int] = {}
 
@@ -93,7 +94,10 @@ class FreeEngine:
         return bool(self._left)
 
     def stats(self) -> EngineStats:
-        return EngineStats(num_running=len(self._left))
+        # Tokens too: what the service counts of a step is part of its cost.
+        return EngineStats(
+            num_running=len(self._left), num_generation_tokens=self._num_tokens, num_prompt_tokens=self._num_prompts
+        )
 
     def step(self) -> list[TokenEvent]:
         time.sleep(max(self._due - time.perf_counter(), 0.0))
@@ -108,6 +112,8 @@ class FreeEngine:
             else:
                 self._left[request_id] = left - 1
             reason = "length" if left == 1 else None
+            self._num_tokens += 1
+            self._num_prompts += left == total
             events.append(TokenEvent(request_id, " word", (7,), fusion, reason, usage=usage))  # type: ignore[arg-type]
         return events
 

@@ -5,8 +5,12 @@
 Without: every counter, gauge and histogram does nothing, no request is recorded, no step observed. With: all of them.
 The engine is the demo model's, on one thread, since threads that spin while they wait would be counted too; `--free`
 takes one that costs nothing, so that only the service is left: the worst case. A round's cost is the CPU time of the
-process, all threads; what is compared are neighbours, so that a drift of the machine is in both. A scrape is timed by
+process, all threads, with the sorting of what its histograms put down (histogram.py), which a scrape would do later;
+what is compared are neighbours, so that a drift of the machine is in both. A scrape, its sorting done, is timed by
 itself and counted as often as the shipped Prometheus comes. Bar: 2 % of throughput.
+
+It exits with 0 only if the whole interval is within the bar: one that reaches over it has not shown that the bar holds,
+whatever its median. More rounds make it narrower.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ import service.admission
 import service.main
 from benchmarks.api_overhead import FreeEngine, call
 from model_core.types import EngineStats, TokenEvent
+from service.histogram import Histogram
 from service.metrics import Metrics
 from service.settings import JobSettings, Settings
 
@@ -58,6 +63,22 @@ class Nothing:
     def clear(self) -> None: ...
 
 
+class AllMetrics(Metrics):
+    """The application's metrics, which knows its histograms."""
+
+    def __init__(self) -> None:
+        self.histograms: list[Histogram] = []
+        super().__init__()
+
+    def _histogram(self, *args: Any) -> Histogram:
+        self.histograms.append(super()._histogram(*args))
+        return self.histograms[-1]
+
+    def sort(self) -> None:
+        for histogram in self.histograms:
+            histogram.sort()
+
+
 class NoMetrics(Metrics):
     """The application's metrics, none of which counts."""
 
@@ -68,6 +89,10 @@ class NoMetrics(Metrics):
 
     def observe_step(self, events: Sequence[TokenEvent]) -> None: ...
 
+    def observe_turn(self, before: EngineStats, after: EngineStats) -> None: ...
+
+    def sort(self) -> None: ...
+
     def set_caches(self, stats: EngineStats) -> None: ...
 
     def exposition(self) -> bytes:
@@ -77,8 +102,8 @@ class NoMetrics(Metrics):
 class Side:
     """One application. Its recorder is put in place for the time of a round."""
 
-    def __init__(self, metrics: type[Metrics], engine: Any, streams: int) -> None:
-        self._recorder = service.admission.RequestRecorder if metrics is Metrics else Nothing
+    def __init__(self, metrics: type[AllMetrics | NoMetrics], engine: Any, streams: int) -> None:
+        self._recorder = service.admission.RequestRecorder if metrics is AllMetrics else Nothing
         with replaced(service.main, "Metrics", metrics):
             folder = Path(tempfile.mkdtemp())
             settings = Settings(max_num_seqs=streams, log_level="error", data_dir=folder)
@@ -89,6 +114,7 @@ class Side:
         with replaced(service.admission, "RequestRecorder", self._recorder):
             begin = time.process_time()
             answers = await asyncio.gather(*(call(self.app, body) for body in bodies))
+            self.app.state.parts.metrics.sort()
             spent = time.process_time() - begin
         if {status for status, _ in answers} != {200}:
             raise SystemExit(f"a request was answered with {[status for status, _ in answers]}")
@@ -97,7 +123,9 @@ class Side:
     def scrape(self) -> float:
         """CPU seconds of one."""
         parts, begin = self.app.state.parts, time.process_time()
-        parts.metrics.set_caches(parts.client.stats)
+        bridge = parts.client.bridge()
+        parts.metrics.set_bridge(bridge)
+        parts.metrics.set_caches(bridge.stats)
         parts.metrics.exposition()
         return time.process_time() - begin
 
@@ -122,7 +150,7 @@ def bodies_of(rng: random.Random, args: argparse.Namespace, model: str) -> list[
 async def measure(args: argparse.Namespace) -> tuple[list[tuple[float, float]], float]:
     """CPU seconds with and without, round by round; and of a scrape."""
     engine: Any = FreeEngine() if args.free else demo_engine(args.streams)
-    sides = [Side(Metrics, engine, args.streams), Side(NoMetrics, engine, args.streams)]
+    sides = [Side(AllMetrics, engine, args.streams), Side(NoMetrics, engine, args.streams)]
     rng, model = random.Random(args.seed), engine.info.model_id
     found: list[tuple[float, float]] = []
     scrapes: list[float] = []
@@ -186,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     table.add_row("a scrape, CPU", f"{scrape_seconds * 1e3:.1f} ms", "")
     table.add_row("throughput lost", f"{lost:+.2%} (95 %: {low:+.2%} to {high:+.2%})", f"{_BAR:.0%}")
     Console().print(table)
-    return int(low > _BAR)
+    return int(high > _BAR)
 
 
 if __name__ == "__main__":

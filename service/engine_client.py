@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Literal, TypeVar, cast
+from typing import TypeVar, cast
 
 from model_core.errors import (
     DualVisionError,
@@ -37,11 +37,10 @@ from service.errors import DrainingError, NotReadyError, StalledError
 from service.fleet import Fleet, Member
 from service.inbox import Inbox
 from service.logs import logger
-from service.metrics import Metrics
+from service.metrics import Bridge, Metrics, State
 from service.preparation import Preparation
 from service.tracing.span import current_span
 
-State = Literal["new", "loading", "ready", "failed", "dead", "stopped"]
 T = TypeVar("T")
 K = TypeVar("K")
 
@@ -101,6 +100,7 @@ class EngineClient:
         self._arrivals: set[object] = set()
         self._deadlines: set[Deadline] = set()
         self._drain_until = 0.0
+        self._died_at: float | None = None
         self.num_busy = 0
         #: Called when a member's admitted request has ended, however it did.
         self.on_left: Callable[[Member], None] = lambda _: None
@@ -188,9 +188,24 @@ class EngineClient:
         """Raises EngineDeadError, or StalledError when work waits and nothing moves. Loading is alive."""
         if self._state in ("dead", "failed"):
             raise EngineDeadError("the engine has stopped", value=self._state)
-        still_seconds = self.clock() - self._thread.progress_at
-        if self._streams and still_seconds > self._limits.stall_timeout_seconds:
-            raise StalledError("work waits and the engine does not move", value=f"{still_seconds:.0f} s")
+        if self.stalled_seconds > self._limits.stall_timeout_seconds:
+            raise StalledError("work waits and the engine does not move", value=f"{self.stalled_seconds:.0f} s")
+
+    @property
+    def stalled_seconds(self) -> float:
+        """Since the engine last moved, while somebody waits for it."""
+        return max(self.clock() - self._thread.progress_at, 0.0) if self._streams else 0.0
+
+    @property
+    def dead_seconds(self) -> float:
+        """Since the engine died; 0 while it lives."""
+        return 0.0 if self._died_at is None else self.clock() - self._died_at
+
+    def bridge(self) -> Bridge:
+        """For a scrape."""
+        num_open = len(self._streams)
+        num_sent = max(num_open - len(self._preparing), 0)
+        return Bridge(self._state, num_open, num_sent, self.num_preparing, self.stalled_seconds, self._thread.stats)
 
     def token_text(self, token_id: int) -> tuple[str, list[int]]:
         """A token's text and bytes. The list is shared: do not change it."""
@@ -355,8 +370,11 @@ class EngineClient:
                 del self._streams[event.request_id]
             stream.put(event)
 
+    def on_turn(self, before: EngineStats, after: EngineStats) -> None:
+        self.metrics.observe_turn(before, after)
+
     def on_death(self) -> None:
-        self._state = "dead"
+        self._state, self._died_at = "dead", self.clock()
         self._end_all(EngineDeadError)
 
     def _end_admitted(self) -> None:

@@ -39,13 +39,16 @@ Command = Add | Abort | Stop
 
 
 class EngineHost(Protocol):
-    """Whom the thread reports to. `post` may be called from any thread, the rest is called through it."""
+    """Whom the thread reports to. `post` and `on_turn` are called by the thread, the rest through `post`."""
 
     @property
     def num_preparing(self) -> int:
         """Requests on their way to the engine."""
 
     def post(self, function: Callable[..., None], *args: object) -> None: ...
+
+    def on_turn(self, before: EngineStats, after: EngineStats) -> None:
+        """The engine's counts before a step and after it."""
 
     def on_loaded(self, engine: Engine) -> None: ...
 
@@ -92,6 +95,7 @@ class EngineThread(threading.Thread):
             return
         self._host.post(self._host.on_loaded, engine)
         try:
+            self.stats = engine.stats()  # what it did to warm up is nobody's
             while self._turn(engine):
                 pass
         except Exception as error:  # noqa: BLE001  the engine loop's border: everyone waiting gets an answer
@@ -110,7 +114,8 @@ class EngineThread(threading.Thread):
         if self._unfinished and not engine.has_work():
             # An engine that forgot a request must not leave its client waiting.
             events = [*events, *self._lost_events()]
-        self.stats = engine.stats()
+        before, self.stats = self.stats, engine.stats()
+        self._host.on_turn(before, self.stats)
         self.progress_at = self._clock()
         if events:
             self._host.post(self._host.on_events, events)

@@ -37,15 +37,16 @@ class Tally:
         # One append, which no other thread can come between.
         self._pending.append(amount)
         if len(self._pending) >= _MAX_PENDING:
-            self._sort()
+            self.sort()
 
     def read(self) -> tuple[list[int], float]:
         """How many values are at most each bound, and the sum of all."""
-        self._sort()
+        self.sort()
         with self._lock:
             return list(accumulate(self._counts)), self._sum
 
-    def _sort(self) -> None:
+    def sort(self) -> None:
+        """Put what waits into its buckets."""
         with self._lock:
             values = self._pending[:]
             del self._pending[: len(values)]  # what came meanwhile stays
@@ -78,6 +79,11 @@ class Histogram(Collector):
         found = self._tallies.get(values)
         # Two threads that meet here get the same one.
         return found if found is not None else self._tallies.setdefault(values, Tally(self._bounds))
+
+    def sort(self) -> None:
+        """What a scrape would have to do first; only who measures its cost asks for it alone."""
+        for tally in list(self._tallies.values()):
+            tally.sort()
 
     def describe(self) -> Iterator[HistogramMetricFamily]:
         """The metric without samples: what a registry asks to know names."""

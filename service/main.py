@@ -1,8 +1,8 @@
 """The composition root of the server: settings -> engine, metrics, app -> a listening process.
 
 In: settings of the server and of the jobs. Out: an exit code: 0 after a good run, 2 for what the user can put right
-(a missing or broken checkpoint, a port in use), 1 for the rest, a second signal among it. It alone, with cli.py, may
-import the model.
+(a missing or broken checkpoint, a port in use), 1 for the rest, a second signal and a dead engine among it. It alone,
+with cli.py, may import the model.
 """
 
 from __future__ import annotations
@@ -51,6 +51,9 @@ _BACKLOG = 2048  # connections that wait to be taken; uvicorn's own
 #: From the second signal to the end, whatever happens; `_GOING_SECONDS`, for connections to close after the drain.
 _LAST_SECONDS = 1.8
 _GOING_SECONDS = 5
+#: From an engine's death to the process's: so long the probes and a scrape (every 15 s) are told, then whoever started
+#: the process starts it anew. Nothing short of that helps, and not everybody who starts processes asks probes.
+_DEAD_SECONDS = 20.0
 #: Of an idle connection. A client that keeps it for longer meets the end of it with its next request: httpx keeps 5 s,
 #: aiohttp 15, load balancers 60.
 _IDLE_SECONDS = 75
@@ -219,7 +222,7 @@ def server_config(
     metrics: Metrics = app.state.parts.metrics
 
     def note(status: int) -> None:
-        metrics.http_requests.labels("unmatched", str(status)).inc()
+        metrics.http_requests.labels("unmatched", str(status), "false").inc()
 
     return uvicorn.Config(
         app,
@@ -278,7 +281,8 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Whether it is time to close the port and go."""
-        return await super().on_tick(counter) or self._client.is_drained()
+        is_over = self._client.is_drained() or self._client.dead_seconds > _DEAD_SECONDS
+        return await super().on_tick(counter) or is_over
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Who has dialled is let in before the port closes: the kernel would reset what it has queued."""
@@ -311,7 +315,7 @@ def serve(settings: Settings, jobs: JobSettings, load: Callable[[], Engine] | No
     logger.info("listening on http://%s:%d, loading the model", f"[{host}]" if ":" in host else host, port)
     asyncio.run(servers[0].serve(sockets=[listening]))
     tracer.close()
-    code = 1 if servers[0].num_signals > 1 else 0
+    code = 1 if servers[0].num_signals > 1 or client.dead_seconds else 0
     if client.load_error is not None:
         code = 2 if isinstance(client.load_error, DualVisionError) else 1
     if not client.join_pool(_LAST_SECONDS):

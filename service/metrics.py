@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
@@ -26,6 +27,27 @@ _STAGE = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0
 _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _PIXELS = tuple(side * side for side in (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192))
 _RATIO = tuple(i / 10 for i in range(1, 11))
+#: Data sets of a job that have a series each; a recipe may have 256.
+_NUM_DATASETS = 16
+
+State = Literal["new", "loading", "ready", "failed", "dead", "stopped"]
+STATES: tuple[State, ...] = get_args(State)
+
+
+@dataclass(frozen=True, slots=True)
+class Bridge:
+    """What the engine client knows itself, whatever the engine does.
+
+    num_open: requests whose last event has not come. num_sent: those of them that the engine's thread was given.
+    num_preparing: what the preprocess pool holds. stats: the engine's, as of its last step.
+    """
+
+    state: State
+    num_open: int
+    num_sent: int
+    num_preparing: int
+    stalled_seconds: float
+    stats: EngineStats
 
 
 class Metrics:
@@ -41,12 +63,20 @@ class Metrics:
         self.store = StoreMetrics(self.registry)
 
     def _declare_requests(self) -> None:
-        self.http_requests = self._counter("http_requests", "HTTP answers.", "route", "status")
+        self.http_requests = self._counter(
+            "http_requests", "HTTP answers. retry_after: whether it asks the client to come back.", "route", "status",
+            "retry_after",
+        )  # fmt: skip
         self.request_success = self._counter("request_success", "Finished requests by reason.", "finished_reason")
         self.request_failure = self._counter("request_failure", "Requests that ended in an error, by code.", "code")
         self.admission_rejections = self._counter("admission_rejections", "Requests refused at the door.", "reason")
-        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens, vision tokens included.")
-        self.generation_tokens = self._counter("generation_tokens", "Generated tokens.")
+        self.prompt_tokens = self._counter(
+            "prompt_tokens", "Tokens of finished prompts: vision tokens and those found in the prefix cache included;"
+            " of several answers to one prompt once, and whatever became of the answer.",
+        )  # fmt: skip
+        self.generation_tokens = self._counter(
+            "generation_tokens", "Tokens that the engine gave out, those of requests that failed or were left included."
+        )
         self.ttft = self._histogram("time_to_first_token_seconds", "Admission to the first token.", _TTFT)
         self.itl = self._histogram("inter_token_latency_seconds", "Between two tokens of a request.", _PER_TOKEN)
         self.tpot = self._histogram("request_time_per_output_token_seconds", "Mean after the first token.", _PER_TOKEN)
@@ -57,6 +87,11 @@ class Metrics:
         }
 
     def _declare_engine(self) -> None:
+        self.engine_state = self._gauge("engine_state", "1 for the state that the engine is in, else 0.", "state")
+        self.engine_open = self._gauge("engine_open_requests", "Requests with the engine or on their way to it.")
+        self.engine_stalled = self._gauge(
+            "engine_stalled_seconds", "Since the engine last moved, while requests wait for it; 0 while none does."
+        )
         self.running = self._gauge("num_requests_running", "Requests that the engine works on.")
         self.waiting = self._gauge("num_requests_waiting", "Admitted requests that the engine has not begun.")
         self.waiting_bytes = self._gauge("waiting_body_bytes", "Bodies of requests without a first event yet.")
@@ -66,7 +101,9 @@ class Metrics:
         self.prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
         self.preemptions = self._counter("num_preemptions", "Sequences put back to be computed again.")
         self.batch_size = self._histogram("batch_size", "Requests of one engine step, by stage.", _COUNTS, "stage")
-        self.iteration_tokens = self._histogram("iteration_tokens", "Tokens that one engine step gave out.", _COUNTS)
+        self.iteration_tokens = self._histogram(
+            "iteration_tokens", "Tokens of a step: of prompts, computed in it, and given out.", _COUNTS
+        )
         self.model_info = self._gauge("model_info", "The loaded models.", "model", "fusion", "device", "dtype")
         self.model_swaps = self._counter("model_swaps", "Variants that came into memory or left it.", "outcome")
         self.model_swaps.labels("failed")  # from the start: an alert asks how much it has grown
@@ -75,7 +112,7 @@ class Metrics:
         self.fusion_weight = self._histogram("fusion_weight", "Gate weight, per image.", _RATIO, "encoder")
         self.fusion_dominant = self._counter("fusion_dominant", "Images by dominant encoder.", "encoder")
         self.gate_entropy = self._histogram("fusion_gate_entropy", "Normalised entropy, per image.", _RATIO)
-        self.encoder_forward = self._histogram("encoder_forward_seconds", "Encoder, per request.", _STAGE, "encoder")
+        self.encoder_forward = self._histogram("encoder_forward_seconds", "Of one forward pass.", _STAGE, "encoder")
         self.encoder_cache_hits = self._counter("encoder_cache_hits", "Pictures with kept features.", "encoder")
         self.encoder_cache_misses = self._counter("encoder_cache_misses", "Pictures that were encoded.", "encoder")
         self.encoder_cache_evictions = self._counter("encoder_cache_evictions", "Features dropped.", "encoder")
@@ -109,14 +146,20 @@ class Metrics:
         for info in infos:
             self.model_info.labels(info.model_id, info.fusion, info.device, info.dtype).set(1)
 
-    def set_waiting(self, stats: EngineStats, num_preparing: int, num_bytes: int) -> None:
-        """Gauges of a scrape: who is at which stage. `num_preparing`: what the preprocess pool holds."""
+    def set_bridge(self, bridge: Bridge) -> None:
+        """Gauges of a scrape: is the engine alive, does it move, and who is at which stage."""
+        for state in STATES:
+            self.engine_state.labels(state).set(state == bridge.state)
+        self.engine_open.set(bridge.num_open)
+        self.engine_stalled.set(bridge.stalled_seconds)
+        stats, num_preparing = bridge.stats, bridge.num_preparing
+        # A snapshot is taken after a step: whoever has come since is in none, and in a step that hangs never will be.
+        num_waiting = max(stats.num_waiting, bridge.num_sent - stats.num_running)
         self.running.set(stats.num_running)
-        self.waiting.set(stats.num_waiting + num_preparing)
-        self.waiting_bytes.set(num_bytes)
+        self.waiting.set(num_waiting + num_preparing)
         self.queue_depth.labels("preprocess").set(num_preparing)
         self.queue_depth.labels("encode").set(stats.num_encoding)
-        self.queue_depth.labels("prefill").set(stats.num_waiting - stats.num_encoding)
+        self.queue_depth.labels("prefill").set(num_waiting - stats.num_encoding)
         self.queue_depth.labels("decode").set(stats.num_running)
 
     def set_caches(self, stats: EngineStats) -> None:
@@ -145,6 +188,22 @@ class Metrics:
         counter.inc(max(total - self._engine_totals.get(counter, 0.0), 0.0))
         self._engine_totals[counter] = total
 
+    def observe_turn(self, before: EngineStats, after: EngineStats) -> None:
+        """What the engine counted in one step. Called by its thread, for each step."""
+        num_generated = after.num_generation_tokens - before.num_generation_tokens
+        if num_generated > 0:
+            self.generation_tokens.inc(num_generated)
+        num_tokens = num_generated + after.num_prompt_tokens - before.num_prompt_tokens
+        if num_tokens > 0:
+            self.iteration_tokens.observe(num_tokens)
+        if after.num_images_encoded == before.num_images_encoded:
+            return
+        for encoder, sizes in after.encoder_batches.items():
+            num_passes = sum(sizes.values()) - sum(before.encoder_batches.get(encoder, {}).values())
+            seconds = after.encoder_seconds.get(encoder, 0.0) - before.encoder_seconds.get(encoder, 0.0)
+            for _ in range(num_passes):  # mostly one; of several in a step only the sum is known
+                self.encoder_forward.labels(encoder).observe(seconds / num_passes)
+
     def observe_step(self, events: Sequence[TokenEvent]) -> None:
         """A request's first event carries its fusion: its prompt was finished in this step."""
         requests = {event.request_id for event in events}
@@ -153,7 +212,6 @@ class Metrics:
             self.batch_size.labels("prefill").observe(len(opening))
         if len(requests) > len(opening):
             self.batch_size.labels("decode").observe(len(requests) - len(opening))
-        self.iteration_tokens.observe(sum([len(event.token_ids) for event in events]))
 
     def count_error(self, error: DualVisionError) -> None:
         """An error on its way to a client; images are counted by what was wrong with them."""
@@ -171,8 +229,6 @@ class Metrics:
     def _observe_timings(self, timings: Timings) -> None:
         for stage, histogram in self.stages.items():
             histogram.observe(getattr(timings, f"{stage}_seconds"))
-        for encoder, seconds in timings.encoder_seconds.items():
-            self.encoder_forward.labels(encoder).observe(seconds)
         for stage, seconds in timings.preprocess_stages.items():
             self.preprocess_stages.labels(stage).observe(seconds)
 
@@ -203,6 +259,9 @@ class RequestRecorder:
                 self._metrics.itl.observe(now - self._last)
             self._last = now
             self._num_tokens += len(event.token_ids)
+        if event.fusion is not None and event.usage is not None and not self._is_copy:
+            # Of the first event, as soon as the prompt is done: an answer may take minutes, and be left half way.
+            self._metrics.prompt_tokens.inc(event.usage.prompt_tokens)
         if event.fusion is not None and self._is_fused:
             for weights in event.fusion:
                 self._metrics._observe_fusion(weights)
@@ -223,10 +282,7 @@ class RequestRecorder:
         metrics.e2e.observe(now - self._start)
         if self._first is not None and self._num_tokens > 1:
             metrics.tpot.observe((self._last - self._first) / (self._num_tokens - 1))
-        if end.usage is not None:
-            metrics.generation_tokens.inc(end.usage.completion_tokens)
         if end.usage is not None and not self._is_copy:
-            metrics.prompt_tokens.inc(end.usage.prompt_tokens)
             if end.usage.image_tokens:
                 metrics.visual_tokens.observe(end.usage.image_tokens)
             for pixels in end.usage.image_pixels:
@@ -259,52 +315,65 @@ class StoreMetrics:
 
 
 class TrainingMetrics:
-    """What a worker shows of its jobs, on a registry of its own. Job ids are no labels: one trainer a device is usual,
-    so the gauges of training are of whoever spoke last."""
+    """What a worker shows of its jobs, on a registry of its own. Job ids are no labels: gauges are of a device's slot,
+    which has one job at a time, and go with its attempt."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.train_loss = self._gauge("train_loss", "Loss of the last step.")
-        self.diversity_loss = self._gauge("train_diversity_loss", "The gate's own loss of the last step.")
-        self.learning_rate = self._gauge("train_learning_rate", "Learning rate.", "group")
-        self.stage = self._gauge("train_stage", "Stage of the curriculum, from 0.")
-        self.trainable = self._gauge("train_trainable_parameters", "Parameters that train.", "component")
-        self.samples = Counter("dve_train_samples", "Samples trained on.", ("dataset",), registry=self.registry)
-        self.tokens_per_second = self._gauge("train_tokens_per_second", "Speed of the last step.")
-        self.mfu = self._gauge("train_mfu_ratio", "Share of the device's peak.")
+        self.train_loss = self._gauge("train_loss", "Loss of the last step.", "device")
+        self.diversity_loss = self._gauge("train_diversity_loss", "The gate's own loss of the last step.", "device")
+        self.learning_rate = self._gauge("train_learning_rate", "Learning rate.", "device", "group")
+        self.stage = self._gauge("train_stage", "Stage of the curriculum, from 0.", "device")
+        self.trainable = self._gauge("train_trainable_parameters", "Parameters that train.", "device", "component")
+        self.samples = Counter(
+            "dve_train_samples", "Samples trained on, by the data set's place in its job's list, from 0.",
+            ("device", "dataset"), registry=self.registry,
+        )  # fmt: skip
+        self.tokens_per_second = self._gauge("train_tokens_per_second", "Speed of the last step.", "device")
+        self.mfu = self._gauge("train_mfu_ratio", "Share of the device's peak.", "device")
         self.store = StoreMetrics(self.registry)
         self.heartbeat_age = self._gauge("job_heartbeat_age_seconds", "Since the oldest lease was renewed.")
         self.attempts = Counter("dve_job_attempts", "Attempts by how they ended.", ("end",), registry=self.registry)
+        self._shown: dict[str, set[tuple[Gauge, tuple[str, ...]]]] = {}
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(f"dve_{name}", text, labels, registry=self.registry)
 
-    def observe(self, kind: str, stage: int, data: Mapping[str, Any]) -> None:
-        """One event of a trainer that runs now."""
+    def observe(self, device: str, kind: str, stage: int, data: Mapping[str, Any]) -> None:
+        """One event of a trainer that runs now. device: the name of its slot."""
         if kind == "step":
-            self.stage.set(stage)
-            self._observe_step(data)
+            self._set(self.stage, stage, device)
+            self._observe_step(device, data)
         elif kind == "freeze":
             for row in data.get("rows", ()):
-                self.trainable.labels(_short(row["component"])).set(row["trainable"])
+                self._set(self.trainable, row["trainable"], device, _short(row["component"]))
 
-    def _observe_step(self, data: Mapping[str, Any]) -> None:
+    def clear(self, device: str) -> None:
+        """An attempt has ended: the loss of nobody is shown. What was counted stays."""
+        for gauge, labels in self._shown.pop(device, ()):
+            gauge.remove(*labels)
+
+    def _set(self, gauge: Gauge, value: float, *labels: str) -> None:
+        gauge.labels(*labels).set(value)
+        self._shown.setdefault(labels[0], set()).add((gauge, labels))
+
+    def _observe_step(self, device: str, data: Mapping[str, Any]) -> None:
         figures = (
             (self.train_loss, "loss"), (self.diversity_loss, "gate_loss"), (self.mfu, "mfu"),
             (self.tokens_per_second, "tokens_per_second"),
         )  # fmt: skip
         for gauge, key in figures:
             if isinstance(value := data.get(key), int | float):
-                gauge.set(value)
+                self._set(gauge, value, device)
         for group, rate in (data.get("learning_rates") or {}).items():
-            self.learning_rate.labels(_short(group)).set(rate)
-        for dataset, count in (data.get("dataset_samples") or {"all": data.get("samples") or 0}).items():
-            self.samples.labels(_short(dataset)).inc(count)
+            self._set(self.learning_rate, rate, device, _short(group))
+        for place, count in enumerate(data.get("dataset_samples") or ()):
+            self.samples.labels(device, str(place) if place < _NUM_DATASETS else "others").inc(count)
 
     def exposition(self) -> bytes:
         return generate_latest(self.registry)
 
 
 def _short(label: object) -> str:
-    """A component, group or dataset of a recipe as a label: one line, of bounded length."""
+    """A component or group of a recipe as a label: one line, of bounded length."""
     return str(label)[:64].replace("\n", " ")

@@ -55,15 +55,16 @@ class RequestScope:
         request_id = asked if _VALID_ID.fullmatch(asked) else uuid.uuid4().hex
         span = self._begin_span(scope)
         tokens = request_id_var.set(request_id), trace_id_var.set(span.trace_id), current_span.set(span)
-        start, status, stream_at = self._clock(), 0, 0.0
+        start, status, stream_at, asks_back = self._clock(), 0, 0.0, False
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal status, stream_at
+            nonlocal status, stream_at, asks_back
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = _completed(message.get("headers", ()), request_id, self._clock() - start)
                 is_stream = any(name == b"content-type" and value.startswith(_STREAM) for name, value in headers)
                 stream_at = time.monotonic() if is_stream else 0.0
+                asks_back = status >= 400 and any(name == b"retry-after" for name, _ in headers)
                 message["headers"] = headers
             await send(message)
 
@@ -77,6 +78,7 @@ class RequestScope:
             if stream_at:
                 span.child("stream", stream_at, time.monotonic())
             self._end_span(span, scope, status, request_id)
+            self._metrics.http_requests.labels(_route(scope), str(status), str(asks_back).lower()).inc()
             self._note(scope, status, self._clock() - start)
             request_id_var.reset(tokens[0])
             trace_id_var.reset(tokens[1])
@@ -100,9 +102,9 @@ class RequestScope:
             span.fail(str(status))
         span.end(f"{scope['method']} {route}")
 
-    def _note(self, scope: Scope, status: int, seconds: float) -> None:
+    @staticmethod
+    def _note(scope: Scope, status: int, seconds: float) -> None:
         route = _route(scope)
-        self._metrics.http_requests.labels(route, str(status)).inc()
         state = scope.get("state", {})
         fields = dict(state.get("log_fields", {}))
         if (caller := state.get("caller")) is not None:

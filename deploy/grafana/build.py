@@ -62,7 +62,16 @@ def gauge(metric: str, by: str = "instance") -> tuple[tuple[str, str], ...]:
     return ((f"sum by ({by}) ({metric}{{{FILTER}}})", f"{{{{{by}}}}}"),)
 
 
+def trained(metric: str, by: str = "") -> tuple[tuple[str, str], ...]:
+    """Of one device's job: sums over devices would mix jobs."""
+    shown = f" {{{{{by}}}}}" if by else ""
+    return ((f"{metric}{{{FILTER}}}", f"{{{{instance}}}} {{{{device}}}}{shown}"),)
+
+
 FILTER = 'instance=~"$instance"'
+
+#: Whose instances a board offers: those of the scrape job that has every metric it filters by instance.
+JOBS = {"Training": "dve-worker"}
 
 DASHBOARDS: dict[str, tuple[Panel, ...]] = {
     "Overview": (
@@ -74,10 +83,13 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
               rate("dve_http_requests_total", "status")),
         Panel("Refused at the door", "reqps", "Before anything was decoded. Add a replica, or raise max_waiting.",
               rate("dve_admission_rejections_total", "reason")),
-        Panel("Server error ratio", "percentunit", "Share of 5xx over five minutes.",
+        Panel("Server error ratio", "percentunit", "Share of 5xx over five minutes, without refusals that ask to come"
+              " back and without probes.",
               (("dve:http_error_ratio:rate5m", "{{instance}}"),)),
-        Panel("Tokens generated", "short", "A second, over all requests.", rate("dve_generation_tokens_total")),
-        Panel("Prompt tokens", "short", "A second, vision tokens included.", rate("dve_prompt_tokens_total")),
+        Panel("Tokens generated", "short", "A second, over all requests, also those that failed or were left.",
+              rate("dve_generation_tokens_total")),
+        Panel("Prompt tokens", "short", "A second, of prompts that were finished: vision tokens and those of the"
+              " prefix cache included.", rate("dve_prompt_tokens_total")),
         Panel("Store's silence", "s", "Since the store of jobs answered last; asked every few seconds.",
               gauge("dve_store_answer_age_seconds")),
         Panel("Disk left", "bytes", "Of the data folder: uploads, checkpoints, models, SQLite.",
@@ -105,6 +117,12 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
               quantiles("dve_preprocess_seconds", "stage")),
     ),
     "Engine": (
+        Panel("State", "none", "1 for the state it is in. Dead: the process ends in a moment.",
+              gauge("dve_engine_state", "state")),
+        Panel("Engine's silence", "s", "Since its last step, while requests wait for it; not minutes.",
+              gauge("dve_engine_stalled_seconds")),
+        Panel("Held", "short", "Requests with the engine or on their way to it, as the server itself counts them.",
+              gauge("dve_engine_open_requests")),
         Panel("Running", "short", "Requests that the engine works on.", gauge("dve_num_requests_running")),
         Panel("Waiting", "short", "Admitted, not begun.", gauge("dve_num_requests_waiting")),
         Panel("By stage", "short", "Where requests are.", gauge("dve_queue_depth", "stage")),
@@ -116,7 +134,8 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
               ((f"sum (rate(dve_prefix_cache_hits_total{{{FILTER}}}[$__rate_interval]))"
                 f" / sum (rate(dve_prefix_cache_queries_total{{{FILTER}}}[$__rate_interval]))", "hits"),)),
         Panel("Batch", "short", "Requests of one step, by stage.", quantiles("dve_batch_size", "stage")),
-        Panel("Tokens a step", "short", "Tokens that one step gave out.", quantiles("dve_iteration_tokens")),
+        Panel("Tokens a step", "short", "Of prompts and given out, in one step. Far apart: long prompts come between."
+             , quantiles("dve_iteration_tokens")),
         Panel("Bodies held", "bytes", "Requests without a first event yet; at most 256 MiB by default.",
               gauge("dve_waiting_body_bytes")),
     ),
@@ -129,7 +148,8 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
               rate("dve_fusion_dominant_total", "encoder")),
         Panel("Gate entropy", "percentunit", "0: one encoder has it all. 1: both alike.",
               quantiles("dve_fusion_gate_entropy")),
-        Panel("Encoder time", "s", "Of one forward pass.", quantiles("dve_encoder_forward_seconds", "encoder")),
+        Panel("Encoder time", "s", "Of one forward pass over all pictures that it had. Kept features cost none.",
+              quantiles("dve_encoder_forward_seconds", "encoder")),
         Panel("Pictures a forward", "short", "How well encoding is batched.",
               quantiles("dve_encoder_batch_images", "encoder")),
         Panel("Feature cache hits", "percentunit", "Over a quarter of an hour.",
@@ -148,16 +168,23 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
         Panel("Oldest lease", "s", "Since a running job's worker spoke. Past the lease another takes the job over.",
               gauge("dve_job_heartbeat_age_seconds")),
         Panel("Attempts", "short", "Trainers that ended, by how.", rate("dve_job_attempts_total", "end")),
-        Panel("Loss", "none", "Of the last step, per label token.", gauge("dve_train_loss")),
-        Panel("Gate loss", "none", "Weighted, of the last step.", gauge("dve_train_diversity_loss")),
-        Panel("Learning rates", "none", "By group.", gauge("dve_train_learning_rate", "group")),
-        Panel("Stage", "none", "Of the curriculum, from 0.", gauge("dve_train_stage")),
+        Panel("Loss", "none", "Of the last step, per label token. Of a device's job, while it runs; so are the next.",
+              trained("dve_train_loss")),
+        Panel("Gate loss", "none", "Weighted, of the last step.", trained("dve_train_diversity_loss")),
+        Panel("Learning rates", "none", "By group.", trained("dve_train_learning_rate", "group")),
+        Panel("Stage", "none", "Of the curriculum, from 0.", trained("dve_train_stage")),
         Panel("What trains", "short", "Parameters that train, by component.",
-              gauge("dve_train_trainable_parameters", "component")),
-        Panel("Samples", "short", "A second, by data set.", rate("dve_train_samples_total", "dataset")),
-        Panel("Tokens", "short", "A second, in the last step.", gauge("dve_train_tokens_per_second")),
+              trained("dve_train_trainable_parameters", "component")),
+        Panel("Samples, by data set", "short", "A second. A number is the data set's place in its job's list, from 0.",
+              rate("dve_train_samples_total", "instance, device, dataset",
+                   "{{instance}} {{device}}: {{dataset}}")),
+        Panel("Tokens", "short", "A second, in the last step.", trained("dve_train_tokens_per_second")),
         Panel("MFU", "percentunit", "Share of the device's peak, where the worker knows it.",
-              gauge("dve_train_mfu_ratio")),
+              trained("dve_train_mfu_ratio")),
+        Panel("Worker's disk left", "bytes", "Of the data folder, as the worker sees it.",
+              gauge("dve_data_disk_free_bytes")),
+        Panel("Worker's store", "s", "Since the store of jobs answered this worker last.",
+              gauge("dve_store_answer_age_seconds")),
     ),
 }  # fmt: skip
 
@@ -172,19 +199,19 @@ def render(title: str, panels: tuple[Panel, ...]) -> dict[str, Any]:
         "schemaVersion": 41,
         "refresh": "30s",
         "time": {"from": "now-1h", "to": "now"},
-        "templating": {"list": list(_variables())},
+        "templating": {"list": list(_variables(JOBS.get(title, "dve")))},
         "panels": [_panel(number, panel) for number, panel in enumerate(panels)],
     }
 
 
-def _variables() -> Iterator[dict[str, Any]]:
+def _variables(job: str) -> Iterator[dict[str, Any]]:
     yield {"name": "source", "label": "Data source", "type": "datasource", "query": "prometheus"}
     yield {
         "name": "instance",
         "label": "Instance",
         "type": "query",
         "datasource": SOURCE,
-        "query": 'label_values(up{job="dve"}, instance)',
+        "query": f'label_values(up{{job="{job}"}}, instance)',
         "refresh": 2,
         "multi": True,
         "includeAll": True,

@@ -283,7 +283,7 @@ class DualVisionTrainer:
         check = self._check if self._check is not None and self._check.is_open else None
         place = StepPlace(stage, position.epoch, position.global_step, scale, progress)
         result = self._runner.run(packs, place, check)
-        seconds = self._hooks.clock() - begin
+        speed = Speed(self._hooks.clock() - begin, waited, self._hooks.tower_flops, self._hooks.peak_flops_per_second)
         position.step_done()
         if not result.is_finite:
             self._on_non_finite(result)
@@ -294,10 +294,10 @@ class DualVisionTrainer:
             self._verify(check)
         if position.global_step % self.config.log_every_steps and position.global_step != self.curriculum.total_steps:
             return
-        speed = Speed(seconds, waited, self._hooks.tower_flops, self._hooks.peak_flops_per_second)
         data = step_data(result, packs, speed, self.model.config, self.table) | {
             "num_steps_total": self.curriculum.total_steps, "epoch": position.epoch,
             "learning_rates": self.optimizer.learning_rates, "trained_tokens": self._state.trained_tokens,
+            "dataset_samples": self._runner.take_sample_counts(self.train_source.dataset_names),
         }  # fmt: skip
         self._tell("step", f"loss {result.loss:.4f}", data)
 

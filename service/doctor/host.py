@@ -1,11 +1,15 @@
 """The doctor on the host: Python and its packages, ports, data folder, disk, keys, clock.
 
 In: settings, and what a test gives in the place of the machine. Out: findings. It opens sockets on the asked address to
-see whether they are free, and writes one file into the data folder, which it removes.
+see whether they are free, asks those that are not who has them, and writes one file into the data folder, which it
+removes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import json
 import os
 import shutil
 import socket
@@ -18,8 +22,9 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from model_core.errors import ConfigError
+from model_core.errors import ConfigError, EngineDeadError
 from service.doctor.finding import Finding, fail, of_error, ok, warn
+from service.errors import StalledError
 from service.keys import is_loopback, parse_keys, read_keys
 from service.settings import Settings, WorkerSettings, wants_tracing
 
@@ -28,6 +33,7 @@ _LOW_BYTES, _LOW_RATIO = 10 * 2**30, 0.1
 _FULL_BYTES = 2**30
 _LEAST_PYTHON = (3, 11)
 _SKEW_SECONDS = 2.0
+_ASK_SECONDS, _ASK_BYTES = 3.0, 2**20
 
 
 def python(version: tuple[int, ...] = sys.version_info[:3]) -> Finding:
@@ -65,12 +71,47 @@ def _misfit(requirement: Requirement) -> str:
 
 
 def ports(settings: Settings, worker: WorkerSettings) -> list[Finding]:
-    """The server's, and the worker's for its metrics, which it can do without."""
-    found = [_port("port", settings.host, settings.port, fail, "Stop what listens there, or set DVE_PORT")]
+    """The server's, and the worker's for its metrics, which it can do without. Free, or taken by ours that runs."""
+    taken = _port("port", settings.host, settings.port, fail, "Stop what listens there, or set DVE_PORT")
+    found = [taken if taken.state == "ok" else _running_server(settings.host, settings.port) or taken]
     if worker.worker_metrics_port:
+        host, port = worker.host, worker.worker_metrics_port
         remedy = "Set DVE_WORKER_METRICS_PORT; without it the worker runs and shows no metrics"
-        found.append(_port("worker port", worker.host, worker.worker_metrics_port, warn, remedy))
+        taken = _port("worker port", host, port, warn, remedy)
+        found.append(taken if taken.state == "ok" else _running_worker(host, port) or taken)
     return found
+
+
+def _running_server(host: str, port: int) -> Finding | None:
+    """What a server of ours on this port says of itself; None where it is another's."""
+    try:
+        told = json.loads(_ask(host, port, "/health/live"))
+        if told == {"status": "live"}:
+            return ok("port", f"{host}:{port}: a dve server runs there, and is live")
+        code = told["error"]["code"]
+    except (ValueError, TypeError, LookupError):
+        return None
+    if code not in (EngineDeadError.code, StalledError.code):
+        return None
+    return fail("port", f"{host}:{port}: a dve server runs there, {code}", "Restart it; RUNBOOK.md, DveStalled")
+
+
+def _running_worker(host: str, port: int) -> Finding | None:
+    if b"dve_job_heartbeat_age_seconds" not in _ask(host, port, "/metrics"):
+        return None
+    return ok("worker port", f"{host}:{port}: a dve worker runs there")
+
+
+def _ask(host: str, port: int, path: str) -> bytes:
+    """Of whoever listens there; nothing where that is no HTTP. No proxy is asked on the way."""
+    try:
+        anywhere = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
+        connection = http.client.HTTPConnection(anywhere.get(host, host), port, timeout=_ASK_SECONDS)
+        with contextlib.closing(connection):
+            connection.request("GET", path)
+            return connection.getresponse().read(_ASK_BYTES)
+    except (OSError, ValueError, http.client.HTTPException):
+        return b""
 
 
 def _port(name: str, host: str, port: int, judge: Callable[[str, str, str], Finding], remedy: str) -> Finding:

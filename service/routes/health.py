@@ -28,7 +28,8 @@ async def get_ready(parts: Parts) -> dict[str, str]:
 
 @router.get("/metrics", operation_id="get_metrics", response_class=Response)
 async def get_metrics(parts: Parts) -> Response:
-    stats = parts.client.stats
-    parts.metrics.set_waiting(stats, parts.client.num_preparing, parts.waiting_bytes.num_bytes)
-    parts.metrics.set_caches(stats)
+    bridge = parts.client.bridge()
+    parts.metrics.set_bridge(bridge)
+    parts.metrics.waiting_bytes.set(parts.waiting_bytes.num_bytes)
+    parts.metrics.set_caches(bridge.stats)
     return Response(parts.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)

@@ -15,6 +15,7 @@ import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -104,7 +105,8 @@ class JobRun:
         self.keeper = LeaseKeeper(context.store.leases, context.call, claim, claimed_at)
         self._lease = claim.lease
         self._folder = JobFolder(context.jobs_folder / claim.job.id)
-        self._progress = Progress(context.store, context.call, claim.lease, self._folder, context.metrics)
+        observe = partial(context.metrics.observe, lock.device.name)
+        self._progress = Progress(context.store, context.call, claim.lease, self._folder, observe)
         self._process: TrainerProcess | None = None
         self._stop_asked = asyncio.Event()
         self._is_draining = False
@@ -138,6 +140,7 @@ class JobRun:
             await work_under(self.keeper, self._work(), self._end_child)
         finally:
             self._span.end()
+            self._context.metrics.clear(self.device.name)
             # The child first, then the slot: the next owner may begin as soon as the lock is free.
             if self._job_lock is not None:
                 os.close(self._job_lock)

@@ -8,13 +8,12 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from service.jobs.job import Lease, Level, NewCheckpoint, NewEvent
 from service.jobs.store import Store
-from service.metrics import TrainingMetrics
 from service.supervisor.attempts import JobFolder, StepFolder
 from service.supervisor.event_file import EventFile, TrainerEvent
 from service.supervisor.lease_keeper import StoreThreads
@@ -27,13 +26,15 @@ _COUNTS: Mapping[str, str] = {"num_tokens": "tokens", "num_samples": "samples", 
 _LEVELS: Mapping[str, Level] = {"error": "error", "warning": "warn"}
 
 
+#: Kind, stage and data of an event that is new: `TrainingMetrics.observe` of the attempt's device.
+Observe = Callable[[str, int, Mapping[str, Any]], None]
+
+
 class Progress:
     """One attempt's reporter. last_error: the trainer's latest complaint; summary: its last word."""
 
-    def __init__(
-        self, store: Store, call: StoreThreads, lease: Lease, folder: JobFolder, metrics: TrainingMetrics
-    ) -> None:
-        self._store, self._call, self._lease, self._folder, self._metrics = store, call, lease, folder, metrics
+    def __init__(self, store: Store, call: StoreThreads, lease: Lease, folder: JobFolder, observe: Observe) -> None:
+        self._store, self._call, self._lease, self._folder, self._observe = store, call, lease, folder, observe
         self._root = str(folder.path.parents[1]) + "/"
         self._sent_switches: deque[int] = deque()
         self._saved: dict[int, str] = {}
@@ -86,7 +87,7 @@ class Progress:
             await self._forget_deleted()
         for event in events:
             if is_live:
-                self._metrics.observe(event.kind, event.stage, _with_counts(event.data))
+                self._observe(event.kind, event.stage, _with_counts(event.data))
                 await self._on_live(event)
 
     async def _append(self, events: Sequence[NewEvent], saved: Sequence[NewCheckpoint]) -> None:

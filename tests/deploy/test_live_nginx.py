@@ -194,7 +194,7 @@ def read_all(connection: socket.socket) -> bytes:
     ],
 )
 def test_slow_clients_are_cut_and_never_reach_the_server(live: LiveServer, edge: str, sent: bytes) -> None:
-    asked = 'dve_http_requests_total{route="/v1/chat/completions",status="499"}'
+    asked = 'dve_http_requests_total{retry_after="false",route="/v1/chat/completions",status="499"}'
     before = live.metric(asked)
     with closing(connect(edge)) as connection:
         connection.sendall(sent)

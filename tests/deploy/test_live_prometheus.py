@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.metrics import Metrics, TrainingMetrics
-from tests.deploy.live import ROOT, create_job, finished_job, free_port, question, running, server, worker
+from tests.deploy.live import ROOT, create_job, finished_job, free_port, question, running, server, until, worker
 
 #: What needs an event that a healthy server under light load, and a worker with one good job, do not have.
 NEEDS_AN_EVENT = {
@@ -44,6 +44,13 @@ class Site:
         assert answer["status"] == "success", (expr, answer)
         return answer["data"]["result"]
 
+    def had_data(self, expr: str, since: float) -> bool:
+        """At any time since then: training shows nothing any more when its job has ended."""
+        asked = {"query": expr, "start": since, "end": time.time(), "step": 2}
+        answer = httpx.get(f"{self.prometheus}/api/v1/query_range", params=asked, timeout=20).json()
+        assert answer["status"] == "success", (expr, answer)
+        return bool(answer["data"]["result"])
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
@@ -69,25 +76,35 @@ def chat(site: Site, number: int) -> int:
     return httpx.post(f"http://{site.server}/v1/chat/completions", json=body, timeout=120).status_code
 
 
-def panels() -> set[str]:
-    return {
-        target["expr"].replace("$instance", ".*").replace("$__rate_interval", "30s")
-        for path in DASHBOARDS.glob("*.json")
-        for panel in json.loads(path.read_text())["panels"]
-        for target in panel["targets"]
-    }
+def panels(site: Site) -> set[str]:
+    """Every query, once for each instance that its dashboard offers."""
+    found = set()
+    for path in DASHBOARDS.glob("*.json"):
+        board = json.loads(path.read_text())
+        (offer,) = [one["query"] for one in board["templating"]["list"] if one["name"] == "instance"]
+        (up,) = re.fullmatch(r"label_values\((.+), instance\)", offer).groups()
+        until(lambda up=up: site.ask(up), f"the first scrape of {path.name}")
+        instances = [series["metric"]["instance"] for series in site.ask(up)]
+        found |= {
+            target["expr"].replace("$instance", instance).replace("$__rate_interval", "30s")
+            for instance in instances
+            for panel in board["panels"]
+            for target in panel["targets"]
+        }
+    return found
 
 
 def test_every_panel_and_every_recorded_rule_has_data(site: Site) -> None:
     with httpx.Client(base_url=f"http://{site.server}", timeout=120) as http, ThreadPoolExecutor(4) as pool:
+        began = time.time()
         job = create_job(http)
-        empty = {expr for expr in panels() if not any(name in expr for name in NEEDS_AN_EVENT)}
+        empty = {expr for expr in panels(site) if not any(name in expr for name in NEEDS_AN_EVENT)}
         number, deadline = 0, time.monotonic() + 600
         # Load until all is there: a rate needs two scrapes with something between them.
         while empty and time.monotonic() < deadline:
             assert set(pool.map(lambda n: chat(site, n), range(number, number + 6))) == {200}
             number += 6
-            empty = {expr for expr in empty if not site.ask(expr)}
+            empty = {expr for expr in empty if not site.had_data(expr, began)}
         assert empty == set()
         assert finished_job(http, job)["status"] == "succeeded"
     rules = httpx.get(f"{site.prometheus}/api/v1/rules", timeout=20).json()["data"]["groups"]
@@ -102,6 +119,9 @@ def test_every_declared_metric_is_in_a_scrape(site: Site) -> None:
     """After the load of the test above; with a planted one, which is missed."""
     told = {name: scrape(address) for name, address in (("server", site.server), ("worker", site.worker))}
     assert missing(Metrics().registry, told["server"]) == set()
+    # What a job had while it ran is gone from the worker's scrape, and in Prometheus's memory.
+    known = httpx.get(f"{site.prometheus}/api/v1/label/__name__/values", timeout=20).json()["data"]
+    told["worker"] |= set(known)
     assert missing(TrainingMetrics().registry, told["worker"]) == set()
     planted = TrainingMetrics()
     planted._gauge("train_nobody_feeds", "A gauge with a label, and nobody who sets it.", "label")

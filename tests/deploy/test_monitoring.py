@@ -71,6 +71,21 @@ def test_every_declared_metric_is_on_a_dashboard_or_in_a_rule() -> None:
     assert unseen == set()
 
 
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "deploy/grafana/dashboards").glob("*.json")), ids=lambda path: path.stem
+)
+def test_every_instance_that_a_board_offers_has_what_it_filters_by_instance(path: Path) -> None:
+    """Training offered the servers' instances, and its panels filter the worker's series."""
+    board = json.loads(path.read_text())
+    (query,) = [one["query"] for one in board["templating"]["list"] if one["name"] == "instance"]
+    (jobs,) = re.fullmatch(r'label_values\(up\{job=~?"([^"]+)"\}, instance\)', query).groups()
+    own = {"dve": Metrics().registry, "dve-worker": TrainingMetrics().registry}
+    filtered = [expr for expr in expressions_of(board) if "$instance" in expr]
+    assert filtered
+    for job in jobs.split("|"):
+        assert {name for expr in filtered for name in NAME.findall(expr)} <= declared(own[job]), job
+
+
 def test_a_planted_metric_is_found() -> None:
     assert unknown(["sum(rate(dve_request_success_total[5m]))"]) == set()
     assert unknown(["dve_nothing_total + up"]) == {"dve_nothing_total"}

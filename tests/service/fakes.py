@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -67,7 +67,8 @@ class FakeEngine:
     "break": the row fails, "break last": only that of the third choice; "lose": the engine forgets the request;
     "memory": the row is out of it; "die": the step raises. `hold()` stops all steps until `release()`; `seen` is
     every prepared request, `forked` those that shared another's preparation, `num_decoded` counts images; `added` and
-    `aborted` are ids as they came and went; `counters` goes into `stats`.
+    `aborted` are ids as they came and went; `passes` has the pictures of each pass of the encoders, one a request;
+    `counters` goes into `stats`, over what it counts itself.
     """
 
     info: ModelInfo = INFO
@@ -83,6 +84,9 @@ class FakeEngine:
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _idle: threading.Event = field(default_factory=threading.Event)
     num_steps: int = 0
+    num_prompt_tokens: int = 0
+    num_generation_tokens: int = 0
+    passes: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._open.set()
@@ -150,7 +154,16 @@ class FakeEngine:
         return bool(self.rows)
 
     def stats(self) -> EngineStats:
-        return EngineStats(num_running=len(self.rows), num_steps=self.num_steps, **self.counters)
+        own = {
+            "num_running": len(self.rows),
+            "num_steps": self.num_steps,
+            "num_prompt_tokens": self.num_prompt_tokens,
+            "num_generation_tokens": self.num_generation_tokens,
+            "num_images_encoded": 2 * sum(self.passes),
+            "encoder_seconds": {name: one * len(self.passes) for name, one in TIMINGS.encoder_seconds.items()},
+            "encoder_batches": {name: dict(Counter(self.passes)) for name in TIMINGS.encoder_seconds},
+        }
+        return EngineStats(**own | self.counters)
 
     def token_text(self, token_id: int) -> tuple[str, list[int]]:
         return f"<{token_id}>", [token_id]
@@ -176,6 +189,8 @@ class FakeEngine:
         event = TokenEvent(request_id)
         if row.num_done == 0:
             event = replace(event, fusion=_fusion(row), usage=self._usage(row))
+            self.passes += [row.num_images] if row.num_images else []
+            self.num_prompt_tokens += event.usage.prompt_tokens
         if row.request.encode_only:
             return [self._end(row, event, "stop")]
         if row.request.score_token_ids is not None:
@@ -183,6 +198,7 @@ class FakeEngine:
             return [self._end(row, replace(event, score_logprobs=(score,) * len(row.request.score_token_ids)), "stop")]
         word = row.words[row.num_done]
         row.num_done += 1
+        self.num_generation_tokens += 1
         event = replace(event, text=word, token_ids=(len(word),), logprobs=_logprobs(row, len(word)))
         if word == "":
             return [self._end(row, event, "stop")]

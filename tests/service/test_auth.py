@@ -272,7 +272,7 @@ def test_a_keys_rate_ends_in_429_and_its_headers_count_down(start) -> None:
     for free in (live.http.get("/health"), live.http.get("/v1/models")):
         assert not [name for name in free.headers if name.startswith("x-ratelimit")]
     assert live.metric('dve_admission_rejections_total{reason="rate_limit_exceeded"}') == 1
-    assert live.metric('dve_http_requests_total{route="/v1/models",status="429"}') == 1
+    assert live.metric('dve_http_requests_total{retry_after="true",route="/v1/models",status="429"}') == 1
     clock.time += 20
     assert live.http.get("/v1/models", headers=bearer(INFERENCE)).status_code == 200
 

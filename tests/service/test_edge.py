@@ -222,8 +222,8 @@ def test_what_the_edge_refuses_is_counted(start):
     live = start(edge=SHORT)
     exchange(live, b"nonsense\r\n\r\n")
     exchange(live, b"GET /")
-    assert live.metric('dve_http_requests_total{route="unmatched",status="400"}') == 1
-    assert live.metric('dve_http_requests_total{route="unmatched",status="408"}') == 1
+    assert live.metric('dve_http_requests_total{retry_after="false",route="unmatched",status="400"}') == 1
+    assert live.metric('dve_http_requests_total{retry_after="false",route="unmatched",status="408"}') == 1
 
 
 # Forms

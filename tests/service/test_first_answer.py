@@ -6,6 +6,7 @@ The server is a real process; the pictures are the repository's examples, held o
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -110,6 +112,36 @@ def test_streamed_equals_not_streamed_and_usage_is_counted(client: openai.OpenAI
     for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
         assert getattr(streamed, name) == getattr(whole.usage, name)
     assert whole.usage.prompt_tokens_details.model_extra["multimodal_tokens"] == 25
+
+
+def test_the_real_engine_is_counted_by_the_step(client: openai.OpenAI, url: str) -> None:
+    """Tokens as they are computed and given out; an encoder's pass once, and none for a picture that is known."""
+
+    def told() -> dict[str, float]:
+        lines = [line for line in httpx.get(f"{url}/metrics").text.splitlines() if line[0] != "#"]
+        return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines}
+
+    def asked() -> tuple[openai.types.CompletionUsage, dict[str, float]]:
+        before = told()
+        done = client.chat.completions.create(model="dve-demo", messages=picture, max_tokens=3)
+        return done.usage, {name: value - before.get(name, 0.0) for name, value in told().items()}
+
+    buffer = io.BytesIO()
+    Image.open(EXAMPLES / "dog.png").convert("RGB").rotate(90).save(buffer, "PNG")  # which nobody has asked about yet
+    picture = ask("dog.png", "what is this?")
+    picture[0]["content"][0]["image_url"]["url"] = (
+        f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    )
+    usage, grown = asked()
+    assert grown["dve_prompt_tokens_total"] == usage.prompt_tokens
+    assert grown["dve_generation_tokens_total"] == usage.completion_tokens
+    cached = usage.prompt_tokens_details.cached_tokens
+    assert grown["dve_iteration_tokens_sum"] == usage.prompt_tokens - cached + usage.completion_tokens
+    assert [grown[f'dve_encoder_forward_seconds_count{{encoder="{name}"}}'] for name in ("qwen", "dinov2")] == [1, 1]
+    assert grown['dve_encoder_forward_seconds_sum{encoder="qwen"}'] > 0
+    usage, grown = asked()
+    assert grown["dve_prompt_tokens_total"] == usage.prompt_tokens, "those of the prefix cache are prompt tokens too"
+    assert [grown[f'dve_encoder_forward_seconds_count{{encoder="{name}"}}'] for name in ("qwen", "dinov2")] == [0, 0]
 
 
 def test_shut_eyes_answer_on_the_same_endpoint(client: openai.OpenAI) -> None:

@@ -54,6 +54,9 @@ class Slow(FakeEngine):
 if "patient" in sys.argv:
     main.EdgeLimits = functools.partial(main.EdgeLimits, last_call_seconds=20.0)
 
+if "mortal" in sys.argv:
+    main._DEAD_SECONDS = 1.0
+
 def load():
     if "never" in sys.argv:
         print("loading", file=sys.stderr, flush=True)
@@ -199,6 +202,16 @@ def test_what_outlasts_the_shutdown_time_is_ended_with_an_error():
         process.signal()
         assert process.end() == 0
     assert '"code": "server_draining"' in [line for line in got if line][-1]
+
+
+def test_a_process_outlives_its_engine_by_a_few_scrapes_and_ends_with_an_error():
+    """Under compose nobody asks a probe: a server without an engine answered 503 for ever."""
+    with running("mortal") as process, httpx.Client(base_url=process.url, timeout=20) as client:
+        assert client.post(CHAT, json=ask("die")).json()["error"]["code"] == "engine_dead"
+        assert client.get("/health/live").json()["error"]["code"] == "engine_dead"
+        assert 'dve_engine_state{state="dead"} 1.0' in client.get("/metrics").text
+        assert process.end() == 1
+    assert any("the engine died" in line for line in process.lines)
 
 
 @pytest.mark.parametrize("num_signals", [1, 2])

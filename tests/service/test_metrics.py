@@ -3,6 +3,7 @@
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from model_core.types import EngineStats
 from service.metrics import Metrics, TrainingMetrics
 from tests.service.conftest import LiveServer, ask
 from tests.service.fakes import FakeEngine
@@ -27,11 +28,14 @@ DECLARED = {
     "encoder_cache_hits": ("counter", ("encoder",)),
     "encoder_cache_misses": ("counter", ("encoder",)),
     "encoder_forward_seconds": ("histogram", ("encoder",)),
+    "engine_open_requests": ("gauge", ()),
+    "engine_stalled_seconds": ("gauge", ()),
+    "engine_state": ("gauge", ("state",)),
     "fusion_dominant": ("counter", ("encoder",)),
     "fusion_gate_entropy": ("histogram", ()),
     "fusion_weight": ("histogram", ("encoder",)),
     "generation_tokens": ("counter", ()),
-    "http_requests": ("counter", ("route", "status")),
+    "http_requests": ("counter", ("route", "status", "retry_after")),
     "image_pixels": ("histogram", ()),
     "inter_token_latency_seconds": ("histogram", ()),
     "iteration_tokens": ("histogram", ()),
@@ -73,14 +77,14 @@ TRAINING = {
     "job_progress_age_seconds": ("gauge", ()),
     "jobs": ("gauge", ("status",)),
     "store_answer_age_seconds": ("gauge", ()),
-    "train_diversity_loss": ("gauge", ()),
-    "train_learning_rate": ("gauge", ("group",)),
-    "train_loss": ("gauge", ()),
-    "train_mfu_ratio": ("gauge", ()),
-    "train_samples": ("counter", ("dataset",)),
-    "train_stage": ("gauge", ()),
-    "train_tokens_per_second": ("gauge", ()),
-    "train_trainable_parameters": ("gauge", ("component",)),
+    "train_diversity_loss": ("gauge", ("device",)),
+    "train_learning_rate": ("gauge", ("device", "group")),
+    "train_loss": ("gauge", ("device",)),
+    "train_mfu_ratio": ("gauge", ("device",)),
+    "train_samples": ("counter", ("device", "dataset")),
+    "train_stage": ("gauge", ("device",)),
+    "train_tokens_per_second": ("gauge", ("device",)),
+    "train_trainable_parameters": ("gauge", ("device", "component")),
     "workers": ("gauge", ()),
 }
 
@@ -96,7 +100,6 @@ COUNTED = {
     "encoder_cache_misses": {"qwen": 1, "dinov2": 2},
     "encoder_cache_evictions": {"qwen": 1, "dinov2": 1},
     "encoder_cache_bytes": {"qwen": 1000, "dinov2": 2000},
-    "encoder_batches": {"qwen": {1: 3, 4: 1}, "dinov2": {2: 2}},
 }
 
 
@@ -130,6 +133,8 @@ def test_every_metric_is_fed(start):
     # jobs and workers the store has nothing to tell of them (jobs/test_store_watch.py).
     at_rest = {
         "num_requests_running",
+        "engine_open_requests",
+        "engine_stalled_seconds",
         "waiting_body_bytes",
         "model_swaps",
         "jobs",
@@ -180,14 +185,64 @@ def test_counts_are_right(start):
     assert live.metric('dve_request_success_total{finished_reason="length"}') == 1
     assert live.metric("dve_prompt_tokens_total") == 13 + 5
     assert live.metric("dve_generation_tokens_total") == 4 + 2
+    assert live.metric("dve_iteration_tokens_count") == 4 + 2
+    assert live.metric("dve_iteration_tokens_sum") == 18 + 6, "of prompts, and given out"
     assert live.metric("dve_time_to_first_token_seconds_count") == 2
     assert live.metric("dve_inter_token_latency_seconds_count") == 3 + 1
     assert live.metric('dve_fusion_weight_count{encoder="qwen"}') == 2
     assert live.metric('dve_fusion_dominant_total{encoder="qwen"}') == 2
-    assert live.metric('dve_encoder_forward_seconds_count{encoder="dinov2"}') == 2
-    assert live.metric('dve_http_requests_total{route="/v1/chat/completions",status="200"}') == 2
+    answered = 'dve_http_requests_total{retry_after="false",route="/v1/chat/completions",status="200"}'
+    assert live.metric(answered) == 2
     info = 'dve_model_info{device="cpu",dtype="float32",fusion="gated",model="fake/model:1"}'
     assert live.metric(info) == 1
+
+
+def test_tokens_count_while_an_answer_runs_and_after_it_was_left_or_failed(start):
+    """They were counted at the end of a good answer only: a long one looked like a stall, a broken one like nothing."""
+    live = start()
+    with live.http.stream("POST", "/v1/chat/completions", json=ask("forever", stream=True)) as response:
+        lines = response.iter_lines()
+        assert next(lines)
+        assert live.metric("dve_generation_tokens_total") == 1
+        assert live.metric("dve_prompt_tokens_total") == 7
+    live.engine.wait_until(lambda: live.engine.aborted)
+    assert live.chat("break").status_code == 500
+    assert live.metric("dve_generation_tokens_total") == 1 + 1
+    assert live.metric("dve_prompt_tokens_total") == 7 + 5
+
+
+def test_what_warmed_the_engine_up_counts_for_nobody(start):
+    live = start(FakeEngine(num_prompt_tokens=50, num_generation_tokens=2, passes=[1]))
+    assert live.chat(images=1, max_tokens=1).status_code == 200
+    assert live.metric("dve_generation_tokens_total") == 1
+    assert live.metric("dve_iteration_tokens_sum") == 9 + 1
+    assert live.metric('dve_encoder_forward_seconds_count{encoder="qwen"}') == 1
+
+
+def test_an_encoders_pass_counts_once_and_kept_features_cost_none():
+    """It was the pass's time for each of its requests, and zero for whoever found its features in the cache."""
+    metrics = Metrics()
+    before = EngineStats(num_images_encoded=2, encoder_seconds={"qwen": 1.0}, encoder_batches={"qwen": {2: 1}})
+    metrics.observe_turn(EngineStats(), before)
+    metrics.observe_turn(before, before)
+    both = {"qwen": {1: 2, 2: 1}, "dinov2": {1: 1}}
+    after = EngineStats(
+        num_images_encoded=5, encoder_seconds={"qwen": 1.5, "dinov2": 0.25}, encoder_batches=both,
+        encoder_cache_hits={"qwen": 7},
+    )  # fmt: skip
+    metrics.observe_turn(before, after)
+    shown = metrics.exposition().decode()
+    for line in ('count{encoder="qwen"} 3.0', 'sum{encoder="qwen"} 1.5', 'sum{encoder="dinov2"} 0.25'):
+        assert f"dve_encoder_forward_seconds_{line}" in shown
+
+
+def test_refusals_ask_to_come_back_and_errors_do_not(start):
+    live = start()
+    assert live.chat("break").status_code == 500
+    live.client.begin_drain()
+    assert live.chat().status_code == 503
+    line = 'dve_http_requests_total{{retry_after="{}",route="/v1/chat/completions",status="{}"}}'
+    assert live.metric(line.format("false", 500)) == live.metric(line.format("true", 503)) == 1
 
 
 def test_gauges_tell_what_runs(start):

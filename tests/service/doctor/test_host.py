@@ -8,11 +8,15 @@ import time
 from pathlib import Path
 
 import pytest
+from prometheus_client import start_http_server
 
 from model_core.errors import ConfigError
 from service.doctor import command, host
 from service.keys import hashed_line, load_keys
+from service.metrics import TrainingMetrics
 from service.settings import Settings, WorkerSettings
+from tests.service.conftest import run_server
+from tests.service.fakes import FakeEngine
 
 GIB = 2**30
 LINE = hashed_line("sk-dve-x", "training")
@@ -55,6 +59,32 @@ def test_ports(tmp_path: Path) -> None:
     assert [one.state for one in host.ports(settings(tmp_path, port=0), WorkerSettings(worker_metrics_port=0))] == [
         "ok"
     ]
+
+
+def test_ports_that_a_healthy_server_and_worker_have_are_theirs(tmp_path: Path) -> None:
+    """The doctor called a running server ill, since its own port was taken."""
+    metrics = TrainingMetrics()
+    serving, thread = start_http_server(0, "127.0.0.1", metrics.registry)
+    worker = WorkerSettings(worker_metrics_port=serving.server_port)
+    try:
+        with run_server(FakeEngine()) as live:
+            given = settings(tmp_path, port=int(live.url.rsplit(":", 1)[1]))
+            assert [(one.name, one.state) for one in host.ports(given, worker)] == [
+                ("port", "ok"),
+                ("worker port", "ok"),
+            ]
+            assert live.chat("die").status_code == 503
+            found = host.ports(given, worker)[0]
+            assert found.state == "fail" and "engine_dead" in found.detail and "Restart" in found.remedy
+            # A worker's metrics on the server's port are not what was meant to be there, and the other way round.
+            crossed = host.ports(
+                settings(tmp_path, port=serving.server_port), WorkerSettings(worker_metrics_port=given.port)
+            )
+            assert [one.state for one in crossed] == ["fail", "warn"]
+    finally:
+        serving.shutdown()
+        serving.server_close()
+        thread.join(10)
 
 
 def test_the_data_folder(tmp_path: Path) -> None:

@@ -129,6 +129,7 @@ class Standin:
             self.say(
                 "step", loss=1 / self.step, num_steps_total=total, tokens=10, label_tokens=5, samples=1, seconds=0.01,
                 tokens_per_second=1000.0, learning_rates={"gate": 1e-4}, dataset_losses={"a": 0.5}, grad_norm=1.0,
+                dataset_samples=[1],
                 said_at=time.time(),
             )  # fmt: skip
             if self.step % self.plan.get("checkpoint_every", 5) == 0 or self.step == total:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from model_core.errors import CheckpointIncompleteError, ConfigError
-from service.metrics import TrainingMetrics
 from service.supervisor.attempts import JobFolder
 from service.supervisor.check_report import judge_report, read_report
 from service.supervisor.results import COLUMNS, result_csv
@@ -141,21 +140,3 @@ def test_a_shortage_says_what_is_missing_and_what_would_fit() -> None:
     text = describe_shortage(report, 0, 80 << 30)
     assert "needs 64.0 GiB, GPU 0 has 10.0 of 80.0 GiB free" in text
     assert "training_mode fusion_only, max_tokens 1024" in text
-
-
-def test_metrics_of_training() -> None:
-    metrics = TrainingMetrics()
-    metrics.observe("freeze", 0, {"rows": [{"component": "gate", "trainable": 12}]})
-    metrics.observe(
-        "step", 1,
-        {"loss": 0.5, "gate_loss": 0.1, "tokens_per_second": 900.0, "samples": 4, "learning_rates": {"gate": 1e-5}},
-    )  # fmt: skip
-    metrics.observe("step", 1, {"loss": None, "samples": 4})
-    metrics.store.jobs.labels("queued").set(3)
-    shown = metrics.exposition().decode()
-    for line in (
-        "dve_train_loss 0.5", "dve_train_diversity_loss 0.1", "dve_train_stage 1.0", 'dve_jobs{status="queued"} 3.0',
-        'dve_train_trainable_parameters{component="gate"} 12.0', 'dve_train_learning_rate{group="gate"} 1e-05',
-        'dve_train_samples_total{dataset="all"} 8.0', "dve_job_heartbeat_age_seconds 0.0",
-    ):  # fmt: skip
-        assert line in shown
