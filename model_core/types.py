@@ -245,6 +245,8 @@ class Timings:
     encoder_seconds: Mapping[str, float] = field(default_factory=dict)
     #: Parts of preprocess_seconds: decode, resize, patchify.
     preprocess_stages: Mapping[str, float] = field(default_factory=dict)
+    #: Of queue_seconds, until the encoders took the first of its images; None without images.
+    encode_wait_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +278,7 @@ class TokenEvent:
 class EngineStats:
     """A snapshot for metrics and for the liveness check. Counters only ever grow.
 
-    encoder_batches: by encoder, how many forwards had so many images.
+    encoder_batches: by encoder, how many forwards had so many images. encoder_tokens: image tokens of all forwards.
     """
 
     num_running: int = 0
@@ -296,6 +298,7 @@ class EngineStats:
     encoder_cache_evictions: Mapping[str, int] = field(default_factory=dict)
     encoder_cache_bytes: Mapping[str, int] = field(default_factory=dict)
     encoder_batches: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+    encoder_tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,6 +122,14 @@ class Metrics:
         self.encoder_batch_images = self._histogram(
             "encoder_batch_images", "Pictures of one encoder forward.", _COUNTS, "encoder"
         )
+        self.encoder_batch_tokens = self._histogram(
+            "encoder_batch_tokens", "Image tokens of one encoder forward: at most max_encode_tokens, or one picture.",
+            _COUNTS, "encoder",
+        )  # fmt: skip
+        self.encoder_wait = self._histogram(
+            "encoder_wait_seconds", "A request with images: admission to the encoders, encode_window_seconds included.",
+            _STAGE,
+        )  # fmt: skip
         self.preprocess_stages = self._histogram(
             "preprocess_seconds", "Parts of a request's preprocessing: download, decode, resize, patchify.", _STAGE,
             "stage",
@@ -201,8 +209,10 @@ class Metrics:
         for encoder, sizes in after.encoder_batches.items():
             num_passes = sum(sizes.values()) - sum(before.encoder_batches.get(encoder, {}).values())
             seconds = after.encoder_seconds.get(encoder, 0.0) - before.encoder_seconds.get(encoder, 0.0)
+            num_tokens = after.encoder_tokens.get(encoder, 0) - before.encoder_tokens.get(encoder, 0)
             for _ in range(num_passes):  # mostly one; of several in a step only the sum is known
                 self.encoder_forward.labels(encoder).observe(seconds / num_passes)
+                self.encoder_batch_tokens.labels(encoder).observe(num_tokens / num_passes)
 
     def observe_step(self, events: Sequence[TokenEvent]) -> None:
         """A request's first event carries its fusion: its prompt was finished in this step."""
@@ -231,6 +241,8 @@ class Metrics:
             histogram.observe(getattr(timings, f"{stage}_seconds"))
         for stage, seconds in timings.preprocess_stages.items():
             self.preprocess_stages.labels(stage).observe(seconds)
+        if timings.encode_wait_seconds is not None:
+            self.encoder_wait.observe(timings.encode_wait_seconds)
 
 
 class RequestRecorder:

@@ -86,7 +86,7 @@ class EncodeStage:
     def _encode(self, sequences: list[Sequence]) -> Iterator[Left]:
         """One pass for all; if it fails, half and half again, so that only the culprit ends."""
         for sequence in sequences:
-            sequence.leave_queue(self._runner.clock())
+            sequence.leave_encode_queue(self._runner.clock())
         try:
             self._runner.encode(sequences)
         except ROW_ERRORS as error:
@@ -113,7 +113,7 @@ class EncodeStage:
 
     def _encode_ahead(self, sequence: Sequence, images: list[int]) -> Iterator[Left]:
         """Some of a request's images; the rest has other passes."""
-        sequence.leave_queue(self._runner.clock())
+        sequence.leave_encode_queue(self._runner.clock())
         try:
             self._runner.encode_ahead(sequence, images)
         except ROW_ERRORS as error:

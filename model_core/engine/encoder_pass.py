@@ -48,7 +48,7 @@ class Lanes(Protocol):
 class EncoderPass:
     """`seconds` by encoder and `num_images`, over all passes; a picture counts once for each encoder.
 
-    `batch_sizes`: by encoder, how many forwards had so many pictures.
+    `batch_sizes`: by encoder, how many forwards had so many pictures. `num_tokens`: by encoder, cells of all forwards.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class EncoderPass:
         self.seconds: dict[str, float] = dict.fromkeys(model.model.encoders, 0.0)
         self.num_images = 0
         self.batch_sizes: dict[str, Counter[int]] = {name: Counter() for name in model.model.encoders}
+        self.num_tokens: Counter[str] = Counter()
         self._patches = patches
         self._lanes = lanes or (CudaLanes(model.device) if model.device.type == "cuda" else OneLane(clock))
 
@@ -152,6 +153,7 @@ class EncoderPass:
         for name, lacks in missing.items():
             self.num_images += len(lacks)
             self.batch_sizes[name][len(lacks)] += 1
+            self.num_tokens[name] += sum(self._num_cells(image.grid) for image in lacks)
             for image, part in zip(lacks, parts[name], strict=True):
                 found[name][image.key] = part
                 if next(is_sound):  # or one bad forward would fail this picture for as long as it is kept

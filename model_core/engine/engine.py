@@ -167,6 +167,7 @@ class ContinuousEngine:
             encoder_cache_misses=dict(cache.misses),
             encoder_cache_evictions=dict(cache.evictions),
             encoder_cache_bytes=dict(cache.bytes),
+            encoder_tokens=dict(self.runner.encoders.num_tokens),
             encoder_batches={name: dict(sizes) for name, sizes in self.runner.encoders.batch_sizes.items()},
         )
 

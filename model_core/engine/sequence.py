@@ -49,6 +49,7 @@ class Sequence:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     has_opened: bool = False
+    encode_wait_seconds: float | None = None
     encode_seconds: float = 0.0
     encoder_seconds: dict[str, float] = field(default_factory=dict)
     prefill_seconds: float = 0.0
@@ -103,6 +104,12 @@ class Sequence:
             self.queue_seconds += now - self.queued_at
             self.queued_at = None
 
+    def leave_encode_queue(self, now: float) -> None:
+        """The encoders take it, or its first images."""
+        self.leave_queue(now)
+        if self.encode_wait_seconds is None and self.inputs.pixels is not None:
+            self.encode_wait_seconds = self.queue_seconds
+
     def usage(self) -> Usage:
         scored = len(self.request.score_token_ids or ())
         cached = max(0, min(self.num_cached, self.num_prompt - scored))
@@ -119,5 +126,6 @@ class Sequence:
             prefill_seconds=self.prefill_seconds,
             decode_seconds=decode,
             encoder_seconds=self.encoder_seconds,
+            encode_wait_seconds=self.encode_wait_seconds,
             preprocess_stages={} if self.is_fork else self.inputs.media.stage_seconds,
         )

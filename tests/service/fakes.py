@@ -48,7 +48,7 @@ ANSWERS: dict[Arm, tuple[str, ...]] = {
 #: Log-likelihood of every token of the fused answer under each arm; binary fractions, so sums are exact.
 SCORES: dict[Arm, float] = {"fused": -0.125, "qwen-only": -0.5, "dinov2-only": -1.0, "blind": -2.0, "unfused": -0.25}
 STAGES = {"decode": 0.001, "resize": 0.0005, "patchify": 0.0005}
-TIMINGS = Timings(0.001, 0.002, 0.003, 0.004, 0.005, {"qwen": 0.002, "dinov2": 0.001}, STAGES)
+TIMINGS = Timings(0.001, 0.002, 0.003, 0.004, 0.005, {"qwen": 0.002, "dinov2": 0.001}, STAGES, 0.0005)
 
 
 @dataclass
@@ -161,6 +161,7 @@ class FakeEngine:
             "num_generation_tokens": self.num_generation_tokens,
             "num_images_encoded": 2 * sum(self.passes),
             "encoder_seconds": {name: one * len(self.passes) for name, one in TIMINGS.encoder_seconds.items()},
+            "encoder_tokens": {name: 4 * sum(self.passes) for name in TIMINGS.encoder_seconds},
             "encoder_batches": {name: dict(Counter(self.passes)) for name in TIMINGS.encoder_seconds},
         }
         return EngineStats(**own | self.counters)

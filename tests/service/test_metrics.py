@@ -23,6 +23,8 @@ DECLARED = {
     "data_disk_free_ratio": ("gauge", ()),
     "e2e_request_latency_seconds": ("histogram", ()),
     "encoder_batch_images": ("histogram", ("encoder",)),
+    "encoder_batch_tokens": ("histogram", ("encoder",)),
+    "encoder_wait_seconds": ("histogram", ()),
     "encoder_cache_bytes": ("gauge", ("encoder",)),
     "encoder_cache_evictions": ("counter", ("encoder",)),
     "encoder_cache_hits": ("counter", ("encoder",)),
@@ -222,18 +224,25 @@ def test_what_warmed_the_engine_up_counts_for_nobody(start):
 def test_an_encoders_pass_counts_once_and_kept_features_cost_none():
     """It was the pass's time for each of its requests, and zero for whoever found its features in the cache."""
     metrics = Metrics()
-    before = EngineStats(num_images_encoded=2, encoder_seconds={"qwen": 1.0}, encoder_batches={"qwen": {2: 1}})
+    before = EngineStats(
+        num_images_encoded=2,
+        encoder_seconds={"qwen": 1.0},
+        encoder_batches={"qwen": {2: 1}},
+        encoder_tokens={"qwen": 32},
+    )
     metrics.observe_turn(EngineStats(), before)
     metrics.observe_turn(before, before)
     both = {"qwen": {1: 2, 2: 1}, "dinov2": {1: 1}}
     after = EngineStats(
         num_images_encoded=5, encoder_seconds={"qwen": 1.5, "dinov2": 0.25}, encoder_batches=both,
-        encoder_cache_hits={"qwen": 7},
+        encoder_cache_hits={"qwen": 7}, encoder_tokens={"qwen": 32 + 20, "dinov2": 16},
     )  # fmt: skip
     metrics.observe_turn(before, after)
     shown = metrics.exposition().decode()
     for line in ('count{encoder="qwen"} 3.0', 'sum{encoder="qwen"} 1.5', 'sum{encoder="dinov2"} 0.25'):
         assert f"dve_encoder_forward_seconds_{line}" in shown
+    for line in ('sum{encoder="qwen"} 52.0', 'sum{encoder="dinov2"} 16.0', 'count{encoder="qwen"} 3.0'):
+        assert f"dve_encoder_batch_tokens_{line}" in shown
 
 
 def test_refusals_ask_to_come_back_and_errors_do_not(start):

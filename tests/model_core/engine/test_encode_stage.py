@@ -38,6 +38,8 @@ def test_a_request_of_many_images_takes_several_passes_and_answers_the_same(cach
     assert (passes(whole), passes(encoder)) == ({7: 1}, {2: 3, 1: 1})
     assert found.token_ids == expected.token_ids
     assert [w.weights for w in found.fusion] == [pytest.approx(w.weights, abs=1e-5) for w in expected.fusion]
+    assert encoder.engine.stats().encoder_tokens["qwen"] == 7 * 16
+    assert found.timings.queue_seconds >= found.timings.encode_wait_seconds >= 0
     assert found.timings.encode_seconds >= sum(found.timings.encoder_seconds.values()) > 0
 
 
