@@ -241,3 +241,12 @@ def test_a_run_begins_from_a_published_version(corpus: Path, tmp_path: Path) -> 
     assert without.fingerprint() != without.model_copy(update={"start_from": "x"}).fingerprint()
     older = without.model_dump_json(exclude={*TrainConfig.HARMLESS, "start_from"})
     assert without.fingerprint() == hashlib.sha256(older.encode()).hexdigest()[:16]
+
+
+def test_a_full_disk_is_an_exit_code_where_not_even_a_word_finds_room(corpus: Path, tmp_path: Path) -> None:
+    """Events, messages and errors all go to a disk that is full."""
+    with open("/dev/full", "wb", buffering=0) as full:
+        command = [sys.executable, "-m", "model_core.cli.train", "--config", str(corpus / "config.json"),
+                   "--set", f"output_dir={tmp_path / 'run'}", "--events-fd", str(full.fileno())]  # fmt: skip
+        child = subprocess.run(command, stdout=full, stderr=full, pass_fds=[full.fileno()], check=False, timeout=110)
+    assert child.returncode == train.STORAGE_FULL
