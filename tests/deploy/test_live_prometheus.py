@@ -16,7 +16,17 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.metrics import Metrics, TrainingMetrics
-from tests.deploy.live import ROOT, create_job, finished_job, free_port, question, running, server, worker
+from tests.deploy.live import (
+    ROOT,
+    create_job,
+    finished_job,
+    free_port,
+    prometheus_config,
+    question,
+    running,
+    server,
+    worker,
+)
 
 #: What needs an event that a healthy server under light load, and a worker with one good job, do not have.
 NEEDS_AN_EVENT = {
@@ -51,9 +61,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("site")
     quiet = {"log_level": "warning"}
     with server(folder / "data", **quiet) as a_server, worker(folder / "data", **quiet) as a_worker:
-        shipped = (ROOT / "deploy/prometheus/prometheus.yml").read_text()
-        config = shipped.replace("server:8000", a_server).replace("worker:8001", a_worker).replace("15s", "1s")
-        (folder / "prometheus.yml").write_text(config.replace('["alertmanager:9093"]', "[]"))
+        config = prometheus_config(a_server, a_worker).replace('["alertmanager:9093"]', "[]")
+        (folder / "prometheus.yml").write_text(config)
         # Windows are shortened with the clock: nobody waits a quarter of an hour for a rate.
         rules = (ROOT / "deploy/prometheus/rules.yml").read_text()
         (folder / "rules.yml").write_text(re.sub(r"\[(5|15|30)m\]", "[30s]", rules))

@@ -103,7 +103,8 @@ def check_unnoticed(tally: Tally) -> None:
 def install(folder: Path, data_dir: Path, cluster: Cluster | None) -> Iterator[Drill]:
     """Everything runs and no alert fires. Without a cluster the store is SQLite's, in the data folder."""
     url = None if cluster is None else cluster.new_database()
-    settings = {"kv_cache_bytes": str(64 * 2**20)} | ({} if url is None else {"database_url": url})
+    # Beside a load that never lets up, a trainer of the usual lower priority would hardly get on.
+    settings = {"kv_cache_bytes": str(64 * 2**20), "worker_nice": "0"} | ({} if url is None else {"database_url": url})
     with (
         run_plant(folder, data_dir, **settings) as plant,
         httpx.Client(base_url=plant.url, timeout=120) as http,
@@ -140,8 +141,8 @@ def small_disk(tmp_path: Path) -> Iterator[Drill]:
 def test_a_killed_worker(drill: Drill) -> None:
     """The job goes on from its last checkpoint with the same freeze table, and serving never notices."""
     drill.work(is_real=True)
-    traffic = drill.load()
     job_id = drill.begin_job(120)
+    traffic = drill.load()
     before = drill.store.jobs.get(job_id)
     saved = drill.store.jobs.checkpoints(job_id)[0][0].step
     drill.plant.running["worker"].kill()
@@ -253,21 +254,23 @@ def fill(path: Path) -> None:
 def test_a_full_disk(small_disk: Drill) -> None:
     """A job fails with storage_full, what it saved before is whole, nothing half written stays; uploads are refused."""
     drill = small_disk
-    traffic = drill.load()
     job_id = drill.begin_job(3000)
-    filler = drill.plant.data_dir.parent / "filler"
-    fill(filler)
+    traffic = drill.load()
+    fillers = [drill.plant.data_dir.parent / f"filler-{number}" for number in range(2)]
+    fill(fillers[0])
     try:
         drill.alerts.wait_for("DveDiskFull")
         failed = drill.until_ended(job_id)
         assert (failed["status"], failed["error"]["code"]) == ("failed", "storage_full"), failed
         drill.alerts.wait_for("DveJobFailed")
+        fill(fillers[1])  # what the half-written checkpoint took is free again
         large = {"file": ("t.jsonl", training_file() * 1000)}
         refused = drill.http.post("/v1/files", files=large, data={"purpose": "fine-tune"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (507, "storage_full")
         assert drill.http.get("/health/ready").status_code == 200
     finally:
-        filler.unlink()
+        for filler in fillers:
+            filler.unlink(missing_ok=True)
     for row in drill.store.jobs.checkpoints(job_id)[0]:
         assert verify_folder(Path(row.path), deep=True) is not None
     left = [path.name for path in (drill.plant.data_dir / "jobs" / job_id).rglob(".*.tmp")]
