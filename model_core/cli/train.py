@@ -190,7 +190,7 @@ def load_for_training(config: TrainConfig) -> Loaded:
         options = replace(options, dtype=torch.float32)
     start = None if config.start_from is None else Path(config.start_from)
     if start is not None and not is_variant(start):
-        with whole_model(start) as folder:
+        with whole_model(start, Path(config.output_dir)) as folder:
             return load_checkpoint(folder, options)
     if source.pair is not None:
         base = combine_checkpoints(*source.pair, options, **source.settings)
