@@ -1,7 +1,7 @@
 """The compose files: GPUs in the base and none in the overlay, nothing writable or reachable that need not be.
 
-No Docker engine is needed: the files are read as YAML, and judged by the compose schema (ops). Compose's own merging is
-not run here.
+No Docker engine is needed: the files are read as YAML, and judged by the compose schema. Compose's own merging is not
+run here.
 """
 
 from __future__ import annotations
@@ -179,8 +179,6 @@ def test_the_image_runs_as_nobody_in_particular_and_stops_when_told() -> None:
         assert (ROOT / name).exists(), name
 
 
-@pytest.mark.ops
-@pytest.mark.skipif(not (TOOLS / "check-jsonschema").exists(), reason="not installed (make test-ops does)")
 @pytest.mark.parametrize("name", ["compose.yaml", "compose.cpu.yaml", "compose.postgres.yaml"])
 def test_the_compose_schema_agrees(name: str, tmp_path: Path) -> None:
     """`!reset` is compose's way to take something out; the schema is of what is left."""
@@ -196,8 +194,6 @@ def judge_compose(folder: Path, text: str) -> int:
     return subprocess.run(command, check=False, capture_output=True).returncode
 
 
-@pytest.mark.ops
-@pytest.mark.skipif(not (TOOLS / "hadolint").exists(), reason="not installed (make test-ops does)")
 def test_hadolint_has_nothing_to_say(tmp_path: Path) -> None:
     def lint(path: Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run([TOOLS / "hadolint", path], check=False, capture_output=True, text=True)
