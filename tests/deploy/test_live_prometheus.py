@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 import threading
@@ -30,6 +31,7 @@ from tests.deploy.live import (
     server,
     worker,
 )
+from tests.operations.traffic import picture
 
 #: What needs an event that a healthy server under light load, and a worker with one good job, do not have.
 NEEDS_AN_EVENT = {
@@ -115,6 +117,8 @@ def site(planted: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sit
 
 def chat(site: Site, number: int) -> int:
     body = question(number, max_tokens=12, ignore_eos=True, stream=number % 2 == 0)
+    if number % 3 == 0:  # one that no cache knows
+        body["messages"][0]["content"][0]["image_url"]["url"] = picture(random.Random(number))
     return httpx.post(f"http://{site.server}/v1/chat/completions", json=body, timeout=120).status_code
 
 
