@@ -151,8 +151,10 @@ def test_torch_without_cuda_is_what_the_cpu_image_installs() -> None:
         index = CPU["services"][name]["build"]["args"]["PIP_EXTRA_INDEX_URL"]
         assert index == "${PIP_EXTRA_INDEX_URL:-https://download.pytorch.org/whl/cpu}"
         assert BASE["services"][name]["build"]["args"]["PIP_EXTRA_INDEX_URL"] == "${PIP_EXTRA_INDEX_URL:-}"
-    given = re.findall(r'^ARG (\w+)=', DOCKERFILE, re.MULTILINE)
-    assert set(BASE["services"]["server"]["build"]["args"]) | set(CPU["services"]["server"]["build"]["args"]) <= set(given)
+    given = re.findall(r"^ARG (\w+)=", DOCKERFILE, re.MULTILINE)
+    assert set(BASE["services"]["server"]["build"]["args"]) | set(CPU["services"]["server"]["build"]["args"]) <= set(
+        given
+    )
     assert re.search(r"for name in .*PIP_EXTRA_INDEX_URL.*unset", DOCKERFILE), "an empty one is none"
     pin = re.search(r"^torch==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
     assert f"{pin}+cpu" in SpecifierSet(f"=={pin}") and Version(f"{pin}+cpu") > Version(pin)

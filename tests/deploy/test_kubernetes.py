@@ -187,7 +187,9 @@ def test_who_is_told_where_traces_go_can_get_there(rendered, overlay: str) -> No
     told = {name: pod["containers"][0].get("env", []) for name, pod in pods(rendered[overlay]) if name in OURS}
     assert all(bool(env) == (overlay == "production+more") for env in told.values()), told
     if overlay == "production+more":
-        (where,) = {one["value"] for env in told.values() for one in env if one["name"] == "OTEL_EXPORTER_OTLP_ENDPOINT"}
+        (where,) = {
+            one["value"] for env in told.values() for one in env if one["name"] == "OTEL_EXPORTER_OTLP_ENDPOINT"
+        }
         namespace, port = re.fullmatch(r"http://[\w-]+\.([\w-]+)\.svc:(\d+)", where).groups()
         (rule,) = policies["dve-traces"]["spec"]["egress"]
         assert rule["ports"] == [{"protocol": "TCP", "port": int(port)}]

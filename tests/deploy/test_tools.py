@@ -36,7 +36,9 @@ def test_a_skip_is_a_failure_where_the_target_says_so(tmp_path: Path, no_skips: 
 
 
 def test_the_targets_say_so() -> None:
-    recipes = [line for line in (ROOT / "Makefile").read_text().splitlines() if "tests/deploy" in line and "pytest" in line]
+    recipes = [
+        line for line in (ROOT / "Makefile").read_text().splitlines() if "tests/deploy" in line and "pytest" in line
+    ]
     assert len(recipes) == 2 and all("$(NO_SKIPS)" in line for line in recipes)
 
 

@@ -3,7 +3,8 @@
 Server, worker, PostgreSQL and Prometheus. One fault after another on one installation, as in a bad week; each test
 leaves it well. The full disk has an installation of its own, as the shipped one is without PostgreSQL: SQLite and
 everything else on the disk that fills up. Where the trainer matters it is the real one; in the two tests of the store
-it is the stand-in that speaks its contract. It takes root, Linux, and Debian's Prometheus and PostgreSQL: `make test-ops`.
+it is the stand-in that speaks its contract. It takes root, Linux, and Debian's Prometheus and PostgreSQL: `make
+test-ops`.
 """
 
 from __future__ import annotations
