@@ -347,6 +347,8 @@ class TrainingMetrics:
         self.heartbeat_age = self._gauge("job_heartbeat_age_seconds", "Since the oldest lease was renewed.")
         self.attempts = Counter("dve_job_attempts", "Attempts by how they ended.", ("end",), registry=self.registry)
         self._shown: dict[str, set[tuple[Gauge, tuple[str, ...]]]] = {}
+        for end in ("succeeded", "stopped", "failed", "retry", "postponed"):
+            self.attempts.labels(end)  # from the start: one that is born as 1 has never grown
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(f"dve_{name}", text, labels, registry=self.registry)

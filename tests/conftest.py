@@ -3,6 +3,9 @@
 The models are small, and threads that spin while they wait for each other lose a core that a second process needs:
 beside one busy process the tests of the KV cache took 170 s with two threads and 14 s with one.
 
+With DVE_TESTS_NO_SKIPS (`make test-ops` and `make test-image`) a test that is skipped has failed: these targets bring
+the tools, and green must mean that they were used.
+
 Where tests run in several processes, the loops of decode steps are compiled once before, while these collect their
 tests: on a fresh checkout each server that a test starts would do it for itself otherwise.
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Generator
 
 import pytest
 
@@ -26,6 +30,15 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     hands_out = getattr(session.config.option, "numprocesses", None) and not hasattr(session.config, "workerinput")
     if hands_out:
         session.config.stash[_compiling] = subprocess.Popen([sys.executable, "-c", _COMPILE])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport]:
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("DVE_TESTS_NO_SKIPS"):
+        why = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome, report.longrepr = "failed", f"skipped, and nothing may be (DVE_TESTS_NO_SKIPS): {why}"
+    return report
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

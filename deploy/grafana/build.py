@@ -77,7 +77,7 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
     "Overview": (
         Panel("Up", "none", "1 while the scrape answers.", (('up{job="dve"}', "{{instance}}"),), "stat"),
         Panel("Answers", "reqps", "Finished requests by reason.", rate("dve_request_success_total", "finished_reason")),
-        Panel("Errors", "reqps", "Requests that ended in an error, by code. Codes are in the README's table.",
+        Panel("Errors", "reqps", "Requests that ended in an error, by code: RUNBOOK.md, DveServerErrors.",
               rate("dve_request_failure_total", "code")),
         Panel("HTTP", "reqps", "Answers by status; 503 is a full queue or a draining server.",
               rate("dve_http_requests_total", "status")),

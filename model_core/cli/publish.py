@@ -72,7 +72,7 @@ def _publish(args: argparse.Namespace) -> dict[str, Any]:
             "there is no such run", value=str(args.run), allowed="a model's folder", fix="Check --run"
         )
     base, base_name = _load_base(args)
-    with whole_model(args.run) as run:
+    with whole_model(args.run, args.out.parent) as run:
         record, version = publish_variant(base, run, args.out, base_name=base_name, created_unix=int(time.time()))
     if not args.hold:
         promote(args.out, record.fingerprint)

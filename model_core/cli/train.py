@@ -1,27 +1,35 @@
 """`dve train`: a recipe, trained. Prints what trains and how it goes, and leaves a model folder.
 
-In: a recipe's file and flags; out: a run folder, and an exit code: 0 done, 75 a checkpoint was saved on request and
-`--resume` goes on, 78 the recipe or the data is at fault, 79 the deadline passed, 1 anything else. A supervisor reads
-events and sets deadlines through two open files (`training_pipe.py`).
+In: a recipe's file and flags; out: a run folder, and an exit code: 0 done, 74 the disk is full, 75 a checkpoint was
+saved on request and `--resume` goes on, 78 the recipe or the data is at fault, 79 the deadline passed, 1 anything else.
+A supervisor reads events and sets deadlines through two open files (`training_pipe.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model_core.cli.train_display import Display
 from model_core.cli.training_pipe import Control, EventPipe
-from model_core.errors import CheckpointError, ConfigError, DualVisionError, InputError, ModelNotFoundError
-from model_core.published import is_variant
+from model_core.errors import (
+    CheckpointError,
+    ConfigError,
+    DualVisionError,
+    InputError,
+    ModelNotFoundError,
+    StorageFullError,
+)
+from model_core.published import is_disk_full, is_variant
 from model_core.training.config import TRAINING_MODES, TrainConfig, load_config
 
 if TYPE_CHECKING:
@@ -30,7 +38,7 @@ if TYPE_CHECKING:
     from model_core.training.reports import Outcome
     from model_core.training.trainer import DualVisionTrainer
 
-DONE, FAILED, CHECKPOINTED, REFUSED = 0, 1, 75, 78
+DONE, FAILED, STORAGE_FULL, CHECKPOINTED, REFUSED = 0, 1, 74, 75, 78
 #: The command line's names of the original's flags -> theirs in freeze_config.
 FLAGS = {
     "freeze_qwen_vision": "freeze_qwen_vision",
@@ -69,14 +77,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     pipe = EventPipe(args.events_fd)
     try:
         return _run(args, pipe)
+    except StorageFullError as error:
+        return _leave_full_disk(pipe, error.code, str(error))
     except DualVisionError as error:
         is_final = _is_final(error)
         pipe.fail(error.code, str(error), retry=not is_final)
         print(f"dve train: error: {error}", file=sys.stderr)
         return REFUSED if is_final else FAILED
     except Exception as error:  # the border of the process: a supervisor must hear of it
+        if is_disk_full(error):
+            return _leave_full_disk(pipe, StorageFullError.code, f"the disk is full ({error})")
         pipe.fail("internal_error", f"{type(error).__name__}: {error}", retry=True)
         raise
+
+
+def _leave_full_disk(pipe: EventPipe, code: str, message: str) -> int:
+    """Last words may find no room either, and must not change the exit code: what is still buffered is let go."""
+    with suppress(OSError):
+        pipe.fail(code, message, retry=True)
+    for stream, text in ((sys.stderr, f"dve train: error: {message}\n"), (sys.stdout, "")):
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return STORAGE_FULL
 
 
 def _is_final(error: DualVisionError) -> bool:
@@ -165,7 +190,7 @@ def load_for_training(config: TrainConfig) -> Loaded:
         options = replace(options, dtype=torch.float32)
     start = None if config.start_from is None else Path(config.start_from)
     if start is not None and not is_variant(start):
-        with whole_model(start) as folder:
+        with whole_model(start, Path(config.output_dir)) as folder:
             return load_checkpoint(folder, options)
     if source.pair is not None:
         base = combine_checkpoints(*source.pair, options, **source.settings)

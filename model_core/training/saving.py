@@ -6,9 +6,12 @@ have no state here: every step draws from the seed and its own number (`step.py`
 
 from __future__ import annotations
 
-import tempfile
+import fcntl
+import os
+import secrets
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -149,10 +152,11 @@ def save_final(run: RunFolder, model: nn.Module, processor: Any, best: Path | No
 
 
 @contextmanager
-def whole_model(folder: Path) -> Iterator[Path]:
+def whole_model(folder: Path, scratch: Path) -> Iterator[Path]:
     """A folder of a run as an ordinary model: itself, or where adapters lie beside a step, a copy with them folded in.
 
-    The copy is gone when the context ends. Raises CheckpointError, ConfigError (peft is not installed).
+    scratch: where the copy is written, a folder on a disk with room for a whole model; it is made if need be. The copy
+    is gone when the context ends. Raises CheckpointError, ConfigError (peft is not installed).
     """
     if not (folder / ADAPTERS_NAME).is_file():
         yield folder
@@ -160,7 +164,38 @@ def whole_model(folder: Path) -> Iterator[Path]:
     loaded = load_checkpoint(folder, LoadOptions("cpu"))
     apply_lora(loaded.model, parse_config(read_trainer(folder)["recipe"]).lora, seed=0)
     load_weights(loaded.model, folder, folder / ADAPTERS_NAME)
-    with tempfile.TemporaryDirectory(prefix="dve-folded-") as scratch:
-        target = Path(scratch) / folder.name
+    with _fold_folder(scratch) as mine:
+        target = mine / folder.name
         save_checkpoint(loaded.model, loaded.processor, target, state_dict=merged_state(loaded.model))
+        del loaded
         yield target
+
+
+@contextmanager
+def _fold_folder(parent: Path) -> Iterator[Path]:
+    """A folder in `parent`, locked while it is used: what killed processes left there is nobody's, and goes first.
+
+    Its name is one that `recover` clears away too.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    for left in parent.glob(".folded.*.tmp"):
+        with suppress(OSError), _locked(left):
+            shutil.rmtree(left)
+    mine = parent / f".folded.{secrets.token_hex(4)}.tmp"
+    mine.mkdir()
+    try:
+        with _locked(mine):
+            yield mine
+    finally:
+        shutil.rmtree(mine, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Raises BlockingIOError where another process has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, OperationalErro
 
 from model_core.errors import ConfigError
 from service.errors import InvalidBodyError, StorageFullError, StoreUnavailableError
+from service.jobs.reserve import begin_log_anew, keep_reserve
 from service.jobs.schema import db_now
 
 SQLITE_NAME = "jobs.sqlite3"
@@ -60,9 +62,31 @@ class Database:
 
     @contextlib.contextmanager
     def write(self) -> Iterator[Connection]:
-        """A transaction that may write; SQLite's write lock is taken at once. Commits unless an error passes."""
-        with self._one_at_a_time(), _translated(), self._writing.begin() as connection:
-            yield connection
+        """A transaction that may write; SQLite's write lock is taken at once. Commits unless an error passes.
+
+        Who insists after a StorageFullError may get through: what `keep_reserve` has laid by is used then.
+        """
+        try:
+            with self._one_at_a_time(), _translated(), self._writing.begin() as connection:
+                yield connection
+        except StorageFullError:
+            with contextlib.suppress(StoreUnavailableError, StorageFullError):
+                self._on_sqlite(begin_log_anew)
+            raise
+
+    def keep_reserve(self) -> None:
+        """Lay some room by for when the disk is full. Raises StorageFullError, StoreUnavailableError."""
+        with self._one_at_a_time():
+            self._on_sqlite(keep_reserve)
+
+    def _on_sqlite(self, work: Callable[[Any], object]) -> None:
+        """With a connection outside any transaction."""
+        if self.is_sqlite:
+            with _translated(), contextlib.closing(self._engine.raw_connection()) as connection:
+                try:
+                    work(connection)
+                except sqlite3.OperationalError as error:  # as SQLAlchemy would have told it
+                    raise OperationalError(None, None, error) from error
 
     @contextlib.contextmanager
     def _one_at_a_time(self) -> Iterator[None]:

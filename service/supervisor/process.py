@@ -23,6 +23,7 @@ from service.supervisor import leash
 from service.supervisor.event_file import open_for_append
 
 DONE = 0
+STORAGE_FULL = 74
 CHECKPOINTED = 75
 BAD_INPUT = 78
 DEADLINE_PASSED = 79

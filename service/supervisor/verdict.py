@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from model_core.errors import DualVisionError
-from service.supervisor.process import BAD_INPUT, CHECKPOINTED, DEADLINE_PASSED, DONE
+from service.supervisor.process import BAD_INPUT, CHECKPOINTED, DEADLINE_PASSED, DONE, STORAGE_FULL
 
 ERROR_CODES = frozenset(
     {
@@ -24,6 +24,7 @@ ERROR_CODES = frozenset(
 
 #: In the place of an unexpected exception's text, which may quote anything; the trainer's log has it.
 BROKEN = "The trainer broke in a way that it does not know. Its log on the worker has the details."
+_FULL = "The disk is full. Free some room and resume from the last checkpoint."
 _ALIASES = {"checkpoint_incomplete": "checkpoint_corrupt", "invalid_config": "invalid_training_file"}
 
 End = Literal["succeeded", "stopped", "failed", "retry", "postponed"]
@@ -53,7 +54,10 @@ def judge(exit_code: int, complaint: Mapping[str, Any] | None, message: str = ""
         return Verdict("failed", code or "invalid_training_file", message or "The recipe or the data was refused.")
     if exit_code == DEADLINE_PASSED:
         return Verdict("retry", "worker_lost", "The trainer stopped: its supervisor did not extend its deadline.")
-    # A full disk is no passing thing either, and an attempt that fills it again may take others along.
+    # A full disk is no passing thing either, and an attempt that fills it again may take others along. What the trainer
+    # said of it may not have found room: its exit code is enough.
+    if exit_code == STORAGE_FULL:
+        return Verdict("failed", "storage_full", message if code == "storage_full" else _FULL)
     if told.get("retry") is False or code == "storage_full":
         return Verdict("failed", code or "internal_error", message or "The trainer failed.")
     return Verdict("retry", code or "worker_lost", message or _how_it_ended(exit_code))
@@ -62,9 +66,7 @@ def judge(exit_code: int, complaint: Mapping[str, Any] | None, message: str = ""
 def of_os_error(error: OSError) -> Verdict:
     """What the supervisor itself could not write or start."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return Verdict(
-            "failed", "storage_full", "The disk is full. Free some room and resume from the last checkpoint."
-        )
+        return Verdict("failed", "storage_full", _FULL)
     return Verdict("retry", "internal_error", f"The attempt could not be prepared: {error.strerror or error}.")
 
 

@@ -199,6 +199,7 @@ class WorkerLoop:
                 )
                 await self._context.call(workers.drop_unseen, _FORGET_WORKERS_SECONDS)
                 await self._context.call(watch.look)
+                await self._context.call(self._context.store.database.keep_reserve)
             await asyncio.sleep(_BEAT_SECONDS)
 
 

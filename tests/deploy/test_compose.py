@@ -1,7 +1,7 @@
 """The compose files: GPUs in the base and none in the overlay, nothing writable or reachable that need not be.
 
-No Docker engine is needed: the files are read as YAML, and judged by the compose schema (ops). Compose's own merging is
-not run here.
+No Docker engine is needed: the files are read as YAML, and judged by the compose schema. Compose's own merging is not
+run here.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from service.settings import ROLES
 
@@ -70,7 +73,9 @@ def test_ports_are_on_loopback_and_privileges_are_dropped() -> None:
     for name, service in {**POSTGRES["services"], **BASE["services"]}.items():
         assert service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
-        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ())), name
+        ports = [port.replace("${EDGE_ADDRESS:-127.0.0.1}", "127.0.0.1") for port in service.get("ports", ())]
+        assert all(port.startswith("127.0.0.1:") for port in ports), name
+        assert ports == service.get("ports", []) or name == "edge", "what others may reach is the edge alone"
         assert service["logging"]["options"] == {"max-size": "50m", "max-file": "5"}, name
         assert service.get("read_only") is True or name == "grafana", name
     for name in OURS:
@@ -126,8 +131,41 @@ def test_what_is_mounted_and_set_exists() -> None:
 def test_what_the_example_of_an_environment_names_is_read_by_a_compose_file() -> None:
     offered = set(re.findall(r"^#([A-Z0-9_]+)=", (ROOT / "deploy/.env.example").read_text(), re.MULTILINE))
     files = "".join(path.read_text() for path in (ROOT / "deploy").glob("compose*.yaml"))
-    used = set(re.findall(r"\$\{(\w+)", files)) | set(re.findall(r"^ +(DVE_\w+):$", files, re.MULTILINE))
+    used = set(re.findall(r"\$\{(\w+)", files)) | set(re.findall(r"^ +((?:DVE|OTEL)_\w+):$", files, re.MULTILINE))
     assert offered == used
+
+
+def test_traces_can_be_sent_from_what_is_deployed() -> None:
+    extras = re.search(r'ARG EXTRAS="(.*)"', DOCKERFILE)[1].split(",")
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert "tracing" in extras and set(extras) <= set(known)
+    for name in OURS:
+        environment = BASE["services"][name]["environment"]
+        assert {key for key in environment if key.startswith("OTEL_")} >= {"OTEL_EXPORTER_OTLP_ENDPOINT"}, name
+        assert environment["OTEL_EXPORTER_OTLP_ENDPOINT"] is None, "passed on, if the environment has it"
+
+
+def test_torch_without_cuda_is_what_the_cpu_image_installs() -> None:
+    """PyTorch's index names that build of each version `+cpu`: the pin takes it, and pip prefers it to PyPI's."""
+    for name in OURS:
+        index = CPU["services"][name]["build"]["args"]["PIP_EXTRA_INDEX_URL"]
+        assert index == "${PIP_EXTRA_INDEX_URL:-https://download.pytorch.org/whl/cpu}"
+        assert BASE["services"][name]["build"]["args"]["PIP_EXTRA_INDEX_URL"] == "${PIP_EXTRA_INDEX_URL:-}"
+    given = re.findall(r"^ARG (\w+)=", DOCKERFILE, re.MULTILINE)
+    assert set(BASE["services"]["server"]["build"]["args"]) | set(CPU["services"]["server"]["build"]["args"]) <= set(
+        given
+    )
+    assert re.search(r"for name in .*PIP_EXTRA_INDEX_URL.*unset", DOCKERFILE), "an empty one is none"
+    pin = re.search(r"^torch==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+    assert f"{pin}+cpu" in SpecifierSet(f"=={pin}") and Version(f"{pin}+cpu") > Version(pin)
+
+
+def test_the_image_says_what_it_was_made_from() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f'ARG VERSION="{version}"\n' in DOCKERFILE
+    for name in ("version", "source", "revision"):
+        assert f'org.opencontainers.image.{name}="${{{name.upper()}}}"' in DOCKERFILE
+    assert DOCKERFILE.index("ARG REVISION") > DOCKERFILE.rindex("COPY"), "a commit alone renews no layer"
 
 
 def test_the_image_runs_as_nobody_in_particular_and_stops_when_told() -> None:
@@ -143,8 +181,6 @@ def test_the_image_runs_as_nobody_in_particular_and_stops_when_told() -> None:
         assert (ROOT / name).exists(), name
 
 
-@pytest.mark.ops
-@pytest.mark.skipif(not (TOOLS / "check-jsonschema").exists(), reason="not installed (make test-ops does)")
 @pytest.mark.parametrize("name", ["compose.yaml", "compose.cpu.yaml", "compose.postgres.yaml"])
 def test_the_compose_schema_agrees(name: str, tmp_path: Path) -> None:
     """`!reset` is compose's way to take something out; the schema is of what is left."""
@@ -160,8 +196,6 @@ def judge_compose(folder: Path, text: str) -> int:
     return subprocess.run(command, check=False, capture_output=True).returncode
 
 
-@pytest.mark.ops
-@pytest.mark.skipif(not (TOOLS / "hadolint").exists(), reason="not installed (make test-ops does)")
 def test_hadolint_has_nothing_to_say(tmp_path: Path) -> None:
     def lint(path: Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run([TOOLS / "hadolint", path], check=False, capture_output=True, text=True)

@@ -78,8 +78,9 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
     arguments, mounts = pip_settings()
     # A certificate of a house's own proxy is the host's.
     mounts += ["--volume", f"{CERTIFICATES}:{CERTIFICATES}:ro"] if Path(CERTIFICATES).exists() else []
+    labels = ("--build-arg", "SOURCE=https://example.com/dve", "--build-arg", "REVISION=0123abc")
     built = ("bud", "--isolation", "chroot", "--format", "docker", "--layers=false", "-f", "docker/Dockerfile")
-    run(*buildah, *built, "--build-arg", "BASE=localhost/dve-base", *arguments, *mounts, "-t", "dve", ".")
+    run(*buildah, *built, "--build-arg", "BASE=localhost/dve-base", *labels, *arguments, *mounts, "-t", "dve", ".")
     seconds.append(time.monotonic() - began - seconds[0])
     container = run(*buildah, "from", "dve")
     config = json.loads(run(*buildah, "inspect", "--type", "image", "dve"))["Docker"]["config"]
@@ -108,7 +109,9 @@ def test_the_image_says_how_it_is_run(image: Image) -> None:
     assert (config["User"], config["StopSignal"]) == ("10001:10001", "SIGTERM")
     assert (config["Entrypoint"], config["Cmd"]) == (["/opt/dve/entrypoint.sh"], ["serve"])
     assert config["Healthcheck"]["Test"] == ["CMD", "/opt/venv/bin/python", "/opt/dve/health.py"]
-    assert config["Labels"]["org.opencontainers.image.licenses"] == "Apache-2.0"
+    labels = {name: config["Labels"][f"org.opencontainers.image.{name}"] for name in ("licenses", "source", "revision")}
+    assert labels == {"licenses": "Apache-2.0", "source": "https://example.com/dve", "revision": "0123abc"}
+    assert list(image.root.glob("opt/venv/lib/python3*/site-packages/opentelemetry/sdk")), "traces can be sent"
     assert not list(image.root.glob("usr/bin/*gcc*")), "no compiler that was not asked for"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from service.settings import ROLES
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy/kubernetes"
-OVERLAYS = ("cpu-demo", "gpu", "production", "production+keda")
+OVERLAYS = ("cpu-demo", "gpu", "production", "production+more")
 OURS = ("dve-server", "dve-worker")
 TOOLS = Path(sys.executable).parent
 
@@ -53,10 +54,11 @@ def render(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """Each overlay's objects; KEDA's component is on none, so it is laid over production here."""
+    """Each overlay's objects; components that none of them has are laid over production here."""
     autoscaled = tmp_path_factory.mktemp("keda")
     path = os.path.relpath(FOLDER, autoscaled.resolve())
-    kustomization = {"resources": [f"{path}/overlays/production"], "components": [f"{path}/components/keda"]}
+    components = [f"{path}/components/{name}" for name in ("keda", "tracing")]
+    kustomization = {"resources": [f"{path}/overlays/production"], "components": components}
     (autoscaled / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
     folders = {name: FOLDER / "overlays" / name for name in OVERLAYS[:3]} | {OVERLAYS[3]: autoscaled}
     return {name: render(folder) for name, folder in folders.items()}
@@ -173,10 +175,38 @@ def test_nobody_comes_in_or_gets_out_unless_it_is_said(rendered, overlay: str) -
     assert default == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}, "of every pod of the namespace"
     out = {name for name, one in policies.items() if one["spec"].get("egress")}
     assert out == {"dve-names"} | {
-        "cpu-demo": set(), "gpu": {"dve-hub"},
+        "cpu-demo": set(), "gpu": {"dve-hub"}, "production+more": {"dve-to-postgres", "dve-traces"},
     }.get(overlay, {"dve-to-postgres"})  # fmt: skip
     (budget,) = of_kind(rendered[overlay], "PodDisruptionBudget").values()
     assert budget["spec"]["maxUnavailable"] == 1
+
+
+@kubectl_test
+def test_who_is_told_where_traces_go_can_get_there(rendered, overlay: str) -> None:
+    policies = of_kind(rendered[overlay], "NetworkPolicy")
+    told = {name: pod["containers"][0].get("env", []) for name, pod in pods(rendered[overlay]) if name in OURS}
+    assert all(bool(env) == (overlay == "production+more") for env in told.values()), told
+    if overlay == "production+more":
+        (where,) = {
+            one["value"] for env in told.values() for one in env if one["name"] == "OTEL_EXPORTER_OTLP_ENDPOINT"
+        }
+        namespace, port = re.fullmatch(r"http://[\w-]+\.([\w-]+)\.svc:(\d+)", where).groups()
+        (rule,) = policies["dve-traces"]["spec"]["egress"]
+        assert rule["ports"] == [{"protocol": "TCP", "port": int(port)}]
+        assert rule["to"][0]["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": namespace}
+
+
+@pytest.mark.ops
+@pytest.mark.skipif(KUBECTL is None, reason="no kubectl with kustomize 5 (make test-ops installs one)")
+def test_the_helper_of_a_restore_may_write_what_the_server_may(rendered) -> None:
+    pytest.importorskip("kubernetes_validate", reason="make test-ops installs it")
+    (pod,) = render(FOLDER / "helper")
+    assert faults(pod) is None
+    (container,), server = pod["spec"]["containers"], dict(pods(rendered["gpu"]))["dve-server"]
+    assert pod["spec"]["securityContext"] == server["securityContext"]
+    assert container["securityContext"] == server["containers"][0]["securityContext"]
+    assert pod["spec"]["volumes"] == [one for one in server["volumes"] if one["name"] == "data"]
+    assert pod["metadata"]["namespace"] == "dve"
 
 
 @kubectl_test

@@ -10,7 +10,8 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -19,6 +20,7 @@ import pytest
 
 from service.main import build_app
 from service.settings import JobSettings, Settings
+from tests.deploy.live import until
 from tests.service.conftest import LiveServer, ask, run_server
 from tests.service.fakes import FakeEngine
 
@@ -46,11 +48,13 @@ def wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def nginx(folder: Path, upstream: str, **seconds: str) -> Iterator[str]:
+def nginx(folder: Path, upstream: str, *, resolver: str = "", **seconds: str) -> Iterator[str]:
     """The shipped files, with this upstream, this folder to write to, and some directives' times shortened."""
     port = free_port()
     config = (SHIPPED / "nginx.conf").read_text()
     config = config.replace("server:8000", upstream).replace("listen 8080", f"listen 127.0.0.1:{port}")
+    if resolver:
+        config = config.replace("resolver 127.0.0.11 valid=10s", f"resolver {resolver} valid=1s")
     config = config.replace("/tmp/", f"{folder}/").replace("/dev/stdout", f"{folder}/access.log")
     for directive, value in seconds.items():
         config, found = re.subn(rf"{directive} \w+;", f"{directive} {value};", config)
@@ -224,6 +228,59 @@ def test_a_server_that_is_away_is_a_503_that_may_be_retried(tmp_path: Path) -> N
         answer = httpx.post(url + CHAT, json=ask())
     check(answer, 503, "server_unreachable")
     assert answer.headers["retry-after"] == "1"
+
+
+@nginx_mark
+def test_a_server_that_comes_back_at_another_address_is_found(tmp_path: Path) -> None:
+    """As after an upgrade in compose: the name is the same."""
+    port, where = free_port(), {"address": "127.0.0.2"}
+    with name_server(where) as resolver, ExitStack() as servers:
+        for address in ("127.0.0.2", "127.0.0.3"):
+            servers.enter_context(who_answers(address, port))
+        with nginx(tmp_path, f"server:{port}", resolver=resolver) as url:
+            assert httpx.get(url + "/v1/models").text == "127.0.0.2"
+            where["address"] = "127.0.0.3"
+            seen: list[str] = []
+            until(lambda: seen.append(httpx.get(url + "/v1/models").text) or seen[-1] == "127.0.0.3", str(seen), 20)
+    assert set(seen) <= {"127.0.0.2", "127.0.0.3"}
+
+
+@contextmanager
+def name_server(where: dict[str, str]) -> Iterator[str]:
+    """Docker's, as little of it as nginx asks: every name's one address, as it is now."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        one.bind(("127.0.0.1", 0))
+
+        def answer() -> None:
+            while len(asked := one.recvfrom(512)) and asked[0]:
+                head = asked[0][:2] + b"\x81\x80" + b"\x00\x01" * 2 + bytes(4)
+                found = b"\xc0\x0c\x00\x01\x00\x01" + (1).to_bytes(4) + b"\x00\x04" + socket.inet_aton(where["address"])
+                one.sendto(head + asked[0][12:] + found, asked[1])
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        yield f"127.0.0.1:{one.getsockname()[1]}"
+        one.sendto(b"", one.getsockname())
+        thread.join(10)
+
+
+@contextmanager
+def who_answers(address: str, port: int) -> Iterator[None]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("content-length", str(len(address)))
+            self.end_headers()
+            self.wfile.write(address.encode())
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer((address, port), Handler) as one:
+        thread = threading.Thread(target=one.serve_forever)
+        thread.start()
+        yield
+        one.shutdown()
+        thread.join(10)
 
 
 @nginx_mark

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
+import yaml
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.metrics import Metrics, TrainingMetrics
-from tests.deploy.live import ROOT, create_job, finished_job, free_port, question, running, server, until, worker
+from tests.deploy.live import (
+    ROOT,
+    create_job,
+    finished_job,
+    free_port,
+    prometheus_config,
+    question,
+    running,
+    server,
+    until,
+    worker,
+)
+from tests.operations.traffic import picture
 
 #: What needs an event that a healthy server under light load, and a worker with one good job, do not have.
 NEEDS_AN_EVENT = {
@@ -24,6 +40,12 @@ NEEDS_AN_EVENT = {
     "dve_encoder_cache_evictions_total", "dve_media_rejected_total", "dve:http_error_ratio:rate5m",
     "dve_model_swaps_total",
 }  # fmt: skip
+#: What is there and stays at 0 while all is well: every other number must have been above 0 once.
+ZERO_IS_WELL = {"dve_train_stage", "dve_train_mfu_ratio"}
+#: Selectors of alerts that choose trouble by a label's value.
+CHOOSES_TROUBLE = ('status=~"5.."', 'outcome="failed"')
+SELECTOR = re.compile(r"\b(?:dve_\w+|dve:[\w:]+|up\b)(?:\{[^}]*\})?")
+RULES = ROOT / "deploy/prometheus/rules.yml"
 DASHBOARDS = ROOT / "deploy/grafana/dashboards"
 
 pytestmark = [
@@ -44,26 +66,49 @@ class Site:
         assert answer["status"] == "success", (expr, answer)
         return answer["data"]["result"]
 
-    def had_data(self, expr: str, since: float) -> bool:
-        """At any time since then: training shows nothing any more when its job has ended."""
-        asked = {"query": expr, "start": since, "end": time.time(), "step": 2}
-        answer = httpx.get(f"{self.prometheus}/api/v1/query_range", params=asked, timeout=20).json()
-        assert answer["status"] == "success", (expr, answer)
-        return bool(answer["data"]["result"])
+    def has_number(self, expr: str) -> bool:
+        """One that was a number at any time (training shows nothing when its job has ended): NaN, 0 / 0, is no data."""
+        return bool(self.ask(f"max_over_time(({expr})[10m:1s]) > -Inf"))
+
+    def was_above_zero(self, expr: str) -> bool:
+        return bool(self.ask(f"max_over_time(({expr})[10m:1s]) > 0"))
+
+    def has_data(self, expr: str) -> bool:
+        if any(name in expr for name in ZERO_IS_WELL):
+            return self.has_number(expr)
+        return self.was_above_zero(expr)
+
+
+class Planted(BaseHTTPRequestHandler):
+    """Scraped like the others: a gauge without labels is shown as 0 by whoever declares it, also if nobody sets it."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"# TYPE dve_nobody_sets gauge\ndve_nobody_sets 0.0\n")
+
+    def log_message(self, *_: object) -> None: ...
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def planted() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Planted) as one:
+        threading.Thread(target=one.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{one.server_address[1]}"
+        one.shutdown()
+
+
+@pytest.fixture(scope="module")
+def site(planted: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """The shipped configuration with these targets and a faster clock."""
     folder = tmp_path_factory.mktemp("site")
     quiet = {"log_level": "warning"}
-    with server(folder / "data", **quiet) as a_server, worker(folder / "data", **quiet) as a_worker:
-        shipped = (ROOT / "deploy/prometheus/prometheus.yml").read_text()
-        config = shipped.replace("server:8000", a_server).replace("worker:8001", a_worker).replace("15s", "1s")
-        (folder / "prometheus.yml").write_text(config.replace('["alertmanager:9093"]', "[]"))
+    with server(folder / "data", **quiet) as a_server, worker(folder / "data", worker_nice="0", **quiet) as a_worker:
+        config = prometheus_config(a_server, a_worker).replace('["alertmanager:9093"]', "[]")
+        config += f'  - job_name: planted\n    static_configs:\n      - targets: ["{planted}"]\n'
+        (folder / "prometheus.yml").write_text(config)
         # Windows are shortened with the clock: nobody waits a quarter of an hour for a rate.
-        rules = (ROOT / "deploy/prometheus/rules.yml").read_text()
-        (folder / "rules.yml").write_text(re.sub(r"\[(5|15|30)m\]", "[30s]", rules))
+        (folder / "rules.yml").write_text(re.sub(r"\[(5|15|30)m\]", "[30s]", RULES.read_text()))
         url = f"http://127.0.0.1:{free_port()}"
         command = ("prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/tsdb")
         address = f"--web.listen-address={url.removeprefix('http://')}"
@@ -73,6 +118,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 def chat(site: Site, number: int) -> int:
     body = question(number, max_tokens=12, ignore_eos=True, stream=number % 2 == 0)
+    if number % 3 == 0:  # one that no cache knows
+        body["messages"][0]["content"][0]["image_url"]["url"] = picture(random.Random(number))
     return httpx.post(f"http://{site.server}/v1/chat/completions", json=body, timeout=120).status_code
 
 
@@ -94,25 +141,55 @@ def panels(site: Site) -> set[str]:
     return found
 
 
-def test_every_panel_and_every_recorded_rule_has_data(site: Site) -> None:
+def is_of_an_event(expr: str) -> bool:
+    return any(name in expr for name in NEEDS_AN_EVENT) or any(chosen in expr for chosen in CHOOSES_TROUBLE)
+
+
+def rules() -> list[dict[str, str]]:
+    return [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
+
+
+def selectors(expr: str) -> set[str]:
+    """What an expression reads: each name with its labels, without ranges and what is made of them."""
+    return set(SELECTOR.findall(expr))
+
+
+def test_every_panel_and_every_rule_has_data(site: Site) -> None:
+    recorded = {rule["record"] for rule in rules() if "record" in rule}
     with httpx.Client(base_url=f"http://{site.server}", timeout=120) as http, ThreadPoolExecutor(4) as pool:
-        began = time.time()
         job = create_job(http)
-        empty = {expr for expr in panels(site) if not any(name in expr for name in NEEDS_AN_EVENT)}
+        wanted = {expr for expr in panels(site) | recorded if not is_of_an_event(expr)}
+        at_the_end = {expr for expr in wanted if "dve_job_attempts_total" in expr}
+        empty = wanted - at_the_end
         number, deadline = 0, time.monotonic() + 600
         # Load until all is there: a rate needs two scrapes with something between them.
         while empty and time.monotonic() < deadline:
             assert set(pool.map(lambda n: chat(site, n), range(number, number + 6))) == {200}
             number += 6
-            empty = {expr for expr in empty if not site.had_data(expr, began)}
+            empty = {expr for expr in empty if not site.has_data(expr)}
         assert empty == set()
         assert finished_job(http, job)["status"] == "succeeded"
-    rules = httpx.get(f"{site.prometheus}/api/v1/rules", timeout=20).json()["data"]["groups"]
-    states = [(rule["name"], rule["health"]) for group in rules for rule in group["rules"]]
-    assert len(states) == len(re.findall(r"- (?:alert|record):", (ROOT / "deploy/prometheus/rules.yml").read_text()))
+        until(lambda: all(site.has_data(expr) for expr in at_the_end), f"{at_the_end} have data", 60)
+    told = httpx.get(f"{site.prometheus}/api/v1/rules", timeout=20).json()["data"]["groups"]
+    states = [(rule["name"], rule["health"]) for group in told for rule in group["rules"]]
+    assert len(states) == len(rules())
     assert {health for _, health in states} == {"ok"}, states
     alerts = httpx.get(f"{site.prometheus}/api/v1/alerts", timeout=20).json()["data"]["alerts"]
     assert [alert["labels"] for alert in alerts if alert["state"] == "firing"] == [], "all is well"
+
+
+def blind(site: Site, exprs: Iterable[str]) -> set[str]:
+    """Selectors that choose nothing, though what they choose needs no event: the rule could never fire."""
+    asked = {one for expr in exprs for one in selectors(expr) if not is_of_an_event(one)}
+    return {one for one in asked if not site.ask(f"last_over_time({one}[15m])")}
+
+
+def test_what_every_rule_reads_is_there(site: Site) -> None:
+    """After the load of the test above; with planted ones, which choose nothing."""
+    assert blind(site, [rule["expr"] for rule in rules()]) == set()
+    assert {name for rule in rules() for name in selectors(rule["expr"])} >= {'up{job="dve"}', "dve_model_info"}
+    wrong = ['max by (job) (dve_jobs{job="dve", status="dead"}) > 0', 'rate(dve_prompt_tokens_total{job="d"}[5m]) == 0']
+    assert blind(site, wrong) == {'dve_jobs{job="dve", status="dead"}', 'dve_prompt_tokens_total{job="d"}'}
 
 
 def test_every_declared_metric_is_in_a_scrape(site: Site) -> None:
@@ -126,6 +203,24 @@ def test_every_declared_metric_is_in_a_scrape(site: Site) -> None:
     planted = TrainingMetrics()
     planted._gauge("train_nobody_feeds", "A gauge with a label, and nobody who sets it.", "label")
     assert missing(planted.registry, told["worker"]) == {"dve_train_nobody_feeds"}
+
+
+def never_set(site: Site, names: Iterable[str]) -> set[str]:
+    told = {name for name in names if not any(name in one for one in NEEDS_AN_EVENT | ZERO_IS_WELL)}
+    return {name for name in told if not site.was_above_zero(name)}
+
+
+def test_every_declared_metric_has_been_set(site: Site) -> None:
+    """A gauge without labels is in every scrape, as 0, also where nobody sets it; a planted one is."""
+    declared = {
+        metric.name + {"counter": "_total", "histogram": "_count"}.get(metric.type, "")
+        for registry in (Metrics().registry, TrainingMetrics().registry)
+        for metric in registry.collect()
+    }
+    assert never_set(site, declared) == set()
+    assert site.has_number("dve_nobody_sets"), "it is shown"
+    assert never_set(site, ["dve_nobody_sets"]) == {"dve_nobody_sets"}
+    assert not site.has_data("dve_nobody_sets") and not site.has_data("0 * dve_nobody_sets / dve_nobody_sets")
 
 
 def scrape(address: str) -> set[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 
+from tests.deploy.live import prometheus_config
 from tests.operations.plant import ROOT, Plant, answers, free_port, until
 
 #: An age that is waited for is divided by this.
@@ -42,9 +43,7 @@ class Alerts:
 
 @contextmanager
 def run_prometheus(folder: Path, plant: Plant) -> Iterator[Alerts]:
-    shipped = (ROOT / "deploy/prometheus/prometheus.yml").read_text()
-    config = shipped.replace("server:8000", f"127.0.0.1:{plant.port}")
-    config = config.replace("worker:8001", f"127.0.0.1:{plant.worker_port}").replace("15s", "1s")
+    config = prometheus_config(f"127.0.0.1:{plant.port}", f"127.0.0.1:{plant.worker_port}")
     (folder / "prometheus.yml").write_text(config)
     (folder / "rules.yml").write_text(hurried((ROOT / "deploy/prometheus/rules.yml").read_text()))
     port = free_port()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import json
 import random
@@ -21,7 +20,7 @@ MODEL = "dve-demo"
 #: kind -> how often, in a hundred; the statuses that are right for it.
 KINDS: dict[str, tuple[int, tuple[int, ...]]] = {
     "text": (14, (200,)), "image": (22, (200,)), "stream": (22, (200,)), "several": (6, (200,)),
-    "leave a stream": (10, (200,)), "leave at once": (6, (0,)), "bad picture": (5, (400,)), "bad json": (4, (400,)),
+    "leave a stream": (10, (200,)), "leave at once": (6, (0, 200)), "bad picture": (5, (400,)), "bad json": (4, (400,)),
     "bad parameter": (4, (400,)), "analyze": (3, (200,)), "compare": (1, (200,)), "other": (3, (200,)),
 }  # fmt: skip
 _NAMES, _WEIGHTS = list(KINDS), [weight for weight, _ in KINDS.values()]
@@ -67,14 +66,15 @@ def body(rng: random.Random, images: int = 0, **more: Any) -> dict[str, Any]:
 
 
 def send(client: httpx.Client, kind: str, rng: random.Random) -> tuple[int, str]:
-    """Status and text; of a stream that was read to its end, 0 if it has no end."""
+    """Status and text; 0 for a stream that was read and has no end, and for who left before an answer began."""
     if kind in ("stream", "leave a stream"):
         return _stream(client, rng, leaves=kind != "stream")
     if kind == "leave at once":
-        with contextlib.suppress(httpx.ReadTimeout):
-            client.post(CHAT, json=body(rng, 1, max_tokens=400), timeout=httpx.Timeout(20, read=0.05))
-        return 0, ""
-    if kind == "bad json":
+        try:
+            answer = client.post(CHAT, json=body(rng, 1, max_tokens=400), timeout=httpx.Timeout(20, read=0.05))
+        except httpx.ReadTimeout:
+            return 0, ""
+    elif kind == "bad json":
         answer = client.post(CHAT, content=b'{"messages": [', headers={"content-type": "application/json"})
     elif kind == "other":
         answer = client.get(rng.choice(["/metrics", "/v1/models", "/fusion-weights", "/health/live", JOBS]))

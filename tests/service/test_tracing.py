@@ -18,7 +18,7 @@ from service.tracing.choose import open_tracer
 from service.tracing.otel import OtelTracer
 from service.tracing.span import NoTracer, laid_out, valid_traceparent
 from tests.service.conftest import LiveServer, ask, run_server
-from tests.service.fakes import FakeEngine
+from tests.service.fakes import TIMINGS, FakeEngine
 from tests.service.receiver import run_receiver
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -85,6 +85,18 @@ def test_a_clients_trace_goes_on_through_every_stage(traced: Traced, is_stream: 
     assert (told["http.route"], told["http.response.status_code"], told["dve.request_id"]) == (CHAT, 200, "rid-1")
     assert (told["gen_ai.request.model"], told["dve.num_images"]) == ("fake/model:1", 2)
     assert told["gen_ai.usage.output_tokens"] == 4 and told["dve.finish_reason"] == "stop"
+
+
+def test_the_encoders_time_is_told_of_each(traced: Traced) -> None:
+    """Children of the request like the stages, within the time of encoding, as long as each took."""
+    assert traced.live.chat(images=1).status_code == 200
+    root, encode = (traced.spans()[name] for name in (f"POST {CHAT}", "encode"))
+    found = [span for span in traced.exporter.get_finished_spans() if span.name == "encoder"]
+    seconds = {span.attributes["dve.encoder"]: (span.end_time - span.start_time) / 1e9 for span in found}
+    assert seconds == pytest.approx(TIMINGS.encoder_seconds, abs=1e-6) and len(found) == len(seconds) == 2
+    for span in found:
+        assert span.parent.span_id == root.context.span_id
+        assert encode.start_time <= span.start_time <= span.end_time <= encode.end_time
 
 
 def test_no_attribute_is_content_or_unbounded(traced: Traced) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ from PIL import Image
 
 from model_core.checkpoint import load_checkpoint, save_checkpoint
 from model_core.cli import checkpoints, train
+from model_core.manifest import recover
 from model_core.training.config import TrainConfig, parse_config
 from model_core.training.events import read_events
+from model_core.training.saving import whole_model
 from model_core.variant import publish_variant
 from tests.model_core import tiny, variants
 
@@ -221,7 +225,8 @@ def test_a_run_begins_from_another_ones_step_with_its_adapters_folded_in(corpus:
     out = tmp_path / "run"
     assert run(corpus, out, "--set", 'lora={"llm": {"rank": 2}}', "--set", "training_mode=llm_only") == 0
     last = load_checkpoint(out / "final").model.state_dict()
-    recipe = parse_config({"model": str(corpus / "model"), "start_from": str(out / "step-4"), "device": "cpu"})
+    settings = {"model": str(corpus / "model"), "start_from": str(out / "step-4"), "device": "cpu"}
+    recipe = parse_config(settings | {"output_dir": str(tmp_path / "next")})
     begun = train.load_for_training(recipe).model.state_dict()
     fresh = load_checkpoint(corpus / "model").model.state_dict()
     assert all(torch.equal(begun[name], last[name]) for name in last)
@@ -241,3 +246,35 @@ def test_a_run_begins_from_a_published_version(corpus: Path, tmp_path: Path) -> 
     assert without.fingerprint() != without.model_copy(update={"start_from": "x"}).fingerprint()
     older = without.model_dump_json(exclude={*TrainConfig.HARMLESS, "start_from"})
     assert without.fingerprint() == hashlib.sha256(older.encode()).hexdigest()[:16]
+
+
+def test_a_step_is_folded_beside_its_result_and_not_in_the_systems_own_folder(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container /tmp is memory, and a whole model has no room there. What a killed process left is cleared."""
+    out, scratch = tmp_path / "lora", tmp_path / "models"
+    assert run(corpus, out, "--set", 'lora={"llm": {"rank": 2}}', "--set", "training_mode=llm_only") == 0
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/null/nowhere")
+    left, busy = scratch / ".folded.00000000.tmp", scratch / ".folded.11111111.tmp"
+    for one in (left, busy):
+        one.mkdir(parents=True)
+    lock = os.open(busy, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with whole_model(out / "step-4", scratch) as whole:
+        assert whole.parent.parent == scratch and not left.exists() and busy.is_dir()
+        assert load_checkpoint(whole).model.config.model_type
+    os.close(lock)
+    assert [one.name for one in scratch.iterdir()] == [busy.name]
+    recover(scratch)
+    assert list(scratch.iterdir()) == [], "by name too, in a run's own folder"
+    with whole_model(out / "final", scratch / "unused") as whole:
+        assert whole == out / "final" and not (scratch / "unused").exists(), "there is nothing to fold"
+
+
+def test_a_full_disk_is_an_exit_code_where_not_even_a_word_finds_room(corpus: Path, tmp_path: Path) -> None:
+    """Events, messages and errors all go to a disk that is full."""
+    with open("/dev/full", "wb", buffering=0) as full:
+        command = [sys.executable, "-m", "model_core.cli.train", "--config", str(corpus / "config.json"),
+                   "--set", f"output_dir={tmp_path / 'run'}", "--events-fd", str(full.fileno())]  # fmt: skip
+        child = subprocess.run(command, stdout=full, stderr=full, pass_fds=[full.fileno()], check=False, timeout=110)
+    assert child.returncode == train.STORAGE_FULL

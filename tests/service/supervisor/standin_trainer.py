@@ -13,6 +13,7 @@ Its weights are a hash of all steps in order, so that a lost or repeated step sh
 from __future__ import annotations
 
 import argparse
+import errno
 import fcntl
 import hashlib
 import json
@@ -161,7 +162,12 @@ def main() -> int:
         return 0
     if witness := trainer.plan.get("witness"):
         hold_witness(witness)
-    return trainer.run()
+    try:
+        return trainer.run()
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        os._exit(74)  # nothing more is said: there is no room for it
 
 
 if __name__ == "__main__":

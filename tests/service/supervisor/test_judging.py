@@ -30,6 +30,8 @@ from service.supervisor.workshop import describe_shortage
         (1, {"code": "storage_full", "retry": True}, "failed", "storage_full"),
         (78, {"code": "checkpoint_incomplete"}, "failed", "checkpoint_corrupt"),
         (1, None, "retry", "worker_lost"),
+        (74, None, "failed", "storage_full"),
+        (74, {"code": "nan_loss", "retry": False}, "failed", "storage_full"),
         (-9, None, "retry", "worker_lost"),
         (-200, {"code": "made_up"}, "retry", "worker_lost"),
     ],
