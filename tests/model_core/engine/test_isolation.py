@@ -152,7 +152,7 @@ STAGES: dict[str, tuple[EngineConfig, Callable[[Scene], bool]]] = {
     "mid-decode": (EngineConfig(), lambda s: len(s.victim.token_ids) == 3),
     "preempted": (
         EngineConfig(kv_cache_bytes=cache_of(256), max_num_seqs=4),
-        lambda s: s.victim in s.engine.scheduler.preempted and len(s.victim.token_ids) > 0,
+        lambda s: s.victim in s.engine.scheduler.preempted and s.victim not in s.engine.runner.store,
     ),
 }
 
