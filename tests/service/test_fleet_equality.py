@@ -43,7 +43,7 @@ def asked(seed: int) -> Iterator[tuple[str, GenerationRequest]]:
     for model in ("base", "variant"):
         for number in range(8):
             arm = ("fused", *ARMS)[(number + seed) % (len(ARMS) + 1)]
-            request = random_request(100 * seed + number, max_tokens=8)
+            request = random_request(100 * seed + number, max_tokens=6)
             yield model, replace(request, request_id=f"{model} {number} {arm}", arm=arm)
 
 

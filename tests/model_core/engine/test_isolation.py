@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from model_core.checkpoint import Loaded
 from model_core.encoder import DualVisionEncoder
 from model_core.engine.config import EngineConfig
 from model_core.engine.engine import ContinuousEngine
@@ -23,9 +24,19 @@ from tests.model_core.engine.test_engine import fold, picture, random_request, r
 
 
 @functools.cache
+def loaded() -> Loaded:
+    return Loaded(tiny.trained_model(), tiny.processor())
+
+
+def encoder_of(config: EngineConfig | None = None) -> DualVisionEncoder:
+    """An engine of its own; they share the one model."""
+    return DualVisionEncoder.from_loaded(loaded(), "tiny", config)
+
+
+@functools.cache
 def lonely() -> tuple[DualVisionEncoder, dict[str, tuple[int, ...]]]:
     """An engine that keeps nothing, for one request at a time, and what it has answered. A name is one request here."""
-    return tiny.encoder(engine_config=SETTINGS["no caches at all"]), {}
+    return encoder_of(SETTINGS["no caches at all"]), {}
 
 
 def alone(requests: list[GenerationRequest]) -> dict[str, tuple[int, ...]]:
@@ -79,7 +90,7 @@ def test_a_poisoned_picture_among_32_requests(name: str, monkeypatch: pytest.Mon
     good = [random_request(seed, max_tokens=6) for seed in range(31)]
     more = random_request(100, max_tokens=6)
     expected = alone([*good, more])
-    encoder = tiny.encoder()
+    encoder = encoder_of()
     bad = pictured("bad", 1000)
     passes = poison(encoder, encoder.engine.prepare(bad).inputs, name, monkeypatch)
     merged = run(encoder, [*good[:2], bad, *good[2:]])
@@ -108,7 +119,7 @@ def test_placeholders_that_the_features_do_not_fill(change: Callable[[list[int]]
     """A prompt with another number of places than its pictures have tokens ends alone, and says both numbers."""
     good = [random_request(seed, max_tokens=6) for seed in range(6)]
     expected = alone(good)
-    engine = tiny.encoder().engine
+    engine = encoder_of().engine
     bad = engine.prepare(pictured("bad", 1))
     num_tokens = bad.inputs.num_image_tokens
     bad.inputs = replace(bad.inputs, token_types=change(bad.inputs.token_types))
@@ -159,7 +170,7 @@ STAGES: dict[str, tuple[EngineConfig, Callable[[Scene], bool]]] = {
 
 def set_scene(stage: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Scene, list[GenerationRequest]]:
     config, is_there = STAGES[stage]
-    engine, now = tiny.encoder(engine_config=config).engine, [0.0]
+    engine, now = encoder_of(config).engine, [0.0]
     monkeypatch.setattr(engine.runner, "clock", lambda: now[0])
     others = [pictured(f"o{n}", n, max_tokens=30) for n in range(2)]
     victim = replace(pictured("victim", 7, max_tokens=40), timeout_seconds=60.0)
