@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import random
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 from PIL import Image
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from model_core.encoder import DualVisionEncoder
 from model_core.engine.config import EngineConfig
 from model_core.errors import ContextLengthError, InvalidRequestError, RequestFailedError
+from model_core.model import DualVisionModel
 from model_core.types import (
+    Arm,
     ChatMessage,
     GenerationRequest,
     ImagePart,
@@ -63,6 +68,19 @@ def run(encoder: DualVisionEncoder, requests: list[GenerationRequest], arrive: i
     return merged
 
 
+def as_arm(model: DualVisionModel, arm: Arm) -> AbstractContextManager[object]:
+    """`generate` knows no arms: while this is open, its images' features are those that this arm leaves."""
+    if arm == "fused":
+        return nullcontext()
+
+    def features(pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: object) -> BaseModelOutputWithPooling:
+        tokens = model.embed_images(pixel_values, image_grid_thw, [arm] * len(image_grid_thw)).tokens
+        cells = image_grid_thw.prod(-1) // model.config.merge_size**2 * model.fusion.tokens_per_cell
+        return BaseModelOutputWithPooling(pooler_output=tokens.split(cells.tolist()))
+
+    return mock.patch.object(model.model, "get_image_features", features)
+
+
 def generated(encoder: DualVisionEncoder, request: GenerationRequest) -> tuple[list[int], list[float]]:
     """transformers' own greedy ids on the same prompt, and the margin of each choice over the next best."""
     inputs = encoder.engine.prepare(request).inputs
@@ -73,17 +91,18 @@ def generated(encoder: DualVisionEncoder, request: GenerationRequest) -> tuple[l
 
         extra["pixel_values"] = normalise_pixels(inputs.pixels, encoder.format.patches, torch.device("cpu"))
         extra["image_grid_thw"] = torch.tensor(inputs.grids)
-    out = encoder.model.generate(
-        input_ids=ids,
-        **extra,
-        max_new_tokens=request.sampling.max_tokens,
-        min_new_tokens=request.sampling.max_tokens,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
+    with as_arm(encoder.model, request.arm):
+        out = encoder.model.generate(
+            input_ids=ids,
+            **extra,
+            max_new_tokens=request.sampling.max_tokens,
+            min_new_tokens=request.sampling.max_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
     best = [step[0].float().topk(2).values for step in out.logits]
     return out.sequences[0, ids.shape[1] :].tolist(), [float(b[0] - b[1]) for b in best]
 
