@@ -196,15 +196,13 @@ def test_a_cpu_gets_dense_rows(enable_prefix_caching: bool) -> None:
 
 
 @pytest.mark.parametrize("fault", ["", "no such luck"])
-def test_a_gpu_gets_the_best_that_runs_there(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_gets_the_best_that_runs_there(fault: str, triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = replace(SHAPE, device=torch.device("cuda"), dtype=torch.bfloat16)
     monkeypatch.setattr(paged, "_triton_fault", lambda *args: fault)
     monkeypatch.setattr(paged, "_find_varlen", lambda *args: (varlen, ""))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     # The choice is made for CUDA, the tensors are made here.
     monkeypatch.setattr(paged, "PagedStore", lambda asked, *args, **kw: PagedStore(SHAPE, *args, **kw))
-    if not fault:
-        pytest.importorskip("triton")
     store, reason = paged.build_store(shape, 8, BLOCK, use_flash_attention=True)
     backend = "sdpa" if fault else "triton"
     because = "; no Triton decode: no such luck" if fault else ""
