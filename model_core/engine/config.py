@@ -24,6 +24,8 @@ class EngineConfig:
     joins_weights: the decoder's products joined, its parameters becoming views of larger ones; False leaves them alone.
     compiles_decode: on a CPU, decode steps in float32 run through loops that another process compiles meanwhile; only
         with joined weights.
+    overlaps_steps: the next decode step is launched before the host has read what the last one chose. None: where there
+        is a GPU that would wait meanwhile; on a CPU both are work of the same cores.
     variant_bytes: left free on a GPU for variants beside this model; None is an eighth of what is free.
     """
 
@@ -36,6 +38,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     joins_weights: bool = True
     compiles_decode: bool = True
+    overlaps_steps: bool | None = None
     variant_bytes: int | None = 0
 
     def __post_init__(self) -> None:
@@ -58,6 +61,10 @@ class EngineConfig:
         if self.max_encode_tokens is not None:
             return self.max_encode_tokens
         return _CPU_ENCODE_TOKENS if device_type == "cpu" else _GPU_ENCODE_TOKENS
+
+    def overlaps_on(self, device_type: str) -> bool:
+        """`overlaps_steps`, by the device where it was left open."""
+        return device_type == "cuda" if self.overlaps_steps is None else self.overlaps_steps
 
     def num_blocks(self, shape: CacheShape, free_device_bytes: int | None, max_context_tokens: int) -> int:
         """Blocks of the cache. More than all sequences could ever fill are never taken.

@@ -1,15 +1,16 @@
 """Continuous batching behind the `Engine` interface (model_core.types).
 
 Each step encodes pictures that wait, asks the scheduler for work under one token budget, runs it as one
-packed forward, and turns the last row of every finished prompt and decode into a token. Synchronous and
-deterministic; no thread, no sleep, no wall clock of its own.
+packed forward, and turns the last row of every finished prompt and decode into a token. On a GPU the next step
+may begin before this one's tokens are read (lookahead.py). Deterministic; no thread, no sleep, no wall clock of
+its own.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -19,18 +20,18 @@ from model_core.engine.block_manager import BlockManager
 from model_core.engine.config import BLOCK_SIZE, EngineConfig
 from model_core.engine.detokenizer import Detokenizer, bytes_of, text_of
 from model_core.engine.encoder_cache import EncoderCache
+from model_core.engine.failures import ROW_ERRORS, make_room, told
 from model_core.engine.grammar import GrammarCompiler, GrammarMatcher
+from model_core.engine.lookahead import Lookahead
 from model_core.engine.model_runner import ModelRunner
 from model_core.engine.prefix_hash import PrefixHasher, prefix_root
 from model_core.engine.sampler import Sampled, SamplerState, check_params, sample_batch
 from model_core.engine.scheduler import Chunk, Scheduler, SchedulerConfig
 from model_core.engine.sequence import Sequence
-from model_core.errors import DualVisionError, InvalidRequestError, OutOfDeviceMemoryError, RequestFailedError
+from model_core.errors import InvalidRequestError, RequestFailedError
 from model_core.processing.batch import InputFormat, ModelInputs, prepare_inputs
 from model_core.types import EngineStats, FinishReason, GenerationRequest, ModelInfo, SamplingParams, TokenEvent
 
-#: What one row may do wrong without taking the others with it.
-ROW_ERRORS = (RuntimeError, ValueError, MemoryError, DualVisionError)
 _NO_FEATURES = EncoderCache(0)
 
 
@@ -52,6 +53,7 @@ class ContinuousEngine:
         self.scheduler: Scheduler[Sequence] = Scheduler(
             SchedulerConfig(config.max_num_seqs, config.max_num_batched_tokens), blocks
         )
+        self._ahead = Lookahead(runner, self.scheduler, is_on=config.overlaps_on(runner.device.type))
         self._eos_ids = eos_ids
         self._encode_tokens = config.encode_tokens_on(runner.device.type)
         self._vocab_size = runner.decoder.config.vocab_size
@@ -123,6 +125,8 @@ class ContinuousEngine:
         sequence = self._known.get(request_id)
         if sequence is not None:
             self._free(sequence)
+            if not self._known:
+                self._ahead.drop()
 
     def reset_caches(self) -> None:
         self.blocks.reset_cache()
@@ -172,13 +176,28 @@ class ContinuousEngine:
         self._num_steps += 1
         events: list[TokenEvent] = []
         self._expire(events)
-        self._encode_waiting(events)
-        chunks = self.scheduler.schedule()
-        for sequence in self.scheduler.preempted:
-            self.runner.store.close(sequence)
-        if chunks:
-            self._run(sorted(chunks, key=lambda c: c.length != 1), events)
+        if not self._ahead.is_flying:
+            self._encode_waiting(events)
+            chunks = self.scheduler.schedule()
+            for sequence in self.scheduler.preempted:
+                self.runner.store.close(sequence)
+            if chunks:
+                self._run(sorted(chunks, key=lambda c: c.length != 1), events)
+        if self._ahead.is_flying:
+            self._land(events)
         return events
+
+    def _land(self, events: list[TokenEvent]) -> None:
+        """The tokens of the step that flies, while the one behind it runs. Who left meanwhile gets no token more."""
+        landed = self._ahead.advance(may_go_on=not self._to_encode)
+        self._take([(s, chosen) for s, chosen in landed if self._is_here(s)], events)
+        chunks = [chunk for chunk in self._ahead.chunks if self._is_here(chunk.sequence)]
+        self._commit(chunks, 0.0)
+        if not chunks:
+            self._ahead.drop()
+
+    def _is_here(self, sequence: Sequence) -> bool:
+        return self._known.get(sequence.request_id) is sequence
 
     def _expire(self, events: list[TokenEvent]) -> None:
         timed = [s for s in self._known.values() if s.deadline is not None]
@@ -230,7 +249,7 @@ class ContinuousEngine:
             if len(sequences) == 1:
                 events.append(self._fail(sequences[0], error))
                 return
-            _make_room(error)
+            make_room(error)
             half = len(sequences) // 2
             self._encode(sequences[:half], events)
             self._encode(sequences[half:], events)
@@ -266,7 +285,7 @@ class ContinuousEngine:
             if chunk.is_last and chunk.sequence.request.score_token_ids is not None:
                 scored = replace(self._opening(chunk.sequence), score_logprobs=tuple(chunk.sequence.scores))
                 events.append(self._close(chunk.sequence, scored, "stop"))
-        if answering:
+        if answering and not self._ahead.take_off([c for c, _ in answering], logits):
             self._sample([c.sequence for c, _ in answering], logits, events)
 
     def _open(self, chunk: Chunk[Sequence], now: float) -> None:
@@ -279,7 +298,7 @@ class ContinuousEngine:
         if len(chunks) == 1:
             events.append(self._fail(chunks[0].sequence, error))
             return
-        _make_room(error)
+        make_room(error)
         half = len(chunks) // 2
         for part in (chunks[:half], chunks[half:]):
             for chunk in part:
@@ -303,7 +322,11 @@ class ContinuousEngine:
                 self._num_prompt_tokens += chunk.length
 
     def _sample(self, sequences: list[Sequence], logits: Tensor, events: list[TokenEvent]) -> None:
-        for sequence, chosen in zip(sequences, sample_batch(logits, [s.sampler for s in sequences]), strict=True):
+        chosen = sample_batch(logits, [s.sampler for s in sequences])
+        self._take(zip(sequences, chosen, strict=True), events)
+
+    def _take(self, pairs: Iterable[tuple[Sequence, Sampled | Exception]], events: list[TokenEvent]) -> None:
+        for sequence, chosen in pairs:
             if isinstance(chosen, Exception):
                 events.append(self._fail(sequence, chosen))
                 continue
@@ -354,7 +377,7 @@ class ContinuousEngine:
 
     def _fail(self, sequence: Sequence, error: Exception) -> TokenEvent:
         self._free(sequence)
-        shown = _told(error)
+        shown = told(error)
         shown.__cause__ = None if shown is error else error
         timings = sequence.timings(self.runner.clock())
         return TokenEvent(sequence.request_id, error=shown, usage=sequence.usage(), timings=timings)
@@ -366,25 +389,6 @@ class ContinuousEngine:
         self.scheduler.remove(sequence)
         self.runner.store.close(sequence)
         sequence.embeds = None
-
-
-def _told(error: Exception) -> DualVisionError:
-    if isinstance(error, DualVisionError):
-        return error
-    if _is_memory(error):
-        return OutOfDeviceMemoryError("this request does not fit the memory", fix="Send smaller images or less text")
-    return RequestFailedError("the model failed on this request", value=type(error).__name__)
-
-
-def _make_room(error: Exception) -> None:
-    """Before a smaller try: what the larger one has left behind in torch's cache may be in its way."""
-    if _is_memory(error) and torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _is_memory(error: Exception) -> bool:
-    # On CPUs torch's allocator raises a plain RuntimeError.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _is_answering(chunk: Chunk[Sequence]) -> bool:
