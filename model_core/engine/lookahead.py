@@ -56,7 +56,7 @@ class Flight:
         landed = None
         if is_cuda:
             landed = torch.cuda.Event()
-            landed.record()
+            landed.record(torch.cuda.current_stream(logits.device))
         return cls(chunks, both[0], copy, landed)
 
     def read(self) -> list[Landed]:
