@@ -20,6 +20,8 @@ class EngineConfig:
     max_encode_tokens: image tokens that one pass of the encoders computes; an image above it goes alone, and a request
         with more takes several passes. None: 256 on a CPU, where a larger pass is no faster an image and all of it
         waits for the last one; 4096 elsewhere.
+    overlaps_steps: the next decode step is launched before the host has read what the last one chose. None: where there
+        is a GPU that would wait meanwhile; on a CPU both are work of the same cores.
     encode_window_seconds: how long a picture may wait for company while others are being answered.
     max_context_tokens: the longest sequence, at most the model's own; None is the model's own, or what a derived cache
         can hold.
@@ -43,6 +45,7 @@ class EngineConfig:
     encoder_cache_bytes: int = 256 * 2**20
     enable_prefix_caching: bool = True
     joins_weights: bool = True
+    overlaps_steps: bool | None = None
     compiles_decode: bool = True
     variant_bytes: int | None = 0
 
@@ -66,6 +69,10 @@ class EngineConfig:
         if self.max_encode_tokens is not None:
             return self.max_encode_tokens
         return _CPU_ENCODE_TOKENS if device_type == "cpu" else _GPU_ENCODE_TOKENS
+
+    def overlaps_on(self, device_type: str) -> bool:
+        """`overlaps_steps`, by the device where it was left open."""
+        return device_type == "cuda" if self.overlaps_steps is None else self.overlaps_steps
 
     def context_of(self, model_tokens: int) -> int:
         """The longest sequence that is wanted of a model whose own context is `model_tokens`.

@@ -91,11 +91,12 @@ class DecodeGraphs:
         return self.num_recorded
 
     @torch.inference_mode()
-    def run(self, ids: Sequence[int], positions: Tensor, work: Sequence[Work]) -> Tensor | None:
+    def run(self, ids: Sequence[int] | Tensor, positions: Tensor, work: Sequence[Work]) -> Tensor | None:
         """One step over single-token work of sequences that are open in the store.
 
         Args:
-            ids: B tokens, none of them in an image's place. positions: (3, B) on the host. work: B, length 1 each.
+            ids: B tokens, none of them in an image's place; on the host, or as a tensor on the device.
+            positions: (3, B) on the host. work: B, length 1 each.
         Returns:
             hidden states (B, D), which the next call overwrites; None: run the step as usual.
         """
@@ -124,20 +125,24 @@ class DecodeGraphs:
             self._recorded_for = stands_on
         return True
 
-    def _fill(self, bucket: int, ids: Sequence[int], positions: Tensor, work: Sequence[Work]) -> bool:
+    def _fill(self, bucket: int, ids: Sequence[int] | Tensor, positions: Tensor, work: Sequence[Work]) -> bool:
         """The step's numbers into the buffers; rows without work write to the scratch block and read only that."""
         num_rows, scratch = len(work), self._store.scratch_block
         slots, tables = self._store.pack_decode(work) if work else (np.zeros(0), np.zeros((0, 2)))
         if tables.shape[1] > self._rows.shape[1]:
             return False
         lines = np.zeros((NUM_LINES, bucket), dtype=np.int32)
-        lines[IDS, :num_rows], lines[POSITIONS, :num_rows], lines[SLOTS, :num_rows] = ids, positions.numpy(), slots
+        is_there = isinstance(ids, Tensor)
+        lines[IDS, :num_rows] = 0 if is_there else ids
+        lines[POSITIONS, :num_rows], lines[SLOTS, :num_rows] = positions.numpy(), slots
         lines[SLOTS, num_rows:] = scratch * self._store.block_size
         rows = np.zeros((bucket, tables.shape[1]), dtype=np.int32)
         rows[:num_rows] = tables
         rows[num_rows:, 0], rows[num_rows:, 1] = 1, scratch
         lines_there, rows_there = upload([lines, rows], self._rows.device)
         self._lines[:, :bucket].copy_(lines_there)
+        if is_there:
+            self._lines[IDS, :num_rows].copy_(ids)
         self._rows[:bucket, : rows.shape[1]].copy_(rows_there)
         return True
 

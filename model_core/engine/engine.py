@@ -1,14 +1,15 @@
 """Continuous batching behind the `Engine` interface (model_core.types).
 
 Each step encodes pictures that wait, asks the scheduler for work under one token budget, runs it as one
-packed forward, and turns the last row of every finished prompt and decode into a token. Synchronous and
-deterministic; no thread, no sleep, no wall clock of its own.
+packed forward, and turns the last row of every finished prompt and decode into a token. On a GPU the next step
+may begin before this one's tokens are read (lookahead.py). Deterministic; no thread, no sleep, no wall clock of
+its own.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -20,6 +21,7 @@ from model_core.engine.detokenizer import Detokenizer, bytes_of, text_of
 from model_core.engine.encode_stage import EncodeStage
 from model_core.engine.encoder_cache import EncoderCache
 from model_core.engine.grammar import GrammarCompiler, GrammarMatcher
+from model_core.engine.lookahead import Lookahead
 from model_core.engine.model_runner import ModelRunner
 from model_core.engine.prefix_hash import PrefixHasher, prefix_root
 from model_core.engine.row_errors import ROW_ERRORS, make_room, told
@@ -54,6 +56,7 @@ class ContinuousEngine:
             blocks,
             has_even_rows=runner.store.has_even_rows,
         )
+        self._ahead = Lookahead(runner, self.scheduler, is_on=config.overlaps_on(runner.device.type))
         self._eos_ids = eos_ids
         tokens, window = config.encode_tokens_on(runner.device.type), config.encode_window_seconds
         self._encoding = EncodeStage(runner, tokens, window)
@@ -125,6 +128,8 @@ class ContinuousEngine:
         sequence = self._known.get(request_id)
         if sequence is not None:
             self._free(sequence)
+            if not self._known:
+                self._ahead.drop()
 
     def reset_caches(self) -> None:
         self.blocks.reset_cache()
@@ -176,13 +181,39 @@ class ContinuousEngine:
         self._num_steps += 1
         events: list[TokenEvent] = []
         self._expire(events)
-        self._encode_waiting(events)
-        chunks = self.scheduler.schedule()
-        for sequence in self.scheduler.preempted:
-            self.runner.store.close(sequence)
-        if chunks:
-            self._run(sorted(chunks, key=lambda c: c.length != 1), events)
+        if not self._ahead.is_flying:
+            self._encode_waiting(events)
+            chunks = self.scheduler.schedule()
+            for sequence in self.scheduler.preempted:
+                self.runner.store.close(sequence)
+            if chunks:
+                self._run(sorted(chunks, key=lambda c: c.length != 1), events)
+        if self._ahead.is_flying:
+            self._land(events)
         return events
+
+    def _land(self, events: list[TokenEvent]) -> None:
+        """The tokens of the step that flies, while the one behind it runs. Who left meanwhile gets no token more."""
+        landed = self._ahead.advance(may_go_on=not self._encoding)
+        self._take([(s, chosen) for s, chosen in landed if self._is_here(s)], events)
+        chunks = []
+        for chunk in self._ahead.chunks:
+            if self._is_here(chunk.sequence) and self._could_keep(chunk, events):
+                chunks.append(chunk)
+        self._commit(chunks, 0.0)
+        if not chunks:
+            self._ahead.drop()
+
+    def _could_keep(self, chunk: Chunk[Sequence], events: list[TokenEvent]) -> bool:
+        try:
+            self._keep([chunk])
+        except ROW_ERRORS as error:
+            events.append(self._fail(chunk.sequence, error))
+            return False
+        return True
+
+    def _is_here(self, sequence: Sequence) -> bool:
+        return self._known.get(sequence.request_id) is sequence
 
     def _expire(self, events: list[TokenEvent]) -> None:
         timed = [s for s in self._known.values() if s.deadline is not None]
@@ -235,7 +266,7 @@ class ContinuousEngine:
             if chunk.is_last and chunk.sequence.request.score_token_ids is not None:
                 scored = replace(self._opening(chunk.sequence), score_logprobs=tuple(chunk.sequence.scores))
                 events.append(self._close(chunk.sequence, scored, "stop"))
-        if answering:
+        if answering and not self._ahead.take_off([c for c, _ in answering], logits):
             self._sample([c.sequence for c, _ in answering], logits, events)
 
     def _open(self, chunk: Chunk[Sequence], now: float) -> None:
@@ -289,7 +320,10 @@ class ContinuousEngine:
             self._sample(sequences[:half], logits[:half], events)
             self._sample(sequences[half:], logits[half:], events)
             return
-        for sequence, chosen in zip(sequences, sampled, strict=True):
+        self._take(zip(sequences, sampled, strict=True), events)
+
+    def _take(self, pairs: Iterable[tuple[Sequence, Sampled | Exception]], events: list[TokenEvent]) -> None:
+        for sequence, chosen in pairs:
             if isinstance(chosen, Exception):
                 events.append(self._fail(sequence, chosen))
                 continue

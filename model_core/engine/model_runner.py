@@ -118,17 +118,22 @@ class ModelRunner:
             )
 
     @torch.inference_mode()
-    def run(self, chunks: Items[Chunk[Sequence]]) -> Tensor:
-        """One packed forward. Chunks of one token first. Returns hidden states (S, D) in the chunks' order."""
+    def run(self, chunks: Items[Chunk[Sequence]], chosen: Tensor | None = None) -> Tensor:
+        """One packed forward. Chunks of one token first. Returns hidden states (S, D) in the chunks' order.
+
+        chosen: (S,) on the device, the tokens of single-token chunks that the host does not know yet.
+        """
         work = [Work(c.sequence, c.start, c.length, c.sequence.blocks) for c in chunks]
-        ids = [i for c in chunks for i in c.sequence.ids_between(c.start, c.start + c.length)]
+        ids = chosen
+        if ids is None:
+            ids = [i for c in chunks for i in c.sequence.ids_between(c.start, c.start + c.length)]
         pictured = [c.sequence.images_between(c.start, c.start + c.length) for c in chunks]
         positions = self._positions(chunks)
         if self.graphs is not None and len(ids) == len(chunks) and all(first == last for first, last in pictured):
             hidden = self.graphs.run(ids, positions, work)
             if hidden is not None:
                 return hidden
-        embeds = self.decoder.embed(torch.tensor(ids, device=self.device))  # (S, D)
+        embeds = self.decoder.embed(torch.as_tensor(ids, device=self.device))  # (S, D)
         at = 0
         for c, (first, last) in zip(chunks, pictured, strict=True):
             if first != last:

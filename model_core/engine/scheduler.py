@@ -132,6 +132,23 @@ class Scheduler(Generic[S]):
                 for block, name in zip(sequence.blocks[first:full], sequence.block_hashes[first:full], strict=False):
                     self.blocks.register(block, name)
 
+    def is_settled(self, chunks: Sequence[Chunk[S]]) -> bool:
+        """Whether these chunks, of a step that is under way, end in one token for everybody who runs, and nobody can
+        join them: then the next step is theirs again, as long as each of them goes on."""
+        if len(chunks) != len(self.running) or not all(chunk.is_last for chunk in chunks):
+            return False
+        return not self.waiting or len(self.running) >= self.config.max_num_seqs
+
+    def plan_behind(self, chunks: Sequence[Chunk[S]]) -> list[Chunk[S]]:
+        """The step after that of these settled chunks, before their tokens are known; nothing if somebody would have
+        to make room for it. Who got a block before another found none keeps it: it needs it for that token anyway."""
+        behind = [Chunk(chunk.sequence, chunk.start + chunk.length, 1) for chunk in chunks]
+        fits = all(
+            self._has_rows(chunk.start + 1) and self.blocks.allocate(chunk.sequence.blocks, chunk.start + 1)
+            for chunk in behind
+        )
+        return behind if fits else []
+
     def _make_room(self, sequence: S, num_tokens: int, planned: dict[int, Chunk[S]]) -> int:
         """Blocks for so many tokens, taken from the worst in rank if need be, itself included.
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model_core.language.decoder import decode_layer
+from model_core.language.varlen import FLASH_DTYPES, flash_varlen, torch_varlen
 
 #: (S, H, dh), (S, K, dh), (S, K, dh) -> (S, H * dh)
 PackedAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -72,16 +73,16 @@ def packed_attention(
     by_length = partial(_by_length, groups=_groups(lengths, device, blocks))
     if device.type != "cuda" or blocks is not None:
         return by_length
-    kernel = _flash_kernel() if use_flash_attention else _torch_kernel()
+    kernel = flash_varlen() if use_flash_attention else torch_varlen()
     if kernel is None:
         return by_length
     bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
     longest = max(lengths)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if query.dtype not in (torch.bfloat16, torch.float16):
+        if query.dtype not in FLASH_DTYPES:
             return by_length(query, key, value)
-        return kernel(query, key, value, bounds, longest).flatten(1)
+        return kernel(query, key, value, bounds, bounds, longest, longest, causal=True).flatten(1)
 
     return attend
 
@@ -121,28 +122,3 @@ def _by_length(query: Tensor, key: Tensor, value: Tensor, *, groups: _Groups) ->
         for number, one in zip(numbers, out.transpose(1, 2).flatten(2).unbind(), strict=True):
             done[number] = one
     return torch.cat(done)
-
-
-def _flash_kernel() -> Any:
-    from flash_attn import flash_attn_varlen_func  # noqa: PLC0415  an extra, and only on CUDA
-
-    def run(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int) -> Tensor:
-        return flash_attn_varlen_func(query, key, value, bounds, bounds, longest, longest, causal=True)
-
-    return run
-
-
-def _torch_kernel() -> Any:
-    """torch's own varlen attention; None in versions without it. Causal is a window that reaches no token ahead."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  not in every torch that we support
-    except ImportError:
-        return None
-
-    def run(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int) -> Tensor:
-        groups = query.shape[1] // key.shape[1]
-        if groups > 1:  # its grouped form came later than the kernel itself
-            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-        return varlen_attn(query, key, value, bounds, bounds, longest, longest, window_size=(-1, 0))
-
-    return run

@@ -1,8 +1,8 @@
 """The KV store of GPUs: a pool of blocks in which a block id is a place, so that a shared prefix is never copied.
 
 A step uploads all its indices once; attention then runs for all single tokens together (Triton, or SDPA over gathered
-blocks) and for all chunks together (flash-attn) or one by one (SDPA). `build_store` chooses what the device can do.
-It knows no scheduler and owns no block: ids come with the work.
+blocks) and for all chunks together (flash-attn's kernel or torch's, `varlen.py`) or one by one (SDPA). `build_store`
+chooses what the device can do. It knows no scheduler and owns no block: ids come with the work.
 """
 
 from __future__ import annotations
@@ -26,18 +26,16 @@ from model_core.language.kv_cache import (
     attend_padded,
     chunk_mask,
 )
+from model_core.language.varlen import FLASH_DTYPES, VarlenAttention, bounds_of, find_flash, find_torch
 
 DECODE_BACKENDS = ("triton", "sdpa")
 MAX_SPLITS = 64
 TRIAL_BLOCKS = 20  # more than one turn of the kernel's loop, in each of its parts
-FLASH_DTYPES = (torch.bfloat16, torch.float16)
 #: What a CPU counts as; only Triton's interpreter asks.
 CPU_PROCESSORS = 1
 
 #: (query (N, H, dh), key (N, K, dh), value (N, K, dh), cache (P, 2, K, dh)) -> (N, H, dh)
 Mix = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-#: flash_attn_varlen_func, as far as it is used here
-VarlenAttention = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +54,9 @@ class DecodeRows:
 class PagedStore(KVStore):
     """Blocks of `block_size` tokens; the place of a token is its block's id times `block_size`, plus its offset.
 
-    backend: who attends for single tokens, of `DECODE_BACKENDS`. varlen: flash-attn's function for chunks; without
-    it SDPA takes them one by one. The pool has one block more than asked for, `scratch_block`, which belongs to
-    nobody: padded rows of a recorded step write there.
+    backend: who attends for single tokens, of `DECODE_BACKENDS`. varlen: who attends for chunks, `varlen_name` in the
+    log; without it SDPA takes them one by one. The pool has one block more than asked for, `scratch_block`, which
+    belongs to nobody: padded rows of a recorded step write there.
     """
 
     def __init__(
@@ -69,11 +67,12 @@ class PagedStore(KVStore):
         *,
         backend: str = "sdpa",
         varlen: VarlenAttention | None = None,
+        varlen_name: str = "flash-attn",
     ) -> None:
         """Raises ConfigError: the backend is unknown, or its package is not installed."""
         self.shape, self.num_blocks, self.block_size, self.backend = shape, num_blocks, block_size, backend
         self.scratch_block = num_blocks
-        self.name = f"paged+{backend}+{'flash-attn' if varlen else 'sdpa'}"
+        self.name = f"paged+{backend}+{varlen_name if varlen else 'sdpa'}"
         self._plan_decode = self._decode_planner(backend)
         self._varlen = varlen
         self._tables: dict[Hashable, _Table] = {}
@@ -245,7 +244,7 @@ class PagedStore(KVStore):
         ends = [w.start + w.length for w in chunks]
         longest, longest_context = max(w.length for w in chunks), max(ends)
         first, is_fresh = len(parts), all(w.start == 0 for w in chunks)
-        parts += [_bounds([w.length for w in chunks]), _bounds(ends)]
+        parts += [bounds_of([w.length for w in chunks]), bounds_of(ends)]
         if not is_fresh:
             parts.append(np.concatenate([self._context(w, ids) for w, ids in zip(chunks, tables, strict=True)]))
 
@@ -309,11 +308,17 @@ def build_store(
         store = RowStore(shape, kept, block_size, max_tokens=num_blocks * block_size)
         return store, f"{store.name}: dense rows, as the device is {shape.device.type}"
     fault = _triton_fault(shape, block_size)
-    varlen, why_not = _find_varlen(shape) if use_flash_attention else (None, "it was not asked for")
-    paged = PagedStore(shape, num_blocks, block_size, backend="sdpa" if fault else "triton", varlen=varlen)
     reasons = [f"the device is {torch.cuda.get_device_name(shape.device)}"]
     reasons += [f"no Triton decode: {fault}"] if fault else []
-    reasons += [f"no flash-attn: {why_not}"] if why_not else []
+    varlen, why_not = find_flash(shape, is_wanted=use_flash_attention)
+    name = "flash-attn"
+    if varlen is None:
+        reasons.append(f"no flash-attn: {why_not}")
+        varlen, why_not = find_torch(shape)
+        name = "torch-varlen"
+        reasons += [f"no varlen of torch: {why_not}"] if varlen is None else []
+    backend = "sdpa" if fault else "triton"
+    paged = PagedStore(shape, num_blocks, block_size, backend=backend, varlen=varlen, varlen_name=name)
     return paged, f"{paged.name}: {'; '.join(reasons)}"
 
 
@@ -325,17 +330,6 @@ def _triton_fault(shape: CacheShape, block_size: int) -> str:
         return str(error)
     size = (TRIAL_BLOCKS * block_size, 2, shape.num_kv_heads, shape.head_dim)
     return find_fault(torch.empty(size, device=shape.device, dtype=shape.dtype), block_size)
-
-
-def _find_varlen(shape: CacheShape) -> tuple[VarlenAttention | None, str]:
-    """flash-attn's function, or why it can't be used."""
-    if shape.dtype not in FLASH_DTYPES:
-        return None, f"its kernels take bfloat16 and float16, not {str(shape.dtype).removeprefix('torch.')}"
-    try:
-        from flash_attn import flash_attn_varlen_func  # noqa: PLC0415  an extra, and only on CUDA
-    except ImportError as error:
-        return None, str(error)
-    return flash_attn_varlen_func, ""
 
 
 class _Table:
@@ -370,7 +364,3 @@ def _mask(start: int, length: int, shape: CacheShape) -> Tensor | None:
     if shape.device.type == "cuda" and shape.dtype in FLASH_DTYPES and start and length > 1:
         return causal_lower_right(length, start + length)
     return chunk_mask(start, length, shape.device)
-
-
-def _bounds(lengths: Sequence[int]) -> np.ndarray:
-    return np.cumsum([0, *lengths], dtype=np.int32)

@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 
 PIN = re.compile(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.!]+)")
 # A CUDA build of torch brings these and pins them itself.
-PINNED_BY_TORCH = ("nvidia-", "cuda-", "triton")
+PINNED_BY_TORCH = ("nvidia-", "cuda-")
 
 
 def loose_lines(root: Path) -> list[str]:

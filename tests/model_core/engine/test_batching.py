@@ -50,6 +50,7 @@ def check(encoder: DualVisionEncoder, count: int, seed: int, most_tokens: int) -
 SETTINGS = {
     "chunks of a few tokens": EngineConfig(max_num_seqs=4, max_num_batched_tokens=7),
     "no caches at all": EngineConfig(enable_prefix_caching=False, encoder_cache_bytes=0),
+    "steps launched ahead": EngineConfig(max_num_seqs=4, overlaps_steps=True),
     "preemption": EngineConfig(
         max_num_seqs=6, max_context_tokens=160, kv_cache_bytes=cache_of(160), max_num_batched_tokens=64
     ),

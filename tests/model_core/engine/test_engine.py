@@ -255,9 +255,9 @@ def test_a_row_that_fails_the_forward_ends_alone_and_a_passing_fault_ends_nobody
     undisturbed = run(encoder, requests)
     original, calls = encoder.engine.runner.run, []
 
-    def fails(chunks: list) -> torch.Tensor:
+    def fails(chunks: list, *chosen: torch.Tensor) -> torch.Tensor:
         calls.append(len(chunks))
-        hidden = original(chunks)  # as far as the cache: a step that is run again must not see it
+        hidden = original(chunks, *chosen)  # as far as the cache: a step that is run again must not see it
         hurt = any(c.sequence.request_id == "r2" and len(c.sequence.token_ids) == 3 for c in chunks)
         if len(calls) == 3 or hurt:
             raise RuntimeError("out of memory, say")

@@ -20,10 +20,10 @@ ERRORS = [
 
 
 def failing(inner, is_too_much, error: Exception):
-    def call(work):
+    def call(work, *chosen):
         if is_too_much(work):
             raise error
-        return inner(work)
+        return inner(work, *chosen)
 
     return call
 

@@ -144,6 +144,55 @@ def test_one_of_better_rank_is_never_preempted_for_a_worse_one() -> None:
     assert urgent not in seen
 
 
+def test_a_settled_step_is_planned_on_before_its_tokens_are_known() -> None:
+    one = scheduler(num_blocks=5, seqs=2)
+    first, second = Plain(prompt(3), wanted=9), Plain(prompt(7, 50), wanted=9, arrival=1)
+    one.add(first)
+    one.add(second)
+    chunks = one.schedule()
+    one.commit(chunks)
+    assert one.is_settled(chunks)
+    assert lengths(one.plan_behind(chunks)) == [(3, 1), (7, 1)]
+    waiting = Plain(prompt(3, 90), arrival=2)
+    one.add(waiting)
+    assert one.is_settled(chunks), "no seat is free"
+    for sequence in (first, second):
+        sequence.made.append(0)
+    chunks = one.schedule()
+    one.commit(chunks)
+    assert [len(sequence.blocks) for sequence in (first, second)] == [1, 2]
+    assert lengths(one.plan_behind(chunks)) == [(4, 1), (8, 1)]
+    assert [len(sequence.blocks) for sequence in (first, second)] == [2, 3]
+    one.remove(first)
+    assert not one.is_settled(chunks), "somebody left, so that another may come"
+
+
+def test_nobody_makes_room_for_a_step_that_is_planned_ahead() -> None:
+    one = scheduler(num_blocks=2)
+    first, second = Plain(prompt(4), wanted=9), Plain(prompt(4, 50), wanted=9, arrival=1)
+    one.add(first)
+    one.add(second)
+    chunks = one.schedule()
+    one.commit(chunks)
+    assert one.plan_behind(chunks) == []
+    assert (one.running, one.preempted) == ([first, second], [])
+    for sequence in (first, second):
+        sequence.made.append(0)
+    assert [chunk.sequence for chunk in one.schedule()] == [first]
+    assert one.preempted == [second]
+
+
+@pytest.mark.parametrize("tokens", [5, 8])
+def test_a_step_with_a_prompt_under_way_is_not_settled(tokens: int) -> None:
+    one = scheduler(tokens=tokens)
+    one.add(Plain(prompt(3)))
+    one.add(Plain(prompt(5, 50), arrival=1))
+    chunks = one.schedule()
+    one.commit(chunks)
+    assert one.is_settled(chunks) == (tokens == 8)
+    assert not one.is_settled(chunks[:1])
+
+
 def test_removal_at_any_stage_frees_everything_and_may_be_repeated() -> None:
     one = scheduler(num_blocks=3)
     running, waiting = Plain(prompt(9), wanted=5), Plain(prompt(9, 50), arrival=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import sys
-import types
 import warnings
 from dataclasses import replace
 
@@ -18,7 +17,7 @@ from model_core.engine.block_manager import BlockManager
 from model_core.engine.config import EngineConfig
 from model_core.errors import ConfigError
 from model_core.language import paged
-from model_core.language.kv_cache import RowStore, Work, attend_chunk, chunk_mask
+from model_core.language.kv_cache import CacheShape, RowStore, Work, attend_chunk, chunk_mask
 from model_core.language.paged import MAX_SPLITS, DecodeRows, PagedStore, build_store, num_splits, upload
 from tests.model_core import tiny
 from tests.model_core.engine.test_engine import random_request, run
@@ -195,37 +194,41 @@ def test_a_cpu_gets_dense_rows(enable_prefix_caching: bool) -> None:
     assert (store._kept is not None) == enable_prefix_caching
 
 
-@pytest.mark.parametrize("fault", ["", "no such luck"])
-def test_a_gpu_gets_the_best_that_runs_there(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = replace(SHAPE, device=torch.device("cuda"), dtype=torch.bfloat16)
-    monkeypatch.setattr(paged, "_triton_fault", lambda *args: fault)
-    monkeypatch.setattr(paged, "_find_varlen", lambda *args: (varlen, ""))
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> CacheShape:
+    """The choice is made for CUDA, the tensors are made here."""
+    monkeypatch.setattr(paged, "_triton_fault", lambda *args: "no such luck")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    # The choice is made for CUDA, the tensors are made here.
     monkeypatch.setattr(paged, "PagedStore", lambda asked, *args, **kw: PagedStore(SHAPE, *args, **kw))
-    if not fault:
-        pytest.importorskip("triton")
-    store, reason = paged.build_store(shape, 8, BLOCK, use_flash_attention=True)
-    backend = "sdpa" if fault else "triton"
-    because = "; no Triton decode: no such luck" if fault else ""
-    assert reason == f"paged+{backend}+flash-attn: the device is a GPU{because}"
-    assert store.name == f"paged+{backend}+flash-attn"
-    without, reason = paged.build_store(shape, 8, BLOCK, use_flash_attention=False)
-    assert without.name == f"paged+{backend}+sdpa"
-    assert "no flash-attn: it was not asked for" in reason
+    return replace(SHAPE, device=torch.device("cuda"), dtype=torch.bfloat16)
 
 
-def test_flash_attention_is_for_sixteen_bits_and_for_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert paged._find_varlen(SHAPE)[0] is None
-    assert "not float32" in paged._find_varlen(SHAPE)[1]
-    short = replace(SHAPE, dtype=torch.bfloat16)
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
-    assert paged._find_varlen(short)[0] is None
-    module = types.ModuleType("flash_attn")
-    module.flash_attn_varlen_func = varlen
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    assert paged._find_varlen(short) == (varlen, "")
-    assert PagedStore(short, 4, BLOCK, varlen=varlen).name == "paged+sdpa+flash-attn"
+def test_a_gpu_gets_the_triton_decode_where_it_passes_its_trial(
+    gpu: CacheShape, triton: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paged, "_triton_fault", lambda *args: "")
+    monkeypatch.setattr(paged, "find_flash", lambda *args, **kw: (varlen, ""))
+    store, reason = paged.build_store(gpu, 8, BLOCK, use_flash_attention=True)
+    assert store.name == "paged+triton+flash-attn"
+    assert reason == "paged+triton+flash-attn: the device is a GPU"
+
+
+@pytest.mark.parametrize(
+    ("flash", "own", "name", "because"),
+    [
+        ("", "never asked", "flash-attn", ""),
+        ("not there", "", "torch-varlen", "; no flash-attn: not there"),
+        ("not there", "too old", "sdpa", "; no flash-attn: not there; no varlen of torch: too old"),
+    ],
+)
+def test_a_gpu_gets_the_best_attention_for_chunks_that_runs_there(
+    flash: str, own: str, name: str, because: str, gpu: CacheShape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paged, "find_flash", lambda *args, **kw: (None if flash else varlen, flash))
+    monkeypatch.setattr(paged, "find_torch", lambda *args: (None if own else varlen, own))
+    store, reason = paged.build_store(gpu, 8, BLOCK, use_flash_attention=True)
+    assert store.name == f"paged+sdpa+{name}"
+    assert reason == f"paged+sdpa+{name}: the device is a GPU; no Triton decode: no such luck{because}"
 
 
 @pytest.mark.parametrize("num_tokens", [0, 160])

@@ -6,7 +6,6 @@ here read.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -40,14 +39,16 @@ class Case:
         return f"{'-'.join(map(str, self.lengths))} of {self.block}, {heads}, {self.dtype}, {self.splits} parts"
 
 
+# The interpreter takes a quarter of a second for most of these.
 CASES = [
-    *(Case((length,), splits=splits) for length in (1, 15, 16, 17, 300) for splits in (1, 4)),
-    *(Case((1, 300, 16, 17, 15)[:batch], group=group) for batch in range(2, 6) for group in (1, 2, 7)),
-    *(Case((300, 1, 65, 129), group=7, kv_heads=kv_heads, splits=4) for kv_heads in (1, 2, 4)),
-    *(Case((40, 3), dim=dim, splits=splits) for dim in (8, 80, 96, 128) for splits in (1, 4)),
+    *(Case((length,), splits=splits) for length in (1, 300) for splits in (1, 4)),
+    *(Case((1, 300, 16, 17, 15)[:batch], group=group) for batch, group in ((2, 1), (3, 2), (4, 7), (5, 1))),
+    Case((15, 16, 17), splits=4),
+    *(Case((129, 1), group=7, kv_heads=kv_heads, splits=2) for kv_heads in (1, 4)),
+    *(Case((40, 3), dim=dim) for dim in (8, 80, 96, 128)),
     *(Case((100, 17), group=7, dim=128, splits=splits, dtype=dtype) for dtype in TOLERANCES for splits in (1, 2)),
     *(Case((33, 70), block=block, group=20) for block in (1, 4, 32)),
-    Case((130,), splits=64),
+    Case((130,), group=1, kv_heads=1, splits=64),
 ]
 
 
@@ -94,34 +95,33 @@ def fault(*, spoilt: bool) -> str:
 
 
 def store_errors() -> list[float]:
-    """The tiny decoder over a paged store, Triton's decode against SDPA's, step by step; the last is a static step."""
-    from model_core.language.decoder import Decoder
-    from model_core.language.kv_cache import Work
+    """A paged store whose single tokens Triton attends for, against one whose SDPA does; the last is a static step."""
+    from model_core.language.kv_cache import CacheShape, Work
     from model_core.language.paged import DecodeRows, PagedStore, upload
-    from tests.model_core import tiny
 
-    model = tiny.qwen_model()
-    lean = Decoder(model.model.language_model, model.lm_head)
-    stores = [PagedStore(lean.cache_shape, 16, backend=backend) for backend in ("triton", "sdpa")]
+    shape = CacheShape(1, 2, 16, torch.device("cpu"), torch.float32)
+    stores = [PagedStore(shape, 16, backend=backend) for backend in ("triton", "sdpa")]
     blocks, lengths, found = ([3, 9, 1], [12, 0], [7, 2, 5]), [20, 1, 33], []
-    with torch.inference_mode():
+    generator = torch.Generator().manual_seed(0)
+
+    def new(count: int) -> list[Tensor]:
+        return [torch.randn(count, heads, shape.head_dim, generator=generator) for heads in (4, 2, 2)]
+
+    prompts = [Work(key, 0, n, ids) for key, (n, ids) in enumerate(zip(lengths, blocks, strict=True))]
+    prompts.sort(key=lambda w: w.length != 1)
+    packed = new(sum(lengths))
+    for store in stores:
+        for key in range(3):
+            store.open(key)
+        store.begin(prompts)(0, *packed)
+    for step in range(2):
+        work = [Work(key, n + step, 1, ids) for key, (n, ids) in enumerate(zip(lengths, blocks, strict=True))]
+        packed, mixed = new(3), []
         for store in stores:
-            for key in range(3):
-                store.open(key)
-            work = [Work(key, 0, n, ids) for key, (n, ids) in enumerate(zip(lengths, blocks, strict=True))]
-            work.sort(key=lambda w: w.length != 1)
-            total = sum(lengths)
-            positions = torch.cat([torch.arange(w.length) for w in work]).expand(3, -1)
-            lean.forward(lean.embed(torch.arange(total) % 90), positions, store.begin(work))
-        for step in range(4):
-            work = [Work(key, n + step, 1, ids) for key, (n, ids) in enumerate(zip(lengths, blocks, strict=True))]
-            positions = torch.tensor([w.start for w in work]).expand(3, -1)
-            hidden = []
-            for store in stores:
-                rows = DecodeRows(*upload(store.pack_decode(work), torch.device("cpu")))
-                attend = store.attend_static(rows) if step == 3 else store.begin(work)
-                hidden.append(lean.forward(lean.embed(torch.tensor([20, 30, 40 + step])), positions, attend))
-            found.append(float((hidden[0] - hidden[1]).abs().max()))
+            rows = DecodeRows(*upload(store.pack_decode(work), torch.device("cpu")))
+            attend = store.attend_static(rows) if step == 1 else store.begin(work)
+            mixed.append(attend(0, *packed))
+        found.append(float((mixed[0] - mixed[1]).abs().max()))
     return found
 
 
@@ -138,9 +138,7 @@ def main() -> None:
 
 
 @pytest.fixture(scope="module")
-def found() -> dict:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
+def found(triton: None) -> dict:
     code = "from tests.model_core.language.test_paged_kernel import main; main()"
     finished = subprocess.run(
         [sys.executable, "-c", code],
@@ -164,8 +162,9 @@ def test_the_kernels_equal_plain_attention_on_a_gpu() -> None:
     assert {name: error for name, error in errors.items() if not error < 1} == {}
 
 
-def test_a_decoder_over_the_kernels_equals_one_over_sdpa(found: dict) -> None:
-    assert max(found["store"]) < 1e-4
+def test_a_store_over_the_kernels_equals_one_over_sdpa(found: dict) -> None:
+    assert len(found["store"]) == 2
+    assert max(found["store"]) < 1e-5
 
 
 def test_the_trial_at_start_accepts_the_kernels_and_would_see_a_wrong_one(found: dict) -> None:
