@@ -37,26 +37,31 @@ def sample_batch(logits: Tensor, states: Sequence[SamplerState], xp: Arrays | No
     xp = arrays_for(logits.device) if xp is None else xp
     batch = xp.of(logits)
     values, tokens = xp.highest(batch)
-    rows, found = _special_rows(states)
+    special = [index for index, state in enumerate(states) if not state.is_plain]
+    if not special:
+        host = xp.fetch({"values": values, "tokens": tokens})
+        sound, greedy = np.isfinite(host["values"]).tolist(), host["tokens"].tolist()
+        return [Sampled(token) if sound[index] else not_finite() for index, token in enumerate(greedy)]
+    rows, found = _begin(states, special)
     sampled, host = _sample_rows(xp, batch, {"values": values, "tokens": tokens}, rows)
-    found |= sampled
     sound, greedy = np.isfinite(host["values"]).tolist(), host["tokens"].tolist()
+    found |= sampled
     return [
         not_finite() if not sound[index] else found[index] if index in found else Sampled(token)
         for index, token in enumerate(greedy)
     ]
 
 
-def _special_rows(states: Sequence[SamplerState]) -> tuple[list[Row], dict[int, Sampled | Exception]]:
-    """Those that are not plain, and the errors of those that can't go on."""
+def _begin(states: Sequence[SamplerState], special: Sequence[int]) -> tuple[list[Row], dict[int, Sampled | Exception]]:
+    """The rows that are not plain, and the errors of those that can't go on."""
     rows: list[Row] = []
     failed: dict[int, Sampled | Exception] = {}
-    for index, state in enumerate(states):
-        if not state.is_plain:
-            try:
-                rows.append(Row(index, state, change_of(state), state.draw()))
-            except _ROW_ERRORS as error:  # this row's own: the others must not feel it
-                failed[index] = error
+    for index in special:
+        state = states[index]
+        try:
+            rows.append(Row(index, state, change_of(state), state.draw()))
+        except _ROW_ERRORS as error:  # this row's own: the others must not feel it
+            failed[index] = error
     return rows, failed
 
 
@@ -71,7 +76,9 @@ def _sample_rows(
         return {}, xp.fetch(peaks)
     try:
         size = max(1, (_CPU_LOGITS if isinstance(xp, HostArrays) else _DEVICE_LOGITS) // batch.shape[1])
-        with np.errstate(invalid="ignore"):  # rows with NaN are computed too, and thrown away
+        with np.errstate(
+            over="ignore", divide="ignore", invalid="ignore"
+        ):  # rows with NaN are computed too, and thrown away
             slabs = [Slab(xp, batch, peaks, rows[start : start + size]) for start in range(0, len(rows), size)]
             sent = {f"{n} {name}": array for n, slab in enumerate(slabs) for name, array in slab.sent.items()}
             host = xp.fetch(peaks | sent)
