@@ -4,7 +4,7 @@
 
 Sharp logits are those of a model that knows what comes next: a few dozen tokens hold nearly everything. Flat ones are
 those of random weights: top-p needs much of the vocabulary. A figure is the best tenth of many steps, by the clock or,
-with --cpu-time, by the process's own time: on a machine with other work the clock tells little. Every round is a process
+with --cpu-time, by the process's own time: on a busy machine the clock tells little. Every round is a process
 of its own; with --against the rounds alternate, and the median of their ratios is shown (below 1x: this one is faster).
 """
 

@@ -16,6 +16,8 @@ from model_core.engine.row_arrays import Array, Arrays
 
 #: Tokens in a column. A power of two: a row is folded by halves.
 LANES = 64
+#: A row so short is searched at once: finding the columns would take longer.
+_FEW = 2**14
 
 
 def pad(xp: Arrays, logits: Array) -> Array:
@@ -94,7 +96,7 @@ def best(xp: Arrays, logits: Array, count: int) -> tuple[Array, Array]:
     """
     num_rows, width = logits.shape
     num_columns = width // LANES
-    if num_columns < 2 * count:
+    if num_columns < 2 * count or width < _FEW:
         return xp.top(logits, count)
     lanes = logits.reshape(num_rows, LANES, num_columns)
     rows = xp.upload(np.arange(num_rows))[:, None]
