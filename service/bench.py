@@ -129,7 +129,10 @@ class _ServeBench:
     async def _round(self, name: str, concurrency: int, first: int, count: int) -> LoadRound:
         endpoint, tokens = self._endpoints[name], self._load.num_tokens
         # Made before the clock starts: drawing pictures would take the server's own cores.
-        bodies = [request_body(endpoint.model, *item, tokens) for item in self._load.items(first, count)]
+        bodies = [
+            request_body(endpoint.model, *item, tokens, sampling=self._load.sampling.fields(first + n))
+            for n, item in enumerate(self._load.items(first, count))
+        ]
         before = await read_metrics(self._session, endpoint.url)
         timings, seconds = await run_load(self._session, endpoint, bodies, concurrency, time.perf_counter)
         done = summarise(timings, seconds, tokens)

@@ -11,6 +11,7 @@ import base64
 import json
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -57,8 +58,15 @@ class _Stream:
     is_whole: bool = False
 
 
-def request_body(model: str, question: str, jpeg: bytes | None, num_tokens: int) -> bytes:
-    """A chat request that gives exactly `num_tokens`: greedy, streamed with usage, the end of turn ignored."""
+def request_body(
+    model: str,
+    question: str,
+    jpeg: bytes | None,
+    num_tokens: int,
+    *,
+    sampling: Mapping[str, float | int] = MappingProxyType({"temperature": 0}),
+) -> bytes:
+    """A chat request that gives exactly `num_tokens`: streamed with usage, the end of turn ignored; else greedy."""
     content: list[dict[str, Any]] = [{"type": "text", "text": question}]
     if jpeg is not None:
         url = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
@@ -67,7 +75,7 @@ def request_body(model: str, question: str, jpeg: bytes | None, num_tokens: int)
         "model": model,
         "messages": [{"role": "user", "content": content}],
         "max_tokens": num_tokens,
-        "temperature": 0,
+        **sampling,
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},

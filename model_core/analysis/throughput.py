@@ -7,12 +7,13 @@ prepared in the same thread that turns the engine, so a server with a preprocess
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from model_core.analysis.latency import STAGES, RequestTiming, hit_ratios, stage_shares
+from model_core.analysis.workload import GREEDY, SamplingLoad
 from model_core.model import DualVisionModel
 from model_core.processing.processor import DualVisionProcessor
 from model_core.types import Engine, EngineStats, GenerationRequest, Timings, TokenEvent
@@ -104,11 +105,14 @@ def run_generate(
     batch_size: int,
     num_tokens: int,
     clock: Clock,
+    *,
+    sampling: SamplingLoad = GREEDY,
 ) -> tuple[list[RequestTiming], float]:
-    """Greedy answers of exactly `num_tokens` in batches of `batch_size`; preprocessing is counted.
+    """Answers of exactly `num_tokens` in batches of `batch_size`; preprocessing is counted.
 
     Args:
         items: question and JPEG of each request; None for no picture.
+        sampling: but for its seed: `generate` draws for the whole batch from torch's one generator.
     Returns:
         a timing for each request, whose answer comes whole at its batch's end; seconds over all.
     """
@@ -116,7 +120,7 @@ def run_generate(
     timings = []
     for at in range(0, len(items), batch_size):
         start = clock()
-        num_prompt_tokens = _generate(model, processor, items[at : at + batch_size], num_tokens)
+        num_prompt_tokens = _generate(model, processor, items[at : at + batch_size], num_tokens, sampling)
         end = clock()
         timings += [RequestTiming(start, end, (), num_tokens, count) for count in num_prompt_tokens]
     return timings, clock() - begin
@@ -124,7 +128,11 @@ def run_generate(
 
 @torch.inference_mode()
 def _generate(
-    model: DualVisionModel, processor: DualVisionProcessor, items: Sequence[tuple[str, bytes | None]], num_tokens: int
+    model: DualVisionModel,
+    processor: DualVisionProcessor,
+    items: Sequence[tuple[str, bytes | None]],
+    num_tokens: int,
+    sampling: SamplingLoad,
 ) -> list[int]:
     """The prompts' lengths. The answers are read back, as any user of them would."""
     texts = [
@@ -133,7 +141,10 @@ def _generate(
     ]
     pictures = [jpeg for _, jpeg in items if jpeg is not None]
     inputs = processor(images=pictures or None, text=texts).to(model.device)
-    output = model.generate(**inputs, do_sample=False, min_new_tokens=num_tokens, max_new_tokens=num_tokens)
+    chosen: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0.0:
+        chosen = {"do_sample": True, **replace(sampling, seed=None).fields(0)}
+    output = model.generate(**inputs, **chosen, min_new_tokens=num_tokens, max_new_tokens=num_tokens)
     answers = output[:, inputs["input_ids"].shape[1] :].cpu()
     processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
     counts: list[int] = inputs["attention_mask"].sum(1).tolist()

@@ -22,12 +22,36 @@ _PICTURES_A_SEED = 10**6
 
 
 @dataclass(frozen=True, slots=True)
+class SamplingLoad:
+    """How every request's tokens are chosen: OpenAI's fields, and those that its imitators share. Greedy by default.
+
+    seed: request n is sampled with `seed + n`; None sends no seed, since a server may be slower with one.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+
+    def fields(self, index: int) -> dict[str, float | int]:
+        """Of request `index`. All that matter are named: a server may have defaults of its own from its model."""
+        if self.temperature == 0.0:
+            return {"temperature": 0}
+        found: dict[str, float | int] = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return found if self.seed is None else found | {"seed": self.seed + index}
+
+
+GREEDY = SamplingLoad()
+
+
+@dataclass(frozen=True, slots=True)
 class Workload:
     """What one round sends.
 
     num_requests: in a round. num_tokens: of every answer. image_size: side of the square picture in pixels.
     kind: `distinct` pictures, the `same` picture in every request, or `text` alone.
     seed: another seed draws other pictures, so that no cache of an earlier run knows them.
+    sampling: how tokens are chosen.
     """
 
     num_requests: int = 48
@@ -35,6 +59,7 @@ class Workload:
     image_size: int = 224
     kind: Kind = "distinct"
     seed: int = 0
+    sampling: SamplingLoad = GREEDY
 
     def question(self, index: int) -> str:
         return f"Question {index}: what do you see in this picture? "

@@ -194,7 +194,7 @@ class _OfflineBench:
     def engine_round(self, concurrency: int, first: int, count: int) -> LoadRound:
         from model_core.analysis.throughput import run_closed_loop
 
-        requests = [self._request(*item) for item in self.load.items(first, count)]
+        requests = [self._request(first + n, *item) for n, item in enumerate(self.load.items(first, count))]
         engine = self._encoder.engine
         engine.reset_caches()  # every round begins with the same: nothing
         run = run_closed_loop(engine, requests, concurrency, time.perf_counter)
@@ -209,14 +209,17 @@ class _OfflineBench:
 
         items, tokens = self.load.items(first, count), self.load.num_tokens
         model, processor = self._encoder.model, self._encoder.processor
-        timings, seconds = run_generate(model, processor, items, concurrency, tokens, time.perf_counter)
+        timings, seconds = run_generate(
+            model, processor, items, concurrency, tokens, time.perf_counter, sampling=self.load.sampling
+        )
         return summarise(timings, seconds, tokens)
 
-    def _request(self, question: str, jpeg: bytes | None) -> GenerationRequest:
+    def _request(self, index: int, question: str, jpeg: bytes | None) -> GenerationRequest:
         parts: tuple[Part, ...] = (TextPart(question),)
         if jpeg is not None:
             parts = (ImagePart(jpeg), *parts)
-        sampling = SamplingParams(max_tokens=self.load.num_tokens, ignore_eos=True)
+        chosen: dict[str, Any] = self.load.sampling.fields(index)
+        sampling = SamplingParams(max_tokens=self.load.num_tokens, ignore_eos=True, **chosen)
         return GenerationRequest(f"bench-{next(self._ids)}", (ChatMessage("user", parts),), sampling, self._arm)
 
 

@@ -318,6 +318,41 @@ def test_two_models_of_one_server_share_no_picture(
     assert "B = its/model@qwen-only" in capsys.readouterr().out
 
 
+def test_both_endpoints_are_sampled_alike(
+    serve: Callable[..., FakeEndpoint], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, theirs = serve(), serve()
+    flags = f"--url {ours.url} --model m --against {theirs.url} --against-model m --text --pause 0 -c 1 --rounds 1"
+    assert bench(*flags.split(), *["--temperature", "0.7", "--top-p", "0.9", "--top-k", "50", "--seed", "3"]) == 0
+    assert ours.bodies[1:] == theirs.bodies[1:], "after one of its own to warm up each"
+    fields = ("temperature", "top_p", "top_k", "seed")
+    assert [[body[name] for name in fields] for body in ours.bodies] == [[0.7, 0.9, 50, 3 + n] for n in (0, 2, 3)]
+    assert "temperature 0.7, top_p 0.9, top_k 50" in capsys.readouterr().out
+
+
+def test_without_a_seed_none_is_sent_and_greedy_sends_nothing_more(serve: Callable[..., FakeEndpoint]) -> None:
+    fake = serve()
+    assert bench("--url", fake.url, "-c", "1", "--rounds", "1", "--text", "--temperature", "1") == 0
+    assert bench("--url", fake.url, "-c", "1", "--rounds", "1", "--text", "--seed", "3") == 0
+    assert not any("seed" in body for body in fake.bodies)
+    assert [body.get("top_k") for body in fake.bodies] == [0, 0, 0, None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--temperature 2.5", "0 to 2"),
+        ("--temperature nan", "0 to 2"),
+        ("--temperature 1 --top-p 0", "above 0, at most 1"),
+        ("--temperature 1 --top-k -1", "0 (off) or more"),
+        ("--top-p 0.9", "greedy answers have no use"),
+    ],
+)
+def test_sampling_that_does_not_exist_is_one_line(flags: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("--url", "http://127.0.0.1:1", *flags.split()) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_one_picture_in_all(serve: Callable[..., FakeEndpoint], capsys: pytest.CaptureFixture[str]) -> None:
     fake = serve()
     assert bench("--url", fake.url, "--same", "-c", "1,2", "--rounds", "1") == 0

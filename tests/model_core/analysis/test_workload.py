@@ -7,7 +7,7 @@ from io import BytesIO
 import pytest
 from PIL import Image
 
-from model_core.analysis.workload import Workload, draw_picture
+from model_core.analysis.workload import GREEDY, SamplingLoad, Workload, draw_picture
 
 
 def test_every_request_has_a_picture_of_its_own() -> None:
@@ -25,6 +25,13 @@ def test_another_seed_shares_no_picture() -> None:
 def test_same_and_text() -> None:
     assert len({jpeg for _, jpeg in Workload(kind="same", image_size=56).items(0, 3)}) == 1
     assert {jpeg for _, jpeg in Workload(kind="text").items(0, 3)} == {None}
+
+
+def test_each_request_is_sampled_with_a_seed_of_its_own() -> None:
+    assert GREEDY.fields(3) == SamplingLoad(seed=9).fields(3) == {"temperature": 0}
+    assert SamplingLoad(0.7, top_p=0.9).fields(3) == {"temperature": 0.7, "top_p": 0.9, "top_k": 0}
+    found = SamplingLoad(1.0, top_k=50, seed=9).fields(3)
+    assert found == {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "seed": 12}
 
 
 @pytest.mark.parametrize("size", [1, 8, 57, 224])

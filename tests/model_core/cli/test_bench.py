@@ -66,6 +66,16 @@ def test_an_arm_and_text_alone(folder: str, capsys: pytest.CaptureFixture[str]) 
     assert "qwen_cache_hit_ratio" not in level["medians"]["engine"]
 
 
+def test_sampling_as_a_load(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", folder, "-c", "2", "-n", "3", "--tokens", "3", "--rounds", "1", "--text", "--generate"]
+    how = ["--temperature", "0.7", "--top-p", "0.9", "--top-k", "5", "--seed", "9"]
+    found = run_json(capsys, "offline", *flags, *how)
+    assert found["workload"]["sampling"] == {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "seed": 9}
+    (level,) = found["levels"]
+    assert [level["rounds"][name][0]["num_ok"] for name in ("engine", "generate")] == [3, 3]
+    assert main(["offline", *flags, "--top-k", "5"]) == 2
+
+
 def test_tables_for_people(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--model", folder, "-c", "1,2", "-n", "2", "--tokens", "2", "--rounds", "1", "--size", "56", "--generate"]
     assert main(["offline", *flags]) == 0

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from model_core.engine.logit_changes import apply_changes, change_of
+from model_core.engine.row_arrays import HostArrays
 from model_core.engine.sampler import Sampled, SamplerState, build_generator, check_params, sample_batch
 from model_core.errors import InvalidRequestError, RequestFailedError
 from model_core.types import SamplingParams
@@ -124,7 +126,7 @@ def test_changes_equal_the_plain_ones(options: dict) -> None:
     one = state((0, 4), **options)
     for token in (1, 1, 5, 2):
         one.push(token)
-    found = one.change(LOGITS.clone())
+    found = apply_changes(HostArrays(), LOGITS[None].numpy(), [change_of(one)])[0]
     assert found.tolist() == pytest.approx(plain_change(LOGITS.tolist(), one), abs=1e-6)
 
 
