@@ -307,12 +307,7 @@ class DualVisionEncoder:
         Raises:
             ConfigError: no image at all would be within them, with both numbers.
         """
-        smallest = self.format.patches.min_image_tokens * self.model.fusion.tokens_per_cell
-        if limits.max_visual_tokens is not None and limits.max_visual_tokens < smallest:
-            raise ConfigError(
-                "no image is within the limit of vision tokens", value=f"max_visual_tokens={limits.max_visual_tokens}",
-                allowed=f"at least {smallest}, the tokens of this model's smallest image",
-            )  # fmt: skip
+        limits.check_visual_tokens(self.format.patches.min_image_tokens * self.model.fusion.tokens_per_cell)
         self.format = replace(self.format, limits=limits)
         self.engine.runner.fmt = self.format
 

@@ -71,6 +71,14 @@ class ImageLimits:
         if unknown := sorted(set(self.formats) - set(READABLE)):
             raise ConfigError("unknown image format", value=", ".join(unknown), allowed=", ".join(READABLE))
 
+    def check_visual_tokens(self, smallest: int) -> None:
+        """Raises ConfigError: not even an image of `smallest` vision tokens is within the limit."""
+        if self.max_visual_tokens is not None and self.max_visual_tokens < smallest:
+            raise ConfigError(
+                "no image is within the limit of vision tokens", value=f"max_visual_tokens={self.max_visual_tokens}",
+                allowed=f"at least {smallest}, the tokens of this model's smallest image",
+            )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class DecodedImage:

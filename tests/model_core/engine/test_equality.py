@@ -43,7 +43,9 @@ SETTINGS = {
     "loops and torch": EngineConfig(max_num_seqs=4),
     "chunks": EngineConfig(max_num_seqs=4, max_num_batched_tokens=48),
     "no caches at all": EngineConfig(enable_prefix_caching=False, encoder_cache_bytes=0),
-    "preemption": EngineConfig(max_num_seqs=6, kv_cache_bytes=cache_of(672), max_num_batched_tokens=256),
+    "preemption": EngineConfig(
+        max_num_seqs=6, max_context_tokens=672, kv_cache_bytes=cache_of(672), max_num_batched_tokens=256
+    ),
     "torch alone": EngineConfig(max_num_seqs=4, compiles_decode=False),
     "module by module": EngineConfig(max_num_seqs=4, joins_weights=False),
 }

@@ -151,7 +151,7 @@ class Scene:
 
 LONG = "z" * 70
 STAGES: dict[str, tuple[EngineConfig, Callable[[Scene], bool]]] = {
-    "before encoding": (EngineConfig(max_encode_tokens=1), lambda s: s.victim.embeds is None),
+    "before encoding": (EngineConfig(max_encode_tokens=4), lambda s: s.victim.embeds is None),
     "waiting for a seat": (
         EngineConfig(max_num_seqs=1),
         lambda s: s.victim in s.engine.scheduler.waiting and s.victim.embeds is not None,
@@ -162,7 +162,7 @@ STAGES: dict[str, tuple[EngineConfig, Callable[[Scene], bool]]] = {
     ),
     "mid-decode": (EngineConfig(), lambda s: len(s.victim.token_ids) == 3),
     "preempted": (
-        EngineConfig(kv_cache_bytes=cache_of(256), max_num_seqs=4),
+        EngineConfig(max_context_tokens=400, kv_cache_bytes=cache_of(400), max_num_seqs=4),
         lambda s: s.victim in s.engine.scheduler.preempted and s.victim not in s.engine.runner.store,
     ),
 }

@@ -29,14 +29,19 @@ from tests.model_core.engine.test_engine import generated, picture
 
 MOST_TOKENS = 10
 KINDS = 9
-LEAST = cache_of(176)  # two or three prompts, but not all that they become
+LEAST = 176  # two or three prompts, but not all that they become
 CONFIGS = {
-    "small": EngineConfig(max_num_seqs=4, max_num_batched_tokens=40, max_encode_tokens=12, kv_cache_bytes=LEAST),
+    "small": EngineConfig(max_num_seqs=4, max_num_batched_tokens=40, max_encode_tokens=12, max_context_tokens=LEAST,
+        kv_cache_bytes=cache_of(LEAST),
+    ),
     "no caches": EngineConfig(
-        max_num_seqs=4, max_num_batched_tokens=64, kv_cache_bytes=LEAST, enable_prefix_caching=False,
+        max_num_seqs=4, max_num_batched_tokens=64, max_context_tokens=LEAST, enable_prefix_caching=False,
+        kv_cache_bytes=cache_of(LEAST) // 2,
         encoder_cache_bytes=0,
     ),
-    "window": EngineConfig(max_num_seqs=2, encode_window_seconds=1.0, kv_cache_bytes=cache_of(320)),
+    "window": EngineConfig(
+        max_num_seqs=2, encode_window_seconds=1.0, max_context_tokens=320, kv_cache_bytes=cache_of(320)
+    ),
 }  # fmt: skip
 
 
@@ -155,7 +160,7 @@ class Lives(RuleBasedStateMachine):
             self.step()
 
     def step(self) -> None:
-        scheduler, to_encode = self.engine.scheduler, self.engine._to_encode
+        scheduler, to_encode = self.engine.scheduler, self.engine._encoding._waiting
         ran, pictured = list(scheduler.running), [s for s in to_encode.values() if s.inputs.pixels is not None]
         for event in self.engine.step():
             self.take(event)
@@ -192,7 +197,7 @@ class Lives(RuleBasedStateMachine):
             assert life.sequence not in self.engine.runner.store
         engine, lives = self.engine, self.alive.values()
         assert set(engine._known) == set(self.alive)
-        queues = [*engine.scheduler.running, *engine.scheduler.waiting, *engine._to_encode.values()]
+        queues = [*engine.scheduler.running, *engine.scheduler.waiting, *engine._encoding._waiting.values()]
         assert sorted(s.request_id for s in queues) == sorted(self.alive)
         owned = {block for life in lives for block in life.sequence.blocks}
         assert engine.blocks.num_blocks - engine.blocks.num_free == len(owned)

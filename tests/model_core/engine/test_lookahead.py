@@ -25,7 +25,9 @@ SETTINGS = {
     "plain": PLAIN,
     "chunks of a few tokens": EngineConfig(max_num_seqs=4, max_num_batched_tokens=7),
     "no caches at all": EngineConfig(max_num_seqs=4, enable_prefix_caching=False, encoder_cache_bytes=0),
-    "preemption": EngineConfig(max_num_seqs=6, kv_cache_bytes=cache_of(160), max_num_batched_tokens=64),
+    "preemption": EngineConfig(
+        max_num_seqs=6, max_context_tokens=160, kv_cache_bytes=cache_of(160), max_num_batched_tokens=64
+    ),
 }
 
 
