@@ -182,8 +182,9 @@ class _OfflineBench:
             found.flops_per_second if gflops is None else gflops * 1e9,
             found.bytes_per_second if gbs is None else gbs * 1e9,
         )
-        ((question, jpeg),) = self.load.items(self.next_items(1), 1)
-        inputs = self._encoder.engine.prepare(self._request(question, jpeg)).inputs
+        first = self.next_items(1)
+        (item,) = self.load.items(first, 1)
+        inputs = self._encoder.engine.prepare(self._request(first, *item)).inputs
         names = model.model.needed_encoders([self._arm]) if inputs.grids else frozenset()
         self._floor = floor_of(model, frozenset(names), inputs.grids, len(inputs.input_ids), self.load.num_tokens, peak)
         self.notes = [

@@ -41,6 +41,10 @@ class EncodeStage:
         """It has ended. One that is not here is ignored."""
         self._waiting.pop(sequence.request_id, None)
 
+    def has_next(self, is_wanted: Callable[[Sequence], bool]) -> bool:
+        """Would `advance` look at anybody now?"""
+        return any(_is_next(sequence, is_wanted) for sequence in self._waiting.values())
+
     def advance(self, *, others_run: bool, is_wanted: Callable[[Sequence], bool]) -> Iterator[Left]:
         """Text goes on at once; images in the order of their rank, up to the budget of one pass.
 
@@ -50,7 +54,7 @@ class EncodeStage:
         for sequence in list(self._waiting.values()):
             if sequence.inputs.pixels is None:
                 yield from self._encode([sequence])
-            elif sequence.request.encode_only or is_wanted(sequence):
+            elif _is_next(sequence, is_wanted):
                 with_images.append(sequence)
         if with_images and self._is_window_over(with_images, others_run=others_run):
             yield from self._one_pass(sorted(with_images, key=lambda s: (s.priority, s.arrival)))
@@ -122,3 +126,8 @@ class EncodeStage:
                 return
             make_room(error)
             yield from self._encode_ahead(sequence, images[:1])
+
+
+def _is_next(sequence: Sequence, is_wanted: Callable[[Sequence], bool]) -> bool:
+    """Text and whoever wants nothing but features need no place."""
+    return sequence.inputs.pixels is None or sequence.request.encode_only or is_wanted(sequence)

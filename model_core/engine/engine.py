@@ -194,23 +194,17 @@ class ContinuousEngine:
 
     def _land(self, events: list[TokenEvent]) -> None:
         """The tokens of the step that flies, while the one behind it runs. Who left meanwhile gets no token more."""
-        landed = self._ahead.advance(may_go_on=not self._encoding)
+        landed = self._ahead.advance(may_go_on=not self._encoding.has_next(self._is_wanted))
         self._take([(s, chosen) for s, chosen in landed if self._is_here(s)], events)
-        chunks = []
-        for chunk in self._ahead.chunks:
-            if self._is_here(chunk.sequence) and self._could_keep(chunk, events):
-                chunks.append(chunk)
+        chunks = [chunk for chunk in self._ahead.chunks if self._is_here(chunk.sequence)]
+        try:
+            self._keep(chunks)
+        except ROW_ERRORS as error:  # not committed, so it comes again in order
+            make_room(error)
+            chunks = []
         self._commit(chunks, 0.0)
         if not chunks:
             self._ahead.drop()
-
-    def _could_keep(self, chunk: Chunk[Sequence], events: list[TokenEvent]) -> bool:
-        try:
-            self._keep([chunk])
-        except ROW_ERRORS as error:
-            events.append(self._fail(chunk.sequence, error))
-            return False
-        return True
 
     def _is_here(self, sequence: Sequence) -> bool:
         return self._known.get(sequence.request_id) is sequence

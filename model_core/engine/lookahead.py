@@ -96,8 +96,11 @@ class Lookahead:
         """
         if not self._is_on or not self._is_steady(chunks):
             return False
-        self._flight = Flight.launch(chunks, logits)
-        return True
+        try:
+            self._flight = Flight.launch(chunks, logits)
+        except ROW_ERRORS as error:
+            make_room(error)
+        return self.is_flying
 
     def advance(self, *, may_go_on: bool) -> list[Landed]:
         """Launch the step after the flight, if that is sure to be it, and give what the flight itself has chosen.

@@ -83,6 +83,10 @@ class Jobs(threading.Thread):
         self.stopping, self.done, self.wrong = threading.Event(), 0, []
 
     def run(self) -> None:
+        with self.client:
+            self.go_on()
+
+    def go_on(self) -> None:
         while not self.stopping.is_set():
             begin = time.monotonic()
             try:
