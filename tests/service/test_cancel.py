@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,8 @@ import httpx
 import pytest
 from PIL import Image
 
+from model_core.checkpoint import Loaded, LoadOptions, load_checkpoint
+from model_core.demo_model import demo_folder
 from model_core.encoder import DualVisionEncoder
 from model_core.engine.config import EngineConfig
 from model_core.types import ChatMessage, GenerationRequest, ImagePart, SamplingParams, TextPart
@@ -54,18 +57,24 @@ def answer_alone(encoder: DualVisionEncoder, asked: Asked) -> tuple[str, float]:
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[Asked, str]:
+def loaded() -> Loaded:
+    return load_checkpoint(demo_folder(), LoadOptions("cpu"))
+
+
+@pytest.fixture(scope="module")
+def alone(loaded: Loaded) -> dict[Asked, str]:
     """Answers by an engine that keeps nothing, one at a time; none of them has a tie."""
     keeps_nothing = EngineConfig(enable_prefix_caching=False, encoder_cache_bytes=0)
-    encoder = DualVisionEncoder(device="cpu", engine_config=keeps_nothing)
+    encoder = DualVisionEncoder.from_loaded(loaded, "dve-demo", keeps_nothing)
     found = {asked: answer_alone(encoder, asked) for asked in sixteen()}
     assert min(margin for _, margin in found.values()) > MARGIN
     return {asked: text for asked, (text, _) in found.items()}
 
 
 @pytest.fixture(scope="module")
-def live() -> Iterator[LiveServer]:
-    encoder = DualVisionEncoder(device="cpu", engine_config=EngineConfig(max_num_seqs=16))
+def live(loaded: Loaded, alone: dict[Asked, str]) -> Iterator[LiveServer]:
+    """Over the same weights, once that engine is no longer used."""
+    encoder = DualVisionEncoder.from_loaded(loaded, "dve-demo", EngineConfig(max_num_seqs=16))
     with run_server(FakeEngine(), load=lambda: encoder.engine, max_num_seqs=16) as server:
         while server.http.get("/health/ready").status_code != 200:
             pass
@@ -90,7 +99,7 @@ def read(live: LiveServer, asked: Asked, cut: Callable[[], bool] | None = None) 
                 if cut is not None and text and cut():
                     return text
     assert cut is None, "it ended before it was cut"
-    assert line == "" or line == "data: [DONE]"
+    assert line in ("", "data: [DONE]")
     return text
 
 
@@ -106,8 +115,8 @@ def cut_one(live: LiveServer, asked: list[Asked]) -> tuple[float, dict[Asked, st
         begin = time.monotonic()
         while count_running(live) == 16:
             time.sleep(0.001)
-        seconds = time.monotonic() - begin
-        assert count_running(live) == 15, "nobody else had ended"
+        # Had another one ended meanwhile, this try would say nothing about time.
+        seconds = time.monotonic() - begin if count_running(live) == 15 else math.inf
         return seconds, {one: future.result() for one, future in others.items()}
 
 

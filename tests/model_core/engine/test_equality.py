@@ -39,6 +39,7 @@ BARE = (
 #: Both sides of a block's end and of what the loops take as one prompt, and everything between the two ends.
 LENGTHS = (1, 2, 15, 16, 17, 33, 70, 120, 170, 220, 255, 256, 257, 258, 300, 350, 420, 500, 599, 600)
 FAMILY = random.Random("family").choices("abcdefgh ?", k=600)
+FAMILY_PICTURE = Image.frombytes("RGB", (112, 112), random.Random("family").randbytes(112 * 112 * 3))
 SETTINGS = {
     "loops and torch": EngineConfig(max_num_seqs=4),
     "chunks": EngineConfig(max_num_seqs=4, max_num_batched_tokens=48),
@@ -76,11 +77,14 @@ def noise(rng: random.Random) -> Image.Image:
 def asked(encoder: DualVisionEncoder, number: int, length: int, most_tokens: int, arm: Arm) -> GenerationRequest:
     """A prompt of exactly `length` tokens: as many of up to three pictures as fit, the rest is text around them.
 
-    Half of them begin with the same text, so that there are prefixes to be found.
+    Half of them begin with the same picture, or without one, and the same text, so that there are prefixes to be found.
     """
     rng = random.Random(number)
+    is_of_family = rng.random() < 0.5
     sampling = SamplingParams(max_tokens=rng.randint(1, most_tokens), ignore_eos=True)
     pictures = [ImagePart(noise(rng)) for _ in range(rng.choice([0, 1, 1, 2, 3]))]
+    if is_of_family and pictures:
+        pictures[0] = ImagePart(FAMILY_PICTURE)
 
     def ask(*parts: object) -> GenerationRequest:
         return GenerationRequest(f"r{number}", (ChatMessage("user", parts),), sampling, arm)
@@ -91,12 +95,13 @@ def asked(encoder: DualVisionEncoder, number: int, length: int, most_tokens: int
     while count(*pictures) > length:
         pictures.pop()
     missing = length - count(*pictures)
-    is_of_family, cut = rng.random() < 0.5, rng.randint(0, missing)
+    cut = rng.randint(0, missing)
     begin = FAMILY[:cut] if is_of_family else rng.choices("abcdefgh ?", k=cut)
     texts = [TextPart("".join(begin)), TextPart("".join(rng.choices("abcdefgh ?", k=missing - cut)))]
-    middle = [*pictures, texts[1]]
+    middle = [*pictures[is_of_family:], texts[1]]
     rng.shuffle(middle)
-    parts = [texts[0], *middle] if is_of_family else [*middle, texts[0]]
+    first = [*pictures[:is_of_family], texts[0]]
+    parts = [*first, *middle] if is_of_family else [*middle, *first]
     request = ask(*(part for part in parts if part != TextPart("")))
     assert len(encoder.engine.prepare(request).inputs.input_ids) == length
     return request
@@ -104,6 +109,10 @@ def asked(encoder: DualVisionEncoder, number: int, length: int, most_tokens: int
 
 def count_pictures(request: GenerationRequest) -> int:
     return sum(isinstance(part, ImagePart) for part in request.messages[0].parts)
+
+
+def begins_alike(request: GenerationRequest) -> bool:
+    return request.messages[0].parts[0] == ImagePart(FAMILY_PICTURE)
 
 
 Case = tuple[GenerationRequest, list[int], list[float]]
@@ -140,6 +149,7 @@ def twenty() -> list[Case]:
     found = cases(LENGTHS, 12, 1)
     assert {r.arm for r, _, _ in found if count_pictures(r)} == set(ARMS), "an arm without a picture proves nothing"
     assert {count_pictures(r) for r, _, _ in found} == {0, 1, 2, 3}
+    assert len({r.arm for r, _, _ in found if begins_alike(r)}) > 2, "one picture's prefix under several arms"
     return found
 
 

@@ -233,7 +233,7 @@ TestLives.settings = settings(
 @pytest.mark.heavy
 class TestManyLives(Lives.TestCase):
     settings = settings(
-        max_examples=1500, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+        max_examples=400, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
     )
 
 
