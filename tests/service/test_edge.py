@@ -264,5 +264,5 @@ def test_an_idle_connection_is_kept_for_longer_than_clients_keep_it() -> None:
     kept = server_config(app).timeout_keep_alive
     assert kept > httpx.Limits().keepalive_expiry
     assert kept > 60, "load balancers"
-    proxied = re.findall(r"^ {8}keepalive_timeout (\d+)s;", NGINX.read_text(), re.MULTILINE)
-    assert [kept > int(seconds) for seconds in proxied] == [True], "nginx lets go first"
+    # Our nginx keeps none to the server: it looks the server's address up again and again.
+    assert not re.findall(r"^\s*(?:upstream|keepalive) ", NGINX.read_text(), re.MULTILINE)
