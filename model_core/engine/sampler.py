@@ -16,14 +16,12 @@ from torch import Tensor
 
 from model_core.engine.logit_changes import change_of
 from model_core.engine.row_arrays import Array, Arrays, HostArrays, arrays_for
+from model_core.engine.row_errors import ROW_ERRORS
 from model_core.engine.sampler_slab import Row, Sampled, Slab, not_finite
 from model_core.engine.sampler_state import SamplerState, build_generator, check_params
-from model_core.errors import DualVisionError
 
 __all__ = ["Sampled", "SamplerState", "build_generator", "check_params", "sample_batch"]
 
-#: What one row may do wrong without taking the others with it.
-_ROW_ERRORS = (RuntimeError, ValueError, MemoryError, DualVisionError)
 #: Logits in one go: on CPUs what stays in a core's cache, elsewhere what takes little memory.
 _CPU_LOGITS, _DEVICE_LOGITS = 2**17, 2**23
 
@@ -60,7 +58,7 @@ def _begin(states: Sequence[SamplerState], special: Sequence[int]) -> tuple[list
         state = states[index]
         try:
             rows.append(Row(index, state, change_of(state), state.draw()))
-        except _ROW_ERRORS as error:  # this row's own: the others must not feel it
+        except ROW_ERRORS as error:  # this row's own: the others must not feel it
             failed[index] = error
     return rows, failed
 
@@ -76,9 +74,8 @@ def _sample_rows(
         return {}, xp.fetch(peaks)
     try:
         size = max(1, (_CPU_LOGITS if isinstance(xp, HostArrays) else _DEVICE_LOGITS) // batch.shape[1])
-        with np.errstate(
-            over="ignore", divide="ignore", invalid="ignore"
-        ):  # rows with NaN are computed too, and thrown away
+        # Rows with NaN are computed too, and thrown away.
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
             slabs = [Slab(xp, batch, peaks, rows[start : start + size]) for start in range(0, len(rows), size)]
             sent = {f"{n} {name}": array for n, slab in enumerate(slabs) for name, array in slab.sent.items()}
             host = xp.fetch(peaks | sent)
@@ -86,7 +83,7 @@ def _sample_rows(
             for n, slab in enumerate(slabs):
                 found |= slab.finish({name: host[f"{n} {name}"] for name in slab.sent})
         return found, host
-    except _ROW_ERRORS as error:
+    except ROW_ERRORS as error:
         if len(rows) == 1:
             return {rows[0].index: error}, xp.fetch(peaks)
     alone = [_sample_rows(xp, batch, peaks, [row]) for row in rows]

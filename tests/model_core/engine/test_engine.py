@@ -175,56 +175,6 @@ def test_video_is_one_entry_and_its_tokens_are_counted() -> None:
     assert event.usage.image_tokens == 2 * 2 * 2
 
 
-def test_abort_at_every_stage_frees_everything() -> None:
-    encoder = tiny.encoder(engine_config=EngineConfig(max_num_seqs=2))
-    engine = encoder.engine
-    for request in (random_request(seed, max_tokens=9) for seed in range(4)):
-        engine.add_request(engine.prepare(request))
-    engine.step()
-    assert engine.stats().num_running == 2
-    for request_id in ("r0", "r3", "r1", "r2", "never seen"):
-        engine.abort(request_id)
-    assert not engine.has_work()
-    assert engine.step() == []
-    assert engine.runner.store.num_open == 0
-
-
-def test_cancelling_one_row_leaves_the_others_as_they_were() -> None:
-    encoder = tiny.encoder()
-    requests = [random_request(seed, max_tokens=12) for seed in range(5)]
-    undisturbed = run(encoder, requests)
-    engine, merged = encoder.engine, {r.request_id: TokenEvent(r.request_id) for r in requests}
-    for request in requests:
-        engine.add_request(engine.prepare(request))
-    for step in range(40):
-        if step == 4:
-            engine.abort("r1")
-        for event in engine.step():
-            merged[event.request_id] = fold(merged[event.request_id], event)
-    for name in ("r0", "r2", "r3", "r4"):
-        assert merged[name].token_ids == undisturbed[name].token_ids
-
-
-def test_a_poisoned_image_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN in one image's features is that request's error, not the engine's."""
-    encoder = tiny.encoder()
-    qwen = encoder.model.model.encoders["qwen"]
-    original = qwen.infer
-
-    def poisoned(module: torch.nn.Module, pixel_values: torch.Tensor, grid: torch.Tensor) -> object:
-        found = original(module, pixel_values, grid)
-        found.tokens[: found.lengths[0]] = float("nan")
-        return found
-
-    monkeypatch.setattr(qwen, "infer", poisoned)
-    message = ChatMessage("user", (ImagePart(picture(random.Random(1))), TextPart("?")))
-    bad = GenerationRequest("bad", (message,), SamplingParams(max_tokens=3))
-    good = [random_request(seed, max_tokens=4) for seed in (0, 4, 8)]
-    merged = run(encoder, [bad, *good])
-    assert isinstance(merged["bad"].error, RequestFailedError)
-    assert all(merged[r.request_id].finish_reason == "length" for r in good)
-
-
 def test_an_encode_that_raises_for_one_is_retried_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = tiny.encoder()
     original = encoder.engine.runner._encode_images
