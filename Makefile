@@ -70,7 +70,7 @@ $(VENV)/.ops: $(VENV)/.dev
 	@touch $@
 
 # What has all tools must use them: a test that is skipped for want of one fails (tests/conftest.py).
-NO_SKIPS = DVE_TESTS_NO_SKIPS=1
+NO_SKIPS = NO_SKIPPED_TESTS=1
 test-ops: $(VENV)/.ops ## what is deployed, on real Prometheus, nginx, PostgreSQL, kubectl (Debian; installs them); faults, drilled
 	@command -v prometheus >/dev/null && command -v amtool >/dev/null && command -v nginx >/dev/null || { \
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus prometheus-alertmanager nginx; }

@@ -3,7 +3,7 @@
 The models are small, and threads that spin while they wait for each other lose a core that a second process needs:
 beside one busy process the tests of the KV cache took 170 s with two threads and 14 s with one.
 
-With DVE_TESTS_NO_SKIPS (`make test-ops` and `make test-image`) a test that is skipped has failed: these targets bring
+With NO_SKIPPED_TESTS (`make test-ops` and `make test-image`) a test that is skipped has failed: these targets bring
 the tools, and green must mean that they were used.
 
 Where tests run in several processes, the loops of decode steps are compiled once before, while these collect their
@@ -35,9 +35,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport]:
     report = yield
-    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("DVE_TESTS_NO_SKIPS"):
+    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("NO_SKIPPED_TESTS"):
         why = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
-        report.outcome, report.longrepr = "failed", f"skipped, and nothing may be (DVE_TESTS_NO_SKIPS): {why}"
+        report.outcome, report.longrepr = "failed", f"skipped, and nothing may be (NO_SKIPPED_TESTS): {why}"
     return report
 
 

@@ -28,10 +28,10 @@ def test_a_skip_is_a_failure_where_the_target_says_so(tmp_path: Path, no_skips: 
     (tmp_path / "test_skips.py").write_text(SKIPS)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider", str(tmp_path)]
-    known = {**os.environ, "DVE_TESTS_NO_SKIPS": no_skips, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    known = {**os.environ, "NO_SKIPPED_TESTS": no_skips, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(command, cwd=ROOT, env=known, capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode == code, done.stdout
-    assert ("nothing may be (DVE_TESTS_NO_SKIPS): Skipped: no such tool" in done.stdout) == bool(no_skips)
+    assert ("nothing may be (NO_SKIPPED_TESTS): Skipped: no such tool" in done.stdout) == bool(no_skips)
     assert "1 xfailed" in done.stdout
 
 
