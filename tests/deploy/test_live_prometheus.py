@@ -38,10 +38,10 @@ from tests.operations.traffic import picture
 NEEDS_AN_EVENT = {
     "dve_request_failure_total", "dve_admission_rejections_total", "dve_num_preemptions_total",
     "dve_encoder_cache_evictions_total", "dve_media_rejected_total", "dve:http_error_ratio:rate5m",
-    "dve_model_swaps_total",
+    "dve_model_swaps_total", "dve_train_mfu_ratio",
 }  # fmt: skip
 #: What is there and stays at 0 while all is well: every other number must have been above 0 once.
-ZERO_IS_WELL = {"dve_train_stage", "dve_train_mfu_ratio"}
+ZERO_IS_WELL = {"dve_train_stage", "dve_train_diversity_loss"}
 #: Selectors of alerts that choose trouble by a label's value.
 CHOOSES_TROUBLE = ('status=~"5.."', 'outcome="failed"')
 SELECTOR = re.compile(r"\b(?:dve_\w+|dve:[\w:]+|up\b)(?:\{[^}]*\})?")
