@@ -14,6 +14,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from model_core.config import DualVisionConfig
 from model_core.demo.alignment import attend_by_likeness
+from model_core.demo.birth import attend_as_trained
 from model_core.demo.tokenizer import build_tokenizer
 from model_core.model import DualVisionModel
 from model_core.processing.processor import DualVisionProcessor
@@ -42,6 +43,7 @@ def blank_model(*, seed: int, **sizes: int) -> tuple[DualVisionModel, DualVision
         torch.manual_seed(seed)
         model = DualVisionModel(build_config(Sizes(**sizes), tokenizer))
     attend_by_likeness(model.model.language_model)
+    attend_as_trained(model.model.visual, model.model.second, seed=seed)
     text = model.config.text_config
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id, bos_token_id=text.bos_token_id

@@ -12,9 +12,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from model_core.errors import ConfigError
 from model_core.training.config import TrainConfig, parse_config
 from model_core.training.events import EVENTS_NAME
+from model_core.training.muon import working_dtype
 from model_core.training.runs import LATEST
 from model_core.training.strict import read_json
 
@@ -24,12 +27,14 @@ RECIPE_PATH = Path(__file__).parent / "config_demo.json"
 def demo_recipe(
     work: Path, *, scale: float = 1.0, device: str = "auto", artwork: Path | None = None, overrides: Iterable[str] = ()
 ) -> TrainConfig:
-    """The scenario with its run in `work`.
+    """The scenario with its run in `work`; its products in bfloat16 where the processor has units for it, as on a GPU.
 
     Raises:
         ConfigError: an override that does not fit, or a scale that is none.
     """
     data = read_json(RECIPE_PATH) | {"output_dir": str(work), "device": device}
+    if working_dtype(torch.device("cpu")) == torch.bfloat16:
+        data["precision"] = "bfloat16"
     if artwork is not None:
         data["batch_source"]["options"]["artwork"] = str(artwork)
     return parse_config(scaled(data, scale) if scale != 1.0 else data, overrides)

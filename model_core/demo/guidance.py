@@ -45,8 +45,8 @@ class DenseHeads(nn.Module):
         self.counts = nn.Linear(dims["dinov2"], 2 * (MAX_COUNT + 1))
         self.shares = nn.Linear(dims["dinov2"], 1)
 
-    def forward(self, features: Mapping[str, Tensor], cells: Mapping[str, Tensor]) -> Tensor:
-        """features: (N, C_e) by encoder, those that there are -> the summed loss."""
+    def forward(self, features: Mapping[str, Tensor], cells: Mapping[str, Tensor], num_pictures: int) -> Tensor:
+        """features: (N, C_e) by encoder, those that there are, of pictures of one size -> the summed loss."""
         losses = []
 
         def read(head: nn.Linear, x: Tensor, name: str, weight: float) -> None:
@@ -66,7 +66,18 @@ class DenseHeads(nn.Module):
             shares = self.shares(x)[:, 0]
             # A share is a probability: the sum of the read ones over a kind's cells is how many there are.
             losses.append(4.0 * F.binary_cross_entropy_with_logits(shares, cells["shares"]))
+            losses.append(miscounted(shares.sigmoid(), cells, num_pictures))
         return torch.stack(losses).sum()
+
+
+def miscounted(read: Tensor, cells: Mapping[str, Tensor], num_pictures: int) -> Tensor:
+    """How far the shares read from a kind's cells are from summing to how many of it the picture shows.
+
+    Each share alone may be nearly right and their sum wrong by one; and the sum is what counting takes."""
+    classes = cells["class"].view(num_pictures, -1)
+    is_same = ((classes[:, :, None] == classes[:, None]) & (classes > 0)[:, None]).to(read.dtype)
+    sums, counts = (is_same @ x.view(num_pictures, -1, 1) for x in (read, cells["shares"].to(read.dtype)))
+    return F.smooth_l1_loss(sums[..., 0][classes > 0], counts[..., 0][classes > 0], beta=0.5)
 
 
 def _weighted(logits: Tensor, target: Tensor, background: float = 0.1) -> Tensor:
@@ -100,11 +111,11 @@ class DemoGuidance(AuxiliaryLoss):
         cells = {name: target.to(device) for name, target in view.pack.targets.items()}
         found = {}
         if view.features:
-            found["cells"] = self.heads(view.features, cells)
+            found["cells"] = self.heads(view.features, cells, len(view.pack.grids))
         if view.fused is not None and view.attention:
             found["alignment"] = self._alignment.loss(view.fused.tokens, cells, self._words().weight)
-            query, key = (_padded(part, view.pack) for part in view.attention[LAYER])
-            found["look"], found["tally"] = self._lookup.loss(asked(view.pack, self._image_token_id), query, key)
+            heads = _padded(self._lookup.heads(*view.attention[LAYER]), view.pack)
+            found["look"], found["tally"] = self._lookup.loss(asked(view.pack, self._image_token_id), heads)
             spell = self._spelling.loss(view.pack, *view.attention[self._spelling_layer])
             found |= {} if spell is None else {"spell": spell}
         return found

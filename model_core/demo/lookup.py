@@ -50,37 +50,44 @@ class Lookup:
                 at += len(phrase)
         return torch.tensor(found)
 
-    def loss(self, asked: Asked, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    def heads(self, query: Tensor, key: Tensor) -> Tensor:
+        """(S, H, dh) and (S, K, dh), rotated -> (S, 2, 2, dh): of the looking and the counting head, query and key."""
+        found = []
+        for head in (HEAD % self.num_heads, TALLY_HEAD % self.num_heads):
+            found.append(torch.stack([query[:, head], key[:, head // self.group]], dim=1))
+        return torch.stack(found, dim=1)
+
+    def loss(self, asked: Asked, heads: Tensor) -> tuple[Tensor, Tensor]:
         """Mean over nouns of -log (share of the look that falls where it should), and of KL(tally | the tally's look).
 
-        query: (B, T, H, dh), key: (B, T, K, dh), rotated.
+        heads: (B, T, 2, 2, dh), of `heads`.
         """
         noun = self.nouns(asked.input_ids)
         row, place = noun.nonzero(as_tuple=True)
-        device = query.device
+        device = heads.device
         if not len(row):
-            return query.sum() * 0.0, query.sum() * 0.0
+            return heads.sum() * 0.0, heads.sum() * 0.0
         allowed = asked.may_attend[row, place]  # (N, T)
         # A question before its picture sees none.
         meant = self.means[noun[row, place]].gather(1, asked.shows[row]) & allowed
         target = meant.clone()
         target[:, 0] |= ~meant.any(-1)
         row, place, allowed, target = (x.to(device) for x in (row, place, allowed, target))
-        scores = self._scores(HEAD, query, key, row, place).masked_fill(~allowed, float("-inf"))
+        scores = _scores(heads[:, :, 0], row, place).masked_fill(~allowed, float("-inf"))
         look = scores.logsumexp(-1) - scores.masked_fill(~target, float("-inf")).logsumexp(-1)
-        scores = self._scores(TALLY_HEAD, query, key, row, place).masked_fill(~allowed, float("-inf"))
+        scores = _scores(heads[:, :, 1], row, place).masked_fill(~allowed, float("-inf"))
         wanted = (asked.shares[row.cpu()] * meant).to(device)
         wanted[:, 0] = 1.0  # one look for the first token, and one for each thing, spread over its cells
         wanted = wanted / wanted.sum(-1, keepdim=True)
         said = scores.log_softmax(-1).masked_fill(wanted == 0, 0.0)
         return look.mean(), (torch.special.xlogy(wanted, wanted) - wanted * said).sum(-1).mean()
 
-    def _scores(self, head: int, query: Tensor, key: Tensor, row: Tensor, place: Tensor) -> Tensor:
-        """(N, T): what the head gives each token, seen from each noun."""
-        head %= self.num_heads
-        q, k = query[:, :, head].float(), key[:, :, head // self.group].float()
-        # All pairs, then each noun's row once: a gather of keys would add up its gradient in no fixed order.
-        return (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5)[row, place]
+
+def _scores(head: Tensor, row: Tensor, place: Tensor) -> Tensor:
+    """(B, T, 2, dh) -> (N, T): what the head gives each token, seen from each noun."""
+    q, k = head.float().unbind(2)
+    # All pairs, then each noun's row once: a gather of keys would add up its gradient in no fixed order.
+    return (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5)[row, place]
 
 
 @dataclass(frozen=True, slots=True)

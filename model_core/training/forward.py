@@ -8,8 +8,9 @@ steps nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from model_core.language.packed import packed_hidden
 from model_core.processing.batch import normalise_pixels
 from model_core.processing.images import PatchSpec
 from model_core.training.auxiliary import PackView
+from model_core.training.cpu_kernels import cpu_kernels, recompute_contexts
 from model_core.training.data.packs import PackedBatch
 from model_core.training.freeze import FreezeTable
 from model_core.training.losses import sample_losses
@@ -91,7 +93,8 @@ class PackForward:
         towers = {"qwen_vision": (backbone.visual, {"qwen_vision", "merger"}), "dinov2": (backbone.second, {"dinov2"})}
         for name, (module, parts) in towers.items():
             if name in self._wanted and trained & parts:
-                module.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+                options = {"use_reentrant": False, "context_fn": partial(recompute_contexts, self.device)}
+                module.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
             elif name in self._wanted:
                 module.activation_checkpointing_disable()
 
@@ -111,9 +114,10 @@ class PackForward:
             if pack.grids:
                 features, fused = self._embed_images(pack, removed, arm)
                 embeds = self._splice(ids, embeds, fused.tokens)
+            recompute = partial(recompute_contexts, self.device) if self._recompute_llm else None
             hidden = packed_hidden(
                 self.model.model.language_model, embeds, pack.position_ids.to(self.device), pack.sample_lengths,
-                blocks=pack.blocks, watch=watch if self._watched else None, recompute=self._recompute_llm,
+                blocks=pack.blocks, watch=watch if self._watched else None, recompute=recompute,
                 use_flash_attention=self._flash,
             )  # fmt: skip
             if self._autocasts:
@@ -159,7 +163,8 @@ class PackForward:
     @contextmanager
     def _precision(self) -> Iterator[None]:
         device: Any = self.device.type
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=self._autocasts, cache_enabled=False):
+        kernels = cpu_kernels() if device == "cpu" else nullcontext()
+        with kernels, torch.autocast(device, dtype=torch.bfloat16, enabled=self._autocasts, cache_enabled=False):
             yield
 
 

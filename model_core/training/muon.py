@@ -15,6 +15,8 @@ from torch import Tensor
 _BF16_UNITS = ("avx512_bf16", "amx_bf16")
 #: Where matrices lie that act on tokens within a layer; embeddings, heads and projectors are AdamW's.
 _INSIDE = (".blocks.", ".layers.", ".layer.", ".merger.mlp.")
+#: Numbers in one go; of the largest models a matrix alone.
+_TURNED_AT_ONCE = 1 << 24
 _COEFFICIENTS, _STEPS, _EPSILON, _MOMENTUM = (3.4445, -4.775, 2.0315), 5, 1e-7, 0.95
 
 
@@ -51,26 +53,38 @@ class MuonAdamW(torch.optim.AdamW):
                 self._step_matrices(group)
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
+        """Matrices of one shape are turned in one go: a small one's products are too short to be worth a call each."""
+        by_shape: dict[tuple[int, ...], list[Tensor]] = {}
         for p in group["params"]:
-            if p.grad is None:
-                continue
+            if p.grad is not None:
+                by_shape.setdefault((*p.shape, p.device.index or 0), []).append(p)
+        for alike in by_shape.values():
+            size = max(1, _TURNED_AT_ONCE // alike[0].numel())
+            for begin in range(0, len(alike), size):
+                self._step_alike(alike[begin : begin + size], group["lr"], group["weight_decay"])
+
+    def _step_alike(self, parameters: list[Tensor], rate: float, decay: float) -> None:
+        updates = []
+        for p in parameters:
             state = self.state[p]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(p.grad)
             momentum = state["momentum_buffer"].lerp_(p.grad, 1 - _MOMENTUM)
-            update = p.grad.lerp(momentum, _MOMENTUM)
-            turned = orthogonal(update.to(working_dtype(p.device)), _COEFFICIENTS, _STEPS, _EPSILON)
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(turned.to(p.dtype), alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+            updates.append(p.grad.lerp(momentum, _MOMENTUM).to(working_dtype(p.device)))
+        turned = orthogonal(torch.stack(updates), _COEFFICIENTS, _STEPS, _EPSILON)
+        for p, update in zip(parameters, turned, strict=True):
+            p.mul_(1 - rate * decay)
+            p.add_(update.to(p.dtype), alpha=-rate * 0.2 * max(p.shape) ** 0.5)
 
 
-def orthogonal(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """The nearest matrix with singular values near 1, by Newton-Schulz iterations of degree five."""
+def orthogonal(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """(n, rows, columns): of each the nearest matrix with singular values near 1, by Newton-Schulz iterations of
+    degree five."""
     a, b, c = coefficients
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if is_tall else matrix
-    x = x / x.norm().clamp(min=eps)
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if is_tall else matrices
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if is_tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x

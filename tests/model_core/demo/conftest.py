@@ -28,6 +28,7 @@ SMALL = (
     "batch_source.options.sizes=[[112, 112]]",
     "batch_size=2",
     "num_workers=0",
+    "precision=float32",
 )
 
 

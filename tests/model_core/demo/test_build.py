@@ -14,7 +14,7 @@ from model_core.cli import demo as command
 from model_core.cli.train import load_for_training
 from model_core.demo.artwork import Artwork
 from model_core.demo.batches import SceneSource
-from model_core.demo.build import has_begun, scaled
+from model_core.demo.build import demo_recipe, has_begun, scaled
 from model_core.encoder import DualVisionEncoder
 from model_core.errors import CheckpointMismatchError, ConfigError
 from model_core.processing.batch import InputFormat
@@ -49,7 +49,7 @@ def answering_pack(tmp_path: Path, number: int, batch_size: int = 4) -> PackedBa
 def two_stages(work: Path) -> TrainConfig:
     config = small_recipe(work)
     curriculum = config.curriculum_training
-    chosen = tuple(curriculum.stages[i].model_copy(update={"steps": 2}) for i in (0, 4))
+    chosen = tuple(curriculum.stages[i].model_copy(update={"steps": 2}) for i in (0, 3))
     return config.model_copy(update={"curriculum_training": curriculum.model_copy(update={"stages": chosen})})
 
 
@@ -65,8 +65,8 @@ class Stop:
 
 
 def test_an_interrupted_build_ends_in_the_same_bits(tmp_path: Path) -> None:
-    """Weights, read-outs and both optimizers' state; stopped within a stage and at its border. Of the seven stages the
-    first, without language, and one of everything."""
+    """Weights, read-outs and both optimizers' state; stopped within a stage and at its border. Of the four stages the
+    first, without language, and the one of everything."""
     names = ("model.safetensors", "auxiliary.safetensors", "optimizer.safetensors")
     trainer_of(two_stages(tmp_path / "whole")).train()
     last = tmp_path / "whole" / "checkpoint_latest"
@@ -153,8 +153,17 @@ def test_a_build_goes_on_only_under_its_own_recipe(tmp_path: Path) -> None:
         trainer_of(small_recipe(tmp_path, "max_steps=1", "seed=5")).resume(tmp_path)
 
 
+@pytest.mark.parametrize(("units", "precision"), [({"amx_bf16": True}, "bfloat16"), ({"avx2": True}, "auto")])
+def test_products_are_in_bfloat16_where_a_processor_has_units_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, units: dict[str, bool], precision: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
+    assert demo_recipe(tmp_path).precision == precision
+    assert demo_recipe(tmp_path, overrides=["precision=float32"]).precision == "float32", "as it was asked for"
+
+
 def test_scaling_shortens_every_stage_and_ends_where_it_says(tmp_path: Path) -> None:
-    assert [stage.steps for stage in small_recipe(tmp_path, scale=0.01).stages()] == [10, 6, 4, 4, 3, 12, 6]
+    assert [stage.steps for stage in small_recipe(tmp_path, scale=0.01).stages()] == [15, 22, 3, 10]
     with pytest.raises(ConfigError, match="can't be scaled"):
         scaled({}, 0.0)
 

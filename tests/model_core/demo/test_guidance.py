@@ -12,7 +12,7 @@ import torch
 from model_core.cli.train import load_for_training
 from model_core.demo.alignment import WordAlignment, attend_by_likeness
 from model_core.demo.batches import SceneSource
-from model_core.demo.guidance import DemoGuidance, asked
+from model_core.demo.guidance import DemoGuidance, asked, miscounted
 from model_core.demo.lookup import HEAD, LAYER, TALLY_HEAD
 from model_core.demo.questions import plural_of
 from model_core.demo.scenes import CLASS_NAMES
@@ -100,6 +100,25 @@ def test_the_next_letter_is_looked_for_where_it_stands(loaded: Any, guidance: De
             right[place, 0, number], wrong[place, 0, number % 5 + 1] = 1.0, 1.0
     assert float(teacher.loss(pack, right, keys)) < 1e-3
     assert float(teacher.loss(pack, wrong, keys)) > 3.0
+
+
+def test_shares_that_sum_to_the_wrong_number_cost(loaded: Any, guidance: DemoGuidance) -> None:
+    """Two pictures: two dogs over three cells with a cat, and three cats. The share of a dog's cell moves the dogs'
+    sum alone, and that of a cell without an object none."""
+    cells = {
+        "class": torch.tensor([1, 1, 1, 2, 0, 2, 2, 2, 0, 0]),
+        "shares": torch.tensor([0.5, 0.5, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0]),
+    }
+    right = cells["shares"].clone()
+    assert float(miscounted(right, cells, 2)) == 0.0
+    for cell, cost in ((0, 3), (3, 1), (5, 3), (4, 0)):
+        wrong = right.clone().requires_grad_()
+        loss = miscounted(wrong + 0.25 * torch.nn.functional.one_hot(torch.tensor(cell), 10), cells, 2)
+        assert float(loss.detach()) == pytest.approx(cost / 7 * 0.25**2, abs=1e-6), "half the square over beta 0.5"
+        if cost:
+            (gradient,) = torch.autograd.grad(loss, wrong)
+            same = (cells["class"] == cells["class"][cell]) & (torch.arange(10) // 5 == cell // 5)
+            assert torch.equal(gradient != 0, same)
 
 
 def test_every_noun_is_known_by_a_token_of_its_own(loaded: Any, guidance: DemoGuidance) -> None:

@@ -21,10 +21,12 @@ SPEC = tiny.processor().patch_spec
 SAMPLES = (0, 1, 2, 3, 6)
 
 
-def forward(model: DualVisionModel, mode: str = "full", recompute: tuple[str, ...] = ()) -> PackForward:
+def forward(
+    model: DualVisionModel, mode: str = "full", recompute: tuple[str, ...] = (), precision: str = "float32"
+) -> PackForward:
     table = resolve_freeze(model, mode)  # type: ignore[arg-type]
     table.apply(model)
-    made = PackForward(model, SPEC, precision="float32", recompute=recompute)
+    made = PackForward(model, SPEC, precision=precision, recompute=recompute)
     made.set_freeze(table)
     return made
 
@@ -87,10 +89,12 @@ def test_it_is_the_path_that_the_whole_model_takes() -> None:
         )
 
 
-def test_recomputed_activations_change_no_gradient() -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_recomputed_activations_change_no_gradient(precision: str) -> None:
     model = tiny.trained_model()
-    kept = gradients(forward(model), [pack_of(SAMPLES)])
-    again = gradients(forward(model, recompute=("llm", "qwen_vision", "dinov2")), [pack_of(SAMPLES)])
+    kept = gradients(forward(model, precision=precision), [pack_of(SAMPLES)])
+    parts = ("llm", "qwen_vision", "dinov2")
+    again = gradients(forward(model, recompute=parts, precision=precision), [pack_of(SAMPLES)])
     assert model.model.visual.is_activation_checkpointing and model.model.second.is_activation_checkpointing
     assert kept[0] == again[0]
     for name, gradient in kept[1].items():

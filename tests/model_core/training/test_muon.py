@@ -53,9 +53,29 @@ def test_in_bfloat16_it_steps_as_torchs_muon_and_leaves_the_rest_to_adamw(
 def test_the_orthogonal_step_lets_no_direction_dominate() -> None:
     torch.manual_seed(0)
     stretched = torch.randn(32, 16) * torch.logspace(0, 2, 16)
-    values = torch.linalg.svdvals(orthogonal(stretched, (3.4445, -4.775, 2.0315), 5, 1e-7))
+    values = torch.linalg.svdvals(orthogonal(stretched[None], (3.4445, -4.775, 2.0315), 5, 1e-7)[0])
     assert values.max() < 1.3
     assert values.max() / values.min() < 0.2 * torch.linalg.cond(stretched)
+
+
+@pytest.mark.parametrize("at_once", [1 << 24, 300])
+def test_matrices_of_one_shape_step_together_as_each_alone(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """Three of (16, 8), all at once or two and one; another shape and one without a gradient between them."""
+    monkeypatch.setattr(muon, "_TURNED_AT_ONCE", at_once)
+    monkeypatch.setattr(muon, "working_dtype", lambda _: torch.float32)
+    torch.manual_seed(0)
+    shapes = [(16, 8), (4, 4), (16, 8), (16, 8), (16, 8)]
+    starts, gradients = ([torch.randn(shape) * 10.0**n for n, shape in enumerate(shapes)] for _ in range(2))
+    together = [torch.nn.Parameter(start.clone()) for start in starts]
+    alone = [torch.nn.Parameter(start.clone()) for start in starts]
+    for number in (0, 1, 3, 4):
+        together[number].grad, alone[number].grad = gradients[number].clone(), gradients[number].clone()
+    _stepped([], together).step()
+    for parameter in alone:
+        _stepped([], [parameter]).step()
+    for one, other, start in zip(together, alone, starts, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        assert torch.equal(one, start) == (one.grad is None)
 
 
 def test_a_matrix_without_a_gradient_stays() -> None:
