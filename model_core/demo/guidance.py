@@ -25,6 +25,7 @@ from model_core.training.auxiliary import AuxiliaryLoss, PackView
 from model_core.training.data.packs import PackedBatch
 
 NUM_LETTERS = 27
+_IGNORED = -100
 
 
 class DenseHeads(nn.Module):
@@ -49,8 +50,13 @@ class DenseHeads(nn.Module):
         """features: (N, C_e) by encoder, those that there are, of pictures of one size -> the summed loss."""
         losses = []
 
+        # What an object only touches is neither its cell nor background: whatever is said there is right.
+        touched = (cells["kind"] > 0) & (cells["class"] == 0)
+
         def read(head: nn.Linear, x: Tensor, name: str, weight: float) -> None:
-            target = cells[name].flatten()
+            target = (
+                cells[name].masked_fill(touched, _IGNORED) if name in ("class", "colour") else cells[name].flatten()
+            )
             losses.append(weight * _weighted(head(x).view(len(target), -1), target))
 
         for name, x in ((n, f.float()) for n, f in features.items()):
@@ -63,10 +69,11 @@ class DenseHeads(nn.Module):
         if "dinov2" in features:
             x = features["dinov2"].float()
             read(self.counts, x, "counts", 0.5)
-            shares = self.shares(x)[:, 0]
-            # A share is a probability: the sum of the read ones over a kind's cells is how many there are.
-            losses.append(4.0 * F.binary_cross_entropy_with_logits(shares, cells["shares"]))
-            losses.append(miscounted(shares.sigmoid(), cells, num_pictures))
+            # A density of things, as in Lempitsky and Zisserman 2010: where it is read right on average, so is its sum
+            # over a kind's cells. Its logarithm is what a head's score of a cell must be to count.
+            log_shares = self.shares(x)[:, 0].clamp(max=2.0)
+            losses.append(4.0 * F.poisson_nll_loss(log_shares, cells["shares"], log_input=True))
+            losses.append(2.0 * miscounted(log_shares.exp(), cells, num_pictures))
         return torch.stack(losses).sum()
 
 
@@ -74,7 +81,7 @@ def miscounted(read: Tensor, cells: Mapping[str, Tensor], num_pictures: int) -> 
     """How far the shares read from a kind's cells are from summing to how many of it the picture shows.
 
     Each share alone may be nearly right and their sum wrong by one; and the sum is what counting takes."""
-    classes = cells["class"].view(num_pictures, -1)
+    classes = cells["kind"].view(num_pictures, -1)
     is_same = ((classes[:, :, None] == classes[:, None]) & (classes > 0)[:, None]).to(read.dtype)
     sums, counts = (is_same @ x.view(num_pictures, -1, 1) for x in (read, cells["shares"].to(read.dtype)))
     return F.smooth_l1_loss(sums[..., 0][classes > 0], counts[..., 0][classes > 0], beta=0.5)
@@ -124,11 +131,14 @@ class DemoGuidance(AuxiliaryLoss):
 def asked(pack: PackedBatch, image_token_id: int) -> Asked:
     """A pack's rows side by side, with what the cells behind their image tokens show."""
     is_image = pack.input_ids == image_token_id
-    shows = torch.zeros_like(pack.input_ids).masked_scatter(is_image, pack.targets["class"])
+    shows, touched = (
+        torch.zeros_like(pack.input_ids).masked_scatter(is_image, pack.targets[name]) for name in ("class", "kind")
+    )
     shares = torch.zeros(len(pack.input_ids)).masked_scatter(is_image, pack.targets["shares"])
     return Asked(
         _padded(pack.input_ids, pack),
         _padded(shows, pack),
+        _padded(touched, pack),
         _padded(shares, pack),
         may_attend(_padded(pack.blocks, pack, value=-1))[:, 0],
     )

@@ -1,8 +1,9 @@
 """What each 28-pixel cell of a scene shows, as the dense losses of the demo's build ask for it.
 
-In: objects with their painted patches, letters with their places. Out: integer grids. An object takes the
+In: objects with their painted patches, letters with their places. Out: grids of numbers. An object takes the
 cells it covers; "places" and "counts" are told of every cell of an object, so that whoever reads any one of
-its cells knows where its middle is and how many of its kind there are.
+its cells knows where its middle is and how many of its kind there are. Shares are told of every cell that an object
+touches: an object is as small as a cell, and what lies beside its own cells is missing when it is counted.
 """
 
 from __future__ import annotations
@@ -16,20 +17,22 @@ import numpy as np
 CELL = 28
 MAX_COUNT = 5
 MAX_SPOT = 6
+#: A cell of which less is painted shows nothing that could be told.
+_LEAST_COVER = 0.04
 
 
 class CellLabels:
     """Grids of (gh, gw): object (1-based index, 0 none), class and colour (0 none); of (gh, gw, 2), for the left
     and right half of a cell: letter (1..26) and spot (which letter of its word, from 1), 0 for none.
 
-    cover: the share of the cell that its object paints, float (gh, gw)."""
+    `shares` tells which class paints the most of a cell and how much of its objects lies there."""
 
     def __init__(self, height: int, width: int) -> None:
         grid = (height // CELL, width // CELL)
         self.object, self.class_, self.colour = (np.zeros(grid, np.int16) for _ in range(3))
         self.letters, self.spots = (np.zeros((*grid, 2), np.int16) for _ in range(2))
-        self.cover = np.zeros(grid, np.float32)
         self._best = np.full(grid, 0.25)
+        self._painted: list[tuple[int, np.ndarray]] = []
 
     def add_object(
         self, number: int, box: tuple[int, int, int, int], patch: np.ndarray, class_: int, colour: int
@@ -41,15 +44,31 @@ class CellLabels:
         mask = np.zeros((rows * CELL, columns * CELL), bool)
         mask[top : top + patch.shape[0], left : left + patch.shape[1]] = patch[:, :, 3] > 127
         cover = mask.reshape(rows, CELL, columns, CELL).mean(axis=(1, 3))
-        painted = cover.copy()
         middle_x, middle_y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-        cover[int(middle_y) // CELL - y // CELL, int(middle_x) // CELL - x // CELL] += 1.0
         window = np.s_[y // CELL : y // CELL + rows, x // CELL : x // CELL + columns]
+        painted = np.zeros_like(self._best)
+        painted[window] = cover
+        self._painted.append((class_, painted))
+        cover[int(middle_y) // CELL - y // CELL, int(middle_x) // CELL - x // CELL] += 1.0
         won = cover >= self._best[window]
         self._best[window][won] = cover[won]
-        self.cover[window][won] = painted[won]
         for grid, value in ((self.object, number), (self.class_, class_), (self.colour, colour)):
             grid[window][won] = value
+
+    def shares(self) -> tuple[np.ndarray, np.ndarray]:
+        """int16 and float32 (gh, gw): the class that paints most of a cell, 0 for none, and how much of that class's
+        objects lies there: over a picture's cells of a class they sum to how many of it there are."""
+        kind, shares = np.zeros_like(self.class_), np.zeros(self.class_.shape, np.float32)
+        cover = {class_: sum(one for name, one in self._painted if name == class_) for class_, _ in self._painted}
+        best = np.full(kind.shape, _LEAST_COVER)
+        for class_, painted in cover.items():
+            kind[painted > best] = class_
+            best = np.maximum(best, painted)
+        for class_, painted in self._painted:
+            seen = np.where(kind == class_, painted, 0.0)
+            if seen.any():
+                shares += (seen / seen.sum()).astype(np.float32)
+        return kind, shares
 
     def add_word(self, baseline: int, band: float, letters: Sequence[tuple[str, int, int]]) -> None:
         """letters: (letter, x0, x1). All lie in the rows of cells that hold half of `band`, the letters' height."""
@@ -82,13 +101,3 @@ def cell_counts(scene: Any) -> np.ndarray:
     for number, one in enumerate(scene.objects, start=1):
         counts[scene.cell_object == number] = np.minimum((by_name[one.name], len(scene.objects)), MAX_COUNT)
     return counts
-
-
-def cell_shares(scene: Any) -> np.ndarray:
-    """float32 (gh, gw): how much of its object a cell holds, of what the object's own cells hold; 0 without object.
-
-    Over an object's cells they sum to 1, so over a picture's cells of one kind to how many of it there are.
-    """
-    held = scene.cell_cover + np.float32(1e-3)  # an object thinner than a pixel still has its middle's cell
-    totals = np.bincount(scene.cell_object.ravel(), weights=held.ravel(), minlength=len(scene.objects) + 1)
-    return np.where(scene.cell_object > 0, held / totals[scene.cell_object], 0.0).astype(np.float32)

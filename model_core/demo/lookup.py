@@ -69,14 +69,15 @@ class Lookup:
             return heads.sum() * 0.0, heads.sum() * 0.0
         allowed = asked.may_attend[row, place]  # (N, T)
         # A question before its picture sees none.
-        meant = self.means[noun[row, place]].gather(1, asked.shows[row]) & allowed
-        target = meant.clone()
-        target[:, 0] |= ~meant.any(-1)
+        means, seen = self.means[noun[row, place]], allowed
+        target = means.gather(1, asked.shows[row]) & seen
+        target[:, 0] |= ~target.any(-1)
+        touched = means.gather(1, asked.touched[row]) & seen
+        wanted = (asked.shares[row] * touched).to(device)
         row, place, allowed, target = (x.to(device) for x in (row, place, allowed, target))
         scores = _scores(heads[:, :, 0], row, place).masked_fill(~allowed, float("-inf"))
         look = scores.logsumexp(-1) - scores.masked_fill(~target, float("-inf")).logsumexp(-1)
         scores = _scores(heads[:, :, 1], row, place).masked_fill(~allowed, float("-inf"))
-        wanted = (asked.shares[row.cpu()] * meant).to(device)
         wanted[:, 0] = 1.0  # one look for the first token, and one for each thing, spread over its cells
         wanted = wanted / wanted.sum(-1, keepdim=True)
         said = scores.log_softmax(-1).masked_fill(wanted == 0, 0.0)
@@ -92,11 +93,13 @@ def _scores(head: Tensor, row: Tensor, place: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """Rows of a pack, padded. input_ids, shows (the class of an image token's cell, else 0), shares (of its thing that
-    the cell holds): (B, T); may_attend: (B, T, T)."""
+    """Rows of a pack, padded. input_ids, shows (the class of an image token's cell, else 0), touched (the class that
+    paints most of the cell, be it ever so little), shares (of that class's things that lie in it): (B, T); may_attend:
+    (B, T, T)."""
 
     input_ids: Tensor
     shows: Tensor
+    touched: Tensor
     shares: Tensor
     may_attend: Tensor
 

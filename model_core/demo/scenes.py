@@ -70,7 +70,8 @@ class Scene:
     """image: uint8 (H, W, 3). word: lower case, whatever case it was drawn in.
 
     cell_class, cell_colour: int16 (H/28, W/28), indices into CLASS_NAMES and (from 1) COLOUR_NAMES, 0 for none.
-    cell_object: int16 (H/28, W/28), which of `objects` (from 1), 0 for none; cell_cover: the share that it paints.
+    cell_object: int16 (H/28, W/28), which of `objects` (from 1), 0 for none.
+    cell_kind, cell_shares: of CellLabels.shares, int16 and float32 (H/28, W/28).
     cell_letters, cell_spots: int16 (H/28, W/28, 2), the letter (1..26) over the left and right half of a cell and
         which letter of its word it is (from 1), 0 for none.
     """
@@ -86,7 +87,8 @@ class Scene:
     cell_letters: np.ndarray
     cell_object: np.ndarray
     cell_spots: np.ndarray
-    cell_cover: np.ndarray
+    cell_kind: np.ndarray
+    cell_shares: np.ndarray
 
     def picture(self) -> Image.Image:
         return Image.fromarray(self.image)
@@ -379,7 +381,7 @@ def _paint(
         labels.add_object(len(objects), one.box, patch, _CLASS_INDEX[one.name], colour)
     boxes = [_set_line(line, pixels, labels) for line in lines]
     word, word_box = (lines[0].word, boxes[0]) if kind == "word" else (None, None)
-    cells = (labels.class_, labels.colour, labels.letters, labels.object, labels.spots, labels.cover)
+    cells = (labels.class_, labels.colour, labels.letters, labels.object, labels.spots, *labels.shares())
     return Scene(wear(rng, pixels), tuple(objects), word, word_box, kind, size, *cells)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,28 @@ def test_every_object_is_labelled_in_the_cell_of_its_centre(artwork: Artwork) ->
             assert (COLOUR_NAMES[colour - 1] if colour else None) == one.colour
         named = {CLASS_NAMES[index] for index in np.unique(scene.cell_class) if index}
         assert named == {one.name for one in scene.objects}
+
+
+@pytest.mark.parametrize("kind", ["group", "shapes"])
+def test_shares_sum_to_how_many_there_are_over_all_cells_that_are_touched(artwork: Artwork, kind: str) -> None:
+    """Also where an object's edge lies in cells that are not its own: they are part of what is counted."""
+    num_touched = 0
+    for seed in range(60):
+        scene = make_scene(seed, artwork, (112, 140), kind)
+        assert ((scene.cell_shares > 0) == (scene.cell_kind > 0)).all()
+        counts = Counter(one.name for one in scene.objects)
+        for name, count in counts.items():
+            cells = scene.cell_kind == CLASS_NAMES.index(name)
+            assert float(scene.cell_shares[cells].sum()) == pytest.approx(count, abs=1e-4)
+        boxes = {name: [one.box for one in scene.objects if one.name == name] for name in counts}
+        for row, column in np.argwhere(scene.cell_kind > 0):
+            x, y = column * CELL, row * CELL
+            assert any(
+                x0 < x + CELL and x1 > x and y0 < y + CELL and y1 > y
+                for x0, y0, x1, y1 in boxes[CLASS_NAMES[scene.cell_kind[row, column]]]
+            )
+        num_touched += int(((scene.cell_kind > 0) & (scene.cell_class == 0)).sum())
+    assert num_touched > 60
 
 
 @pytest.mark.parametrize("size", SIZES)

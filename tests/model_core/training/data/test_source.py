@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -135,6 +138,42 @@ def test_a_stop_sent_to_the_whole_group_leaves_workers_at_their_work() -> None:
         os.kill(worker, signal.SIGTERM)
         os.kill(worker, signal.SIGINT)
     assert [square for _, square in (*found, *results)] == [number * number for number in range(40)]
+
+
+_TAKES_ONE_AND_WAITS = """
+import os, time
+from model_core.training.data.prefetch import in_order
+
+def work(number):
+    return os.getpid(), bytes(1 << 20)  # more than a pipe holds
+
+made = in_order(work, range(40), 2)
+print(next(made)[0], next(made)[0], flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks /proc")
+def test_workers_of_a_killed_trainer_end(tmp_path: Path) -> None:
+    """torch's own stayed for ever: woken by the death, they waited to be rid of a result that nobody took."""
+    script = tmp_path / "trainer.py"
+    script.write_text(_TAKES_ONE_AND_WAITS)
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as trainer:
+        workers = [int(pid) for pid in trainer.stdout.readline().split()]
+        trainer.kill()
+    assert len(set(workers)) == 2
+    deadline = time.monotonic() + 30
+    while any(map(_is_alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(_is_alive, workers))
+
+
+def _is_alive(pid: int) -> bool:
+    """A dead one that nobody has asked for yet counts as dead."""
+    try:
+        return "(pt_data_worker) Z" not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
 
 
 def test_an_iterator_left_early_leaves_nothing_behind(corpus: Path) -> None:
