@@ -22,7 +22,7 @@ from model_core.types import ChatMessage, ImagePart, Part, TextPart
 from model_core.vision_tokens import Grid
 
 CONVERSATION_SHARE = 0.15
-MAX_QUESTIONS = 6
+MAX_QUESTIONS = 4
 SYSTEM_SHARE = 0.1
 SYSTEM_PROMPTS = (
     "You are a careful assistant.",

@@ -46,6 +46,7 @@ _CLASS_INDEX = {name: index for index, name in enumerate(CLASS_NAMES)}
 _EDGE = 3
 _GAP = 4
 _LEAST_ROOM = 30
+_SPOTS, _DRAWS_BEFORE_SHRINKING = 32, 5
 _MIN_LETTER_PIXELS = 15  # more than 14: every letter then owns at least one half cell
 _THING_DISTANCE, _SHAPE_DISTANCE, _WORD_DISTANCE = 75.0, 105.0, 170.0
 
@@ -205,12 +206,13 @@ def _pair(rng: np.random.Generator, artwork: Artwork, frame: tuple[int, int]) ->
 
 
 def _group(rng: np.random.Generator, artwork: Artwork, frame: tuple[int, int]) -> list[_Item]:
-    """One to four copies of a thing, half the time with one other thing among them."""
+    """One to four copies of a thing; two times in three another thing stands among up to three of them: five would be
+    too small to be told apart."""
     name, other = _two_names(rng)
     count = int(rng.integers(1, 5))
-    side = _log_uniform(rng, 42, 78 if count < 4 else 66)
+    side = _log_uniform(rng, 42, 78)
     items = [_thing(rng, artwork, side * float(rng.uniform(0.9, 1.1)), name) for _ in range(count)]
-    if rng.random() < 0.5:
+    if count < 4 and rng.random() < 2 / 3:
         items.append(_thing(rng, artwork, _log_uniform(rng, 42, 66), other))
     if rng.random() < 0.7:
         for item in items[:count]:
@@ -314,35 +316,36 @@ def _fit(items: Sequence[_Item], frame: tuple[int, int]) -> None:
 
 
 def _scatter(rng: np.random.Generator, items: Sequence[_Item], frame: tuple[int, int]) -> None:
-    """Random places without overlap; everything shrinks a little whenever the draw does not work out."""
+    """Random places without overlap. Everything shrinks a little when several draws did not work out: of things not
+    much larger than a patch (14 pixels) hardly half could be counted."""
     for _ in range(40):
-        placed: list[_Item] = []
-        for item in sorted(items, key=lambda one: -one.reach):
-            if not _find_place(rng, item, placed, frame):
-                break
-            placed.append(item)
-        if len(placed) == len(items):
-            return
+        for _ in range(_DRAWS_BEFORE_SHRINKING):
+            placed: list[_Item] = []
+            for item in sorted(items, key=lambda one: -one.reach):
+                if not _find_place(rng, item, placed, frame):
+                    break
+                placed.append(item)
+            if len(placed) == len(items):
+                return
         for item in items:
-            item.side *= 0.93
+            item.side *= 0.95
     raise ConfigError("the objects do not fit the picture", value=(len(items), frame), allowed="a larger picture")
 
 
 def _find_place(rng: np.random.Generator, item: _Item, placed: Sequence[_Item], frame: tuple[int, int]) -> bool:
+    """The first of some random places that is free."""
     reach = item.reach
-    spots = rng.random((12, 2))
-    for across, down in spots.tolist():
-        item.x = _EDGE + across * (frame[0] - 2 * _EDGE - reach)
-        item.y = _EDGE + down * (frame[1] - 2 * _EDGE - reach)
-        if all(
-            item.x + reach + _GAP <= other.x
-            or other.x + other.reach + _GAP <= item.x
-            or item.y + reach + _GAP <= other.y
-            or other.y + other.reach + _GAP <= item.y
-            for other in placed
-        ):
-            return True
-    return False
+    room = np.asarray(frame) - 2 * _EDGE - reach
+    spots = _EDGE + rng.random((_SPOTS, 2)) * room
+    free = np.ones(len(spots), bool)
+    for other in placed:
+        apart = spots + reach + _GAP <= (other.x, other.y)
+        apart |= np.array((other.x, other.y)) + other.reach + _GAP <= spots
+        free &= apart.any(axis=1)
+    if not free.any():
+        return False
+    item.x, item.y = spots[free.argmax()].tolist()
+    return True
 
 
 def _paint(
