@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from model_core.cli.threads import spin_shortly
 from model_core.errors import DualVisionError
 
 
@@ -47,7 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _build(args: argparse.Namespace) -> int:
-    spin_shortly()
     # The trainer and transformers take seconds to import; --help should not.
     from model_core.cli.train import DONE, load_for_training, train_recipe
     from model_core.demo.build import demo_recipe, has_begun, trained_minutes

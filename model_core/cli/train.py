@@ -19,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model_core.cli.threads import spin_shortly
 from model_core.cli.train_display import Display
 from model_core.cli.training_pipe import Control, EventPipe
 from model_core.errors import (
@@ -75,7 +74,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train. What is wrong is one line on stderr, and an `error` event where someone listens."""
     args = build_parser().parse_args(argv)
-    spin_shortly()
     pipe = EventPipe(args.events_fd)
     try:
         return _run(args, pipe)

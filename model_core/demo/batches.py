@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,6 @@ class SceneSource:
     Args:
         artwork: loaded, or the folder where it is kept; None is the user's cache.
         steps_per_epoch: how long an epoch is, of scenes that have no end.
-        passes: how often a pack is used within its epoch; making one takes a quarter to a half of a tower's step.
         sizes: (height, width), one drawn for each pack.
     """
 
@@ -60,9 +58,9 @@ class SceneSource:
 
     def __init__(
         self, config: TrainConfig, fmt: InputFormat, *, artwork: Artwork | str | None = None,
-        steps_per_epoch: int = 50, passes: int = 2, sizes: Sequence[Sequence[int]] = SIZES,
+        steps_per_epoch: int = 50, sizes: Sequence[Sequence[int]] = SIZES,
     ) -> None:  # fmt: skip
-        self._config, self._fmt, self._steps_per_epoch, self._passes = config, fmt, steps_per_epoch, passes
+        self._config, self._fmt, self._steps_per_epoch = config, fmt, steps_per_epoch
         self._sizes = tuple((int(height), int(width)) for height, width in sizes)
         self.artwork = artwork if isinstance(artwork, Artwork) else load_artwork(Path(artwork) if artwork else None)
 
@@ -79,22 +77,11 @@ class SceneSource:
 
     def steps(self, stage: Stage, epoch: int, *, first: int = 0) -> Iterator[list[PackedBatch]]:
         size = self._config.gradient_accumulation_steps
-        total = self._steps_per_epoch * size
-        own = -(-total // self._passes)
-        wanted = [epoch * own + number % own for number in range(first * size, total)]
-        made = in_order(functools.partial(self.pack, stage), list(dict.fromkeys(wanted)), self._config.num_workers)
-        uses, kept = Counter(wanted), dict[int, PackedBatch]()
-        for begin in range(0, len(wanted), size):
-            numbers = wanted[begin : begin + size]
-            for number in numbers:
-                if number not in kept:
-                    kept[number] = next(made)
-            step = [kept[number] for number in numbers]
-            for number in numbers:
-                uses[number] -= 1
-                if not uses[number]:
-                    kept.pop(number, None)
-            yield step
+        begin = epoch * self._steps_per_epoch
+        numbers = range((begin + first) * size, (begin + self._steps_per_epoch) * size)
+        made = in_order(functools.partial(self.pack, stage), numbers, self._config.num_workers)
+        for _ in range(first, self._steps_per_epoch):
+            yield [next(made) for _ in range(size)]
 
     def pack(self, stage: Stage, number: int) -> PackedBatch:
         """Pack `number` of a stage, counted over its epochs."""
@@ -138,9 +125,7 @@ class SceneSource:
         )
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(
-            json.dumps([self._steps_per_epoch, self._passes, self._sizes, KINDS]).encode()
-        ).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([self._steps_per_epoch, self._sizes, KINDS]).encode()).hexdigest()[:16]
 
     def quarantine_report(self) -> list[dict[str, Any]]:
         return []

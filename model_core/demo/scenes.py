@@ -316,8 +316,7 @@ def _fit(items: Sequence[_Item], frame: tuple[int, int]) -> None:
 
 
 def _scatter(rng: np.random.Generator, items: Sequence[_Item], frame: tuple[int, int]) -> None:
-    """Random places without overlap. Everything shrinks a little when several draws did not work out: of things not
-    much larger than a patch (14 pixels) hardly half could be counted."""
+    """Random places without overlap; everything shrinks a little when several draws did not work out."""
     for _ in range(40):
         for _ in range(_DRAWS_BEFORE_SHRINKING):
             placed: list[_Item] = []
@@ -335,17 +334,14 @@ def _scatter(rng: np.random.Generator, items: Sequence[_Item], frame: tuple[int,
 def _find_place(rng: np.random.Generator, item: _Item, placed: Sequence[_Item], frame: tuple[int, int]) -> bool:
     """The first of some random places that is free."""
     reach = item.reach
-    room = np.asarray(frame) - 2 * _EDGE - reach
-    spots = _EDGE + rng.random((_SPOTS, 2)) * room
+    spots = _EDGE + rng.random((_SPOTS, 2)) * (np.asarray(frame) - 2 * _EDGE - reach)
     free = np.ones(len(spots), bool)
     for other in placed:
-        apart = spots + reach + _GAP <= (other.x, other.y)
-        apart |= np.array((other.x, other.y)) + other.reach + _GAP <= spots
-        free &= apart.any(axis=1)
-    if not free.any():
-        return False
-    item.x, item.y = spots[free.argmax()].tolist()
-    return True
+        at = np.array((other.x, other.y))
+        free &= ((spots + reach + _GAP <= at) | (at + other.reach + _GAP <= spots)).any(axis=1)
+    if free.any():
+        item.x, item.y = spots[free.argmax()].tolist()
+    return bool(free.any())
 
 
 def _paint(

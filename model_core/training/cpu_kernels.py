@@ -45,7 +45,7 @@ def recompute_contexts(device: torch.device) -> tuple[Any, Any]:
 
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, scale: float | None = None, **_grouping: bool,
+    is_causal: bool = False, **more: Any,
 ) -> Tensor | None:  # fmt: skip
     """As torch's scaled_dot_product_attention, heads sharing keys as their numbers say; None where it is not ours."""
     autocasts = torch.is_autocast_enabled("cpu")
@@ -59,6 +59,7 @@ def _attention(
         query, key, value = (x.to(dtype) for x in (query, key, value))
         n, heads, length, size = query.shape
         groups = key.shape[1]
+        scale = more.get("scale")
         scale = size**-0.5 if scale is None else scale
         # The heads that share a key lie one after the other, as one longer query.
         rows = (query * scale).reshape(n, groups, heads // groups * length, size)
@@ -72,12 +73,15 @@ def _attention(
 
 
 def _projection(
-    pixels: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
-    groups: int = 1,
+    pixels: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, *spread: Any,
+    **more: Any,
 ) -> Tensor | None:  # fmt: skip
-    """A convolution whose windows touch and don't overlap, as one product; None where it is another."""
+    """A convolution whose windows touch and don't overlap, as one product; None where it is another.
+
+    spread, more: dilation and groups, both plainly 1."""
     kernel = tuple(weight.shape[2:])
-    is_plain = _is(padding, 0, kernel) and _is(dilation, 1, kernel) and groups == 1 and pixels.ndim == weight.ndim
+    is_spread = not all(_is(value, 1, kernel) for value in (*spread, *more.values()))
+    is_plain = _is(padding, 0, kernel) and not is_spread and pixels.ndim == weight.ndim
     if pixels.device.type != "cpu" or not is_plain or tuple(_each(stride, kernel)) != kernel:
         return None
     counts = [size // k for size, k in zip(pixels.shape[2:], kernel, strict=True)]

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -39,27 +38,25 @@ def in_order(work: Callable[[T], R], items: Sequence[T], num_workers: int) -> It
     # Its own generator: a loader that draws its seed from torch's global one would change what a resumed run draws.
     yield from DataLoader(
         _Work(work, items), batch_size=None, num_workers=min(num_workers, len(items)), collate_fn=_same,
-        generator=torch.Generator(), worker_init_fn=_behind_the_trainer,
+        generator=torch.Generator(), worker_init_fn=_stay_with_the_trainer,
     )  # fmt: skip
 
 
-def _behind_the_trainer(_: int) -> None:
-    """On a CPU a worker takes what a step leaves: a thread of a step that waits for a core makes all others wait.
+def _stay_with_the_trainer(_: int) -> None:
+    """A stop is often sent to the whole process group: the trainer saves on it, and needs its workers until then.
 
-    A stop is often sent to the whole process group: the trainer saves on it, and needs its workers until then. But a
-    killed trainer's workers would stay for ever, half a gigabyte each: torch lets them end of themselves, after a last
-    result is taken from a pipe that nobody reads.
+    But a killed trainer's workers would stay for ever, half a gigabyte each: torch lets them end of themselves, after a
+    last result is taken from a pipe that nobody reads.
     """
-    os.nice(10)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    signal.signal(signal.SIGALRM, partial(_end_without, os.getppid()))
+    signal.setitimer(signal.ITIMER_REAL, _LOOKS_EVERY_SECONDS, _LOOKS_EVERY_SECONDS)
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(_LOOKS_EVERY_SECONDS)
-    os._exit(1)
+def _end_without(parent: int, *_: object) -> None:
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _same(result: R) -> R:
