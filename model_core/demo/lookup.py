@@ -93,9 +93,11 @@ def _scores(head: Tensor, row: Tensor, place: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """Rows of a pack, padded. input_ids, shows (the class of an image token's cell, else 0), touched (the class that
-    paints most of the cell, be it ever so little), shares (of that class's things that lie in it): (B, T); may_attend:
-    (B, T, T)."""
+    """Rows of a pack, padded: (B, T) each, may_attend (B, T, T).
+
+    shows: the class of an image token's cell, else 0. touched: the class that paints most of the cell, though it may not
+    be the cell's own; shares: of that class's things that lie in it.
+    """
 
     input_ids: Tensor
     shows: Tensor

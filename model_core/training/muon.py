@@ -54,10 +54,10 @@ class MuonAdamW(torch.optim.AdamW):
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
         """Matrices of one shape are turned in one go: a small one's products are too short to be worth a call each."""
-        by_shape: dict[tuple[int, ...], list[Tensor]] = {}
+        by_shape: dict[tuple[torch.Size, torch.device], list[Tensor]] = {}
         for p in group["params"]:
             if p.grad is not None:
-                by_shape.setdefault((*p.shape, p.device.index or 0), []).append(p)
+                by_shape.setdefault((p.shape, p.device), []).append(p)
         for alike in by_shape.values():
             size = max(1, _TURNED_AT_ONCE // alike[0].numel())
             for begin in range(0, len(alike), size):
