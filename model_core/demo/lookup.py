@@ -95,8 +95,8 @@ def _scores(head: Tensor, row: Tensor, place: Tensor) -> Tensor:
 class Asked:
     """Rows of a pack, padded: (B, T) each, may_attend (B, T, T).
 
-    shows: the class of an image token's cell, else 0. touched: the class that paints most of the cell, though it may not
-    be the cell's own; shares: of that class's things that lie in it.
+    shows: the class of an image token's cell, else 0. touched: the class that paints most of the cell, perhaps not the
+    cell's own; shares: of that class's things that lie in it.
     """
 
     input_ids: Tensor

@@ -27,7 +27,7 @@ from model_core.training.config import TrainConfig
 from model_core.types import ChatMessage, GenerationRequest, ImagePart, SamplingParams, TextPart
 
 CALIBRATION_BATCHES = 16
-#: What a client may send: square and not, above and below the model's own resolution.
+#: Square and not, all within the model's own resolution: none of them is scaled.
 EVAL_SIZES = ((140, 140), (112, 168), (168, 112), (112, 112))
 
 
