@@ -46,7 +46,8 @@ class Display:
         if event.kind == "step":
             self._step(event)
         elif event.kind == "validated":
-            self._say(f"{event.message}; {len(event.data['bad_rows'])} samples set aside")
+            bad = len(event.data["bad_rows"])
+            self._say(f"{event.message}; {bad} samples set aside" if bad else event.message)
         elif event.kind == "evaluation":
             self._say(f"step {event.global_step}: {_evaluation(event.data)}")
         elif event.kind in ("freeze", "switched"):
@@ -73,8 +74,12 @@ class Display:
 
 
 def step_figures(data: Mapping[str, Any]) -> str:
-    """Loss, speed, the share of time that data was waited for, gate means, MFU where it is known."""
-    parts = [f"loss {data['loss']:.4f}"]
+    """Losses, speed, the share of time that data was waited for, gate means, MFU where it is known.
+
+    Steps that no answer is asked of have no language loss to show; then those that they have."""
+    auxiliary = data.get("auxiliary_losses") or {}
+    parts = [f"loss {data['loss']:.4f}"] if data["num_label_tokens"] or not auxiliary else []
+    parts += [f"{name} {loss:.3f}" for name, loss in auxiliary.items()]
     if data["tokens_per_second"]:
         whole = data["seconds"] + data["data_wait_seconds"]
         parts += [f"{data['tokens_per_second']:.0f} tok/s", f"data wait {data['data_wait_seconds'] / whole:.0%}"]

@@ -288,7 +288,7 @@ def _check_silence(model: nn.Module, choices: Mapping[str, ParameterChoice], *, 
         return []
     others = sorted({c.component for c in choices.values() if c.train and c.component in ("dinov2", *_FUSION)})
     if not others or has_own_loss:
-        return ["fusion is untrained and stays so: the second encoder changes no answer in this stage"]
+        return ["fusion is untrained and stays so in this stage: the second encoder changes no answer yet"]
     raise ConfigError(
         f"fusion is untrained, and what would let the second encoder through is frozen, so {', '.join(others)} would "
         "train for nothing",
