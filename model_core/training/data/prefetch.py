@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -51,14 +50,13 @@ def _stay_with_the_trainer(_: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    # A thread, not a timer's signal: signals are for whoever wrote the data set.
-    threading.Thread(target=_end_without, args=(os.getppid(),), daemon=True).start()
+    signal.signal(signal.SIGALRM, partial(_end_without, os.getppid()))
+    signal.setitimer(signal.ITIMER_REAL, _LOOKS_EVERY_SECONDS, _LOOKS_EVERY_SECONDS)
 
 
-def _end_without(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(_LOOKS_EVERY_SECONDS)
-    os._exit(1)
+def _end_without(parent: int, *_: object) -> None:
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _same(result: R) -> R:
