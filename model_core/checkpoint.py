@@ -7,6 +7,7 @@ pickle. Both ways of loading give the same `Loaded`, and everything else goes th
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ SECOND_ENCODERS = ("dinov2", "dinov2_with_registers")
 FUSION_SETTINGS = ("encoder", "fusion", "common_dim", "static_weights", "dinov2_max_patches")
 
 _BIRTH_SEED = 0
+_SHARD_SIZE = re.compile(r"[1-9][0-9]*(KB|MB|GB|TB)")
 
 #: Lets transformers' Auto classes (and engines built on them) find our classes in a saved folder.
 _SHIM = '''"""Names this folder's classes for transformers' Auto classes. Needs `pip install dual-vision-encoder`."""
@@ -68,27 +70,37 @@ class Loaded:
     fingerprint: str = ""
     created_unix: int = 0
 
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Where generation ends: the generation config's ids, and always the end of a turn."""
+        configured = self.model.generation_config.eos_token_id
+        ids = configured if isinstance(configured, list) else [configured] if configured is not None else []
+        return frozenset([*ids, self.processor.special.end_of_turn])
+
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """device: "auto", "cpu", "cuda", "cuda:1"; dtype None is the checkpoint's own;
-    use_flash_attention None uses it where it is installed and the device is CUDA."""
+    """device: "auto", "cpu", "cuda", "cuda:1", or another accelerator that this torch has; dtype None is the
+    checkpoint's own; use_flash_attention None uses it where it is installed and the device is CUDA."""
 
     device: str = "auto"
     dtype: torch.dtype | str | None = None
     use_flash_attention: bool | None = None
 
     def resolve_device(self) -> torch.device:
+        """Raises ConfigError: no such device, or none in this machine."""
         if self.device in ("auto", "", None):
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        fix = "Leave the device out to have one chosen"
         try:
             device = torch.device(self.device)
         except RuntimeError as error:
-            raise ConfigError("unknown device", value=self.device, allowed="auto, cpu, cuda, cuda:N") from error
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if device.type == "cuda" and (device.index or 0) >= found:
-            allowed = ", ".join(["auto", "cpu", *(f"cuda:{i}" for i in range(found))])
-            raise ConfigError("there is no such CUDA device", value=self.device, allowed=allowed)
+            allowed = "auto, cpu, cuda, cuda:N"
+            raise ConfigError("unknown device", value=self.device, allowed=allowed, fix=fix, param="device") from error
+        present = _present_devices()
+        if device.type != "cpu" and f"{device.type}:{device.index or 0}" not in present:
+            what = f"there is no such {'CUDA' if device.type == 'cuda' else device.type} device here"
+            raise ConfigError(what, value=self.device, allowed=", ".join(["auto", *present]), fix=fix, param="device")
         return device
 
     def attention(self, dtype: torch.dtype) -> str:
@@ -112,9 +124,22 @@ class LoadOptions:
         if isinstance(dtype, str):
             found = getattr(torch, dtype, None)
             if found not in (torch.float32, torch.bfloat16, torch.float16):
-                raise ConfigError("unknown dtype", value=dtype, allowed="float32, bfloat16, float16")
+                fix, allowed = "Leave dtype out for the checkpoint's own", "float32, bfloat16, float16"
+                raise ConfigError("unknown dtype", value=dtype, allowed=allowed, fix=fix, param="dtype")
             dtype = found
         return {"dtype": dtype, "attn_implementation": self.attention(dtype)}
+
+
+def _present_devices() -> list[str]:
+    """Names of what computes here; torch can name many kinds of devices that it was built without."""
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if torch.cuda.is_available():
+        found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    elif kind is not None and kind.type != "cuda":
+        found = [f"{kind.type}:{i}" for i in range(torch.accelerator.device_count())]
+    else:
+        found = []
+    return ["cpu", *found]
 
 
 def quiet_unless_terminal() -> None:
@@ -126,16 +151,27 @@ def quiet_unless_terminal() -> None:
 def save_checkpoint(
     model: DualVisionModel, processor: DualVisionProcessor, folder: str | Path, extra: Mapping[str, Any] | None = None,
     write_more: Callable[[Path], None] | None = None, *, state_dict: Mapping[str, torch.Tensor] | None = None,
+    max_shard_size: int | str | None = None,
 ) -> None:  # fmt: skip
     """Write the folder whole or not at all.
 
     Args:
         extra: goes into the manifest; write_more: adds files before the manifest is made.
         state_dict: weights to write instead of the model's own (its adapters folded in, or left out).
+        max_shard_size: of one file of weights, in bytes or as "500MB"; None is MAX_SHARD_SIZE.
+    Raises:
+        ConfigError: a size that can't be read.
     """
+    size = MAX_SHARD_SIZE if max_shard_size is None else max_shard_size
+    is_count = isinstance(size, int) and not isinstance(size, bool) and size > 0
+    if not is_count and not (isinstance(size, str) and _SHARD_SIZE.fullmatch(size)):
+        raise ConfigError(
+            "max_shard_size can't be read", value=size, allowed='bytes above 0, or "500MB" (KB, MB, GB, TB)',
+            fix="Leave it out for " + MAX_SHARD_SIZE, param="max_shard_size",
+        )  # fmt: skip
 
     def write(target: Path) -> None:
-        model.save_pretrained(target, max_shard_size=MAX_SHARD_SIZE, state_dict=state_dict)
+        model.save_pretrained(target, max_shard_size=size, state_dict=state_dict)
         processor.save_pretrained(target)
         (target / "modeling_dual_vision.py").write_text(_SHIM)
         config = json.loads((target / "config.json").read_text())
@@ -157,7 +193,7 @@ def load_checkpoint(name: str | Path, options: LoadOptions = LoadOptions(), **hu
     """
     config = _read_dual_config(name, **hub)
     manifest = verify_folder(Path(name), deep=False) if Path(name).is_dir() else None
-    model = _from_pretrained(DualVisionModel, name, config=config, **options.kwargs(config), **hub)
+    model = _from_pretrained(DualVisionModel, name, "model", config=config, **options.kwargs(config), **hub)
     processor = _read_processor(name, config, "model", **hub)
     fingerprint = of_files(name, **hub) if manifest is None else of_manifest(manifest)
     created = int((Path(name) / "config.json").stat().st_mtime) if manifest is not None else 0
@@ -171,13 +207,20 @@ def combine_checkpoints(
 
     Args:
         fusion_settings: fusion, common_dim, dropout, encoder, static_weights, dinov2_max_patches.
+    Raises:
+        ConfigError: a setting that is none of these, or out of its range. CheckpointError: as `load_checkpoint`.
     """
+    known = (*FUSION_SETTINGS, "dropout")
+    if unknown := sorted(set(fusion_settings) - set(known)):  # transformers' configuration would keep it unread
+        raise ConfigError("unknown setting", value=", ".join(unknown), allowed=", ".join(known), fix="Leave it out")
     qwen_config = _read_config(qwen_name, "qwen_model_name")
     if not isinstance(qwen_config, Qwen2_5_VLConfig) or isinstance(qwen_config, DualVisionConfig):
         raise CheckpointMismatchError(
             "qwen_model_name is not a Qwen2.5-VL checkpoint",
             value=f"{qwen_name}: {qwen_config.model_type}",
             allowed="qwen2_5_vl, such as Qwen/Qwen2.5-VL-7B-Instruct",
+            fix="Name such a checkpoint; a saved dual model is loaded by --model or from_pretrained",
+            param="qwen_model_name",
         )
     dinov2_config = _read_config(dinov2_name, "dinov2_model_name")
     if fusion_settings.get("encoder", "dinov2") == "dinov2" and dinov2_config.model_type not in SECOND_ENCODERS:
@@ -185,16 +228,17 @@ def combine_checkpoints(
             "dinov2_model_name is not a DINOv2 checkpoint",
             value=f"{dinov2_name}: {dinov2_config.model_type}",
             allowed=", ".join(SECOND_ENCODERS) + ", such as facebook/dinov2-with-registers-base",
+            fix="Name such a checkpoint, or bring an encoder of your own: encoder='package.module:Class'",
+            param="dinov2_model_name",
         )
     names = {"qwen_model_name": str(qwen_name), "dinov2_model_name": str(dinov2_name)}
     config = DualVisionConfig.from_parts(qwen_config, dinov2_config, **names, **fusion_settings)
     with torch.device("meta"):  # every setting is checked here, before gigabytes are read
         DualVisionModel(config)
     kwargs = options.kwargs(qwen_config)
-    qwen = _from_pretrained(Qwen2_5_VLForConditionalGeneration, qwen_name, **kwargs)
-    second = _from_pretrained(
-        AutoModel, dinov2_name, dtype=qwen.dtype, attn_implementation=kwargs["attn_implementation"]
-    )
+    qwen = _from_pretrained(Qwen2_5_VLForConditionalGeneration, qwen_name, "qwen_model_name", **kwargs)
+    kwargs["dtype"] = qwen.dtype
+    second = _from_pretrained(AutoModel, dinov2_name, "dinov2_model_name", **kwargs)
     model = assemble(config, qwen, second).to(options.resolve_device()).eval()
     processor = _read_processor(qwen_name, config, "qwen_model_name")
     parts = (of_files(qwen_name), of_files(dinov2_name))
@@ -255,6 +299,7 @@ def _read_dual_config(name: str | Path, **hub: Any) -> DualVisionConfig:
             value=f"{name}: {getattr(config, 'model_type', '?')}",
             allowed=DualVisionConfig.model_type,
             fix="To combine public checkpoints name both: --qwen_model_name ... --dinov2_model_name ...",
+            param="model",
         )
     return config
 
@@ -262,8 +307,9 @@ def _read_dual_config(name: str | Path, **hub: Any) -> DualVisionConfig:
 def _read_config(name: str | Path, param: str, **hub: Any) -> Any:
     if Path(name).is_dir() and not (Path(name) / "config.json").exists():
         raise CheckpointIncompleteError(
-            "the folder has no config.json", value=str(name), allowed="a folder that save_pretrained wrote", param=param
-        )
+            "the folder has no config.json", value=str(name), allowed="a folder that save_pretrained wrote",
+            fix="Name the folder itself, not one above or below it, or copy it again", param=param,
+        )  # fmt: skip
     return _guarded(lambda: AutoConfig.from_pretrained(name, **hub), name, param)
 
 
@@ -276,7 +322,7 @@ def load_processor(name: str | Path, **hub: Any) -> DualVisionProcessor:
     return _guarded(lambda: DualVisionProcessor.from_pretrained(name, **hub), name, "model")
 
 
-def _from_pretrained(cls: Any, name: str | Path, **kwargs: Any) -> Any:
+def _from_pretrained(cls: Any, name: str | Path, param: str, **kwargs: Any) -> Any:
     # No pickle is opened; and a tensor of another shape is ours to report, below, not transformers'.
     kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
 
@@ -291,10 +337,12 @@ def _from_pretrained(cls: Any, name: str | Path, **kwargs: Any) -> Any:
                 "the weights don't fill this architecture",
                 value=f"{', '.join(wrong[:3])}; {len(wrong)} in all",
                 allowed="every tensor that the config names, in its shape, and no other",
+                fix="Use the config.json that was saved with these weights, or fetch both again",
+                param=param,
             )
         return model
 
-    return _guarded(load, name, "model")
+    return _guarded(load, name, param)
 
 
 def _guarded(load: Callable[[], Any], name: str | Path, param: str) -> Any:
@@ -311,11 +359,19 @@ def _guarded(load: Callable[[], Any], name: str | Path, param: str) -> Any:
                 allowed="a complete folder of safetensors and config.json", fix="Copy or download it again",
             ) from error  # fmt: skip
         if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
-            raise CheckpointIncompleteError("there is no such folder", value=str(name), param=param) from error
+            raise CheckpointIncompleteError(
+                "there is no such folder", value=str(name), param=param,
+                allowed="a folder that save_pretrained wrote, or a hub id of two words: owner/name",
+                fix="Check the path, and from which folder it counts",
+            ) from error  # fmt: skip
         # A bad hub id is a ValueError of the hub's own; any other ValueError came from what the hub gave.
         if not isinstance(error, (OSError, HFValidationError)):
             why = (str(error) or type(error).__name__).splitlines()[0]
-            raise CheckpointError(f"the checkpoint can't be loaded ({why})", value=str(name), param=param) from error
+            raise CheckpointError(
+                f"the checkpoint can't be loaded ({why})", value=str(name), param=param,
+                allowed="what save_pretrained wrote, by a version of transformers that this one can read",
+                fix="Name another revision or checkpoint",
+            ) from error  # fmt: skip
         raise HubUnreachableError(
             "the model is neither a folder nor in the local hub cache, and the hub did not give it",
             value=str(name),

@@ -18,6 +18,13 @@ from model_core.errors import ConfigError
 DINOV2_MAX_PATCHES = 1369
 
 
+def check_dropout(dropout: float) -> None:
+    """Raises ConfigError: it is no chance that leaves something."""
+    if not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
+        allowed, fix = "0 up to, not including, 1", "Leave it out for 0"
+        raise ConfigError("dropout is out of range", value=dropout, allowed=allowed, fix=fix, param="dropout")
+
+
 class DualVisionConfig(Qwen2_5_VLConfig):
     """Configuration of `DualVisionModel`.
 
@@ -52,8 +59,7 @@ class DualVisionConfig(Qwen2_5_VLConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError("dropout is out of range", value=self.dropout, allowed="0 up to, not including, 1")
+        check_dropout(self.dropout)
         if self.dinov2_max_patches < 4:
             raise ConfigError(
                 "dinov2_max_patches is too small", value=self.dinov2_max_patches, allowed="4 (one cell) or more"

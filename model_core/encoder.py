@@ -22,6 +22,7 @@ from PIL import Image
 from model_core.analysis import compare
 from model_core.analysis.benchmark import Benchmark, run_benchmark
 from model_core.checkpoint import Loaded, LoadOptions, combine_checkpoints, load_checkpoint, save_checkpoint
+from model_core.config import check_dropout
 from model_core.demo_model import demo_folder
 from model_core.encoders.base import PixelSpec
 from model_core.engine.build import build_engine
@@ -29,13 +30,12 @@ from model_core.engine.config import EngineConfig
 from model_core.engine.engine import ContinuousEngine
 from model_core.engine.weight_watch import WeightWatch
 from model_core.errors import ConfigError, InvalidRequestError
-from model_core.fusion.attribution import dominant, entropy
+from model_core.fusion.attribution import summarise_weights
 from model_core.processing.batch import InputFormat
 from model_core.processing.images import ImageLimits, PatchSpec
 from model_core.types import (
     Arm,
     ChatMessage,
-    FusionWeights,
     GenerationRequest,
     ImagePart,
     ModelInfo,
@@ -45,6 +45,9 @@ from model_core.types import (
     messages_from_dicts,
 )
 from model_core.variant import load_variant, own_bytes
+
+_SAVING = ("max_shard_size", "push_to_hub")
+_UPLOADING = ("private", "token", "commit_message", "revision", "create_pr")
 
 Key = TypeVar("Key")
 Messages = Sequence[Any]  # of dictionaries in Qwen's format, or of ChatMessage
@@ -89,6 +92,7 @@ class DualVisionEncoder:
                 "one of the two checkpoints is missing",
                 value=f"qwen_model_name={qwen_model_name}, dinov2_model_name={dinov2_model_name}",
                 allowed="both names, or neither for the demo model",
+                fix="Give the other one too",
             )
         if qwen_model_name is None:
             asked = {"common_dim": common_dim, **settings} | ({"fusion": fusion} if fusion != "gated" else {})
@@ -96,11 +100,13 @@ class DualVisionEncoder:
             if wrong:
                 raise ConfigError(
                     "the demo model is already built, its architecture can't be changed", value=", ".join(wrong),
+                    allowed="dropout, device, dtype, use_flash_attention, engine_config, model_id",
                     fix="Name two checkpoints to build a model of your own",
                 )  # fmt: skip
-            self._set_up(load_checkpoint(demo_folder(), options), model_id or "dve-demo", engine_config)
-            if dropout:
-                self.model.model.fusion.dropout.p = dropout
+            check_dropout(dropout)
+            demo = load_checkpoint(demo_folder(), options)
+            demo.model.config.dropout = demo.model.fusion.dropout.p = dropout
+            self._set_up(demo, model_id or "dve-demo", engine_config)
         else:
             chosen = {"common_dim": common_dim, "dropout": dropout, "fusion": fusion, **settings}
             loaded = combine_checkpoints(qwen_model_name, dinov2_model_name, options, **chosen)
@@ -178,26 +184,45 @@ class DualVisionEncoder:
             num_parameters=sum(p.numel() for p in loaded.model.parameters()),
             created_unix=loaded.created_unix,
         )
-        sizes, eos = engine_config or EngineConfig(), _eos_ids(loaded)
+        sizes, eos = engine_config or EngineConfig(), loaded.eos_ids
         self.engine = build_engine(self.model, self.format, info, eos, sizes, time.perf_counter, beside=beside)
         self.info = self.engine.info
         self._weights = WeightWatch(self.model)
         self._ids = itertools.count()
         self._inbox: dict[str, deque[TokenEvent]] = {}
 
-    def save_pretrained(self, folder: str | Path, *, push_to_hub: bool = False, **hub: Any) -> None:
-        """One folder: config, sharded safetensors, tokenizer, processor, manifest last; whole or not at all."""
-        save_checkpoint(self.model, self.processor, folder)
-        if push_to_hub:
-            self.push_to_hub(hub.pop("repo_id", Path(folder).name), **hub)
+    def save_pretrained(
+        self, folder: str | Path, *, max_shard_size: int | str | None = None, push_to_hub: bool = False, **hub: Any
+    ) -> None:
+        """One folder: config, sharded safetensors, tokenizer, processor, manifest last; whole or not at all.
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **commit: Any) -> Any:
-        """Upload the very folder that `save_pretrained` writes. commit: commit_message, revision, create_pr."""
+        Args:
+            max_shard_size: of one file of weights, in bytes or as "500MB"; None is 4GB.
+            hub: with push_to_hub, repo_id (default: the folder's name) and what `push_to_hub` takes.
+        Raises:
+            ConfigError: an option that this call does not have; nothing is written.
+        """
+        _check_names(hub, (*_SAVING, "repo_id", *_UPLOADING) if push_to_hub else _SAVING)
+        save_checkpoint(self.model, self.processor, folder, max_shard_size=max_shard_size)
+        if push_to_hub:
+            repo_id = hub.pop("repo_id", Path(folder).name)
+            self.push_to_hub(repo_id, max_shard_size=max_shard_size, **hub)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None,
+        max_shard_size: int | str | None = None, **commit: Any,
+    ) -> Any:  # fmt: skip
+        """Upload the very folder that `save_pretrained` writes. commit: commit_message, revision, create_pr.
+
+        Raises:
+            ConfigError: an unknown option; nothing is created.
+        """
+        _check_names(commit, _UPLOADING)
         api = HfApi(token=token)
         repository = api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "checkpoint"
-            save_checkpoint(self.model, self.processor, folder)
+            save_checkpoint(self.model, self.processor, folder, max_shard_size=max_shard_size)
             return api.upload_folder(repo_id=repository.repo_id, folder_path=folder, **commit)
 
     def chat(
@@ -251,7 +276,8 @@ class DualVisionEncoder:
         """
         parsed = self._messages(messages)
         if not any(isinstance(part, (ImagePart, VideoPart)) for m in parsed for part in m.parts):
-            raise InvalidRequestError("there is no image to analyze", value="text only", allowed="at least one image")
+            allowed, fix = "at least one image", 'Add a part {"type": "image", "image": ...}'
+            raise InvalidRequestError("there is no image to analyze", value="text only", allowed=allowed, fix=fix)
         request = GenerationRequest(self._next_id(), parsed, encode_only=True)
         (event,) = self._run(request)
         return summarise_weights(event.fusion, self.info.encoders)
@@ -356,29 +382,10 @@ class DualVisionEncoder:
         return f"local-{next(self._ids)}"
 
 
-def summarise_weights(fusion: Sequence[FusionWeights] | None, encoders: Sequence[str]) -> dict[str, Any]:
-    """`{name}_weight` averaged over images, `dominant_encoder`, and `images` one by one."""
-    found = list(fusion or ())
-    means = None
-    if found and all(f.weights is not None for f in found):
-        means = {name: sum(f.weights[name] for f in found) / len(found) for name in encoders}
-    images = [
-        {f"{name}_weight": None if f.weights is None else f.weights[name] for name in encoders}
-        | {
-            "dominant_encoder": f.dominant_encoder,
-            "entropy": f.entropy,
-            "contribution": None if f.contribution is None else dict(f.contribution),
-            "relative_update": f.relative_update,
-            "warnings": list(f.warnings),
-        }
-        for f in found
-    ]
-    return {f"{name}_weight": None if means is None else means[name] for name in encoders} | {
-        "dominant_encoder": None if means is None else dominant(means),
-        "entropy": None if means is None else entropy(means),
-        "fusion_trained": all(f.fusion_trained for f in found),
-        "images": images,
-    }
+def _check_names(given: Mapping[str, Any], known: Sequence[str]) -> None:
+    if unknown := sorted(set(given) - set(known)):
+        fix = "Leave it out; what belongs to an upload needs push_to_hub=True"
+        raise ConfigError("unknown option", value=", ".join(unknown), allowed=", ".join(known), fix=fix)
 
 
 def _check_pixels(given: PatchSpec, expected: PixelSpec) -> None:
@@ -388,12 +395,6 @@ def _check_pixels(given: PatchSpec, expected: PixelSpec) -> None:
             raise ConfigError(
                 f"the preprocessor's {name} is not the model's",
                 value=getattr(given, name),
-                allowed=getattr(expected, name),
+                allowed=str(getattr(expected, name)),
+                fix="Take preprocessor_config.json and config.json from one checkpoint",
             )
-
-
-def _eos_ids(loaded: Loaded) -> frozenset[int]:
-    """Where generation ends: the generation config's ids, and always the end of a turn."""
-    configured = loaded.model.generation_config.eos_token_id
-    ids = configured if isinstance(configured, list) else [configured] if configured is not None else []
-    return frozenset([*ids, loaded.processor.special.end_of_turn])

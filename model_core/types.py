@@ -23,6 +23,7 @@ ROLES: tuple[str, ...] = get_args(Role)
 DETAILS: tuple[str, ...] = get_args(Detail)
 MIN_FPS, MAX_FPS = 0.001, 1000.0
 ARMS: tuple[Arm, ...] = get_args(Arm)
+_ASK = "Send the question as a message of the user"
 
 #: What each arm takes away before the gate (model.md section 4, "Arms"). `unfused` bypasses fusion.
 ARM_REMOVES: Mapping[Arm, tuple[str, ...]] = {
@@ -83,8 +84,9 @@ class ChatMessage:
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
+            fix, allowed = "Send what the user says as 'user'", ", ".join(ROLES)
             raise InvalidRequestError(
-                "unknown message role", value=self.role, allowed=", ".join(ROLES), param="messages"
+                "unknown message role", value=self.role, allowed=allowed, fix=fix, param="messages"
             )
 
 
@@ -180,9 +182,8 @@ class GenerationRequest:
         if self.arm not in ARMS:
             raise InvalidRequestError("unknown arm", value=self.arm, allowed=", ".join(ARMS), param="model")
         if not self.messages:
-            raise InvalidRequestError(
-                "there are no messages", value=[], allowed="at least one message", param="messages"
-            )
+            allowed = "at least one message"
+            raise InvalidRequestError("there are no messages", value=[], allowed=allowed, fix=_ASK, param="messages")
         if self.score_token_ids is not None and not self.score_token_ids:
             raise InvalidRequestError("there is nothing to score", value=[], allowed="at least one token id")
 
@@ -359,8 +360,9 @@ def messages_from_dicts(messages: Sequence[Mapping[str, Any]]) -> tuple[ChatMess
     {"type": "video", "video": [frames], "fps"}. Anything else is an InvalidRequestError.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        allowed = "a list of at least one message"
         raise InvalidRequestError(
-            "messages must be a list", value=messages, allowed="a list of at least one message", param="messages"
+            "messages must be a list", value=messages, allowed=allowed, fix=_ASK, param="messages"
         )
     return tuple(_message(i, m) for i, m in enumerate(messages))
 
@@ -368,14 +370,16 @@ def messages_from_dicts(messages: Sequence[Mapping[str, Any]]) -> tuple[ChatMess
 def _message(index: int, message: Mapping[str, Any]) -> ChatMessage:
     where = f"messages[{index}]"
     if not isinstance(message, Mapping) or "role" not in message:
-        raise InvalidRequestError(f"{where} has no role", value=message, allowed=", ".join(ROLES), param="messages")
+        raise InvalidRequestError(f"{where} has no role", value=message, allowed=", ".join(ROLES), param="messages",
+                                  fix='Write it as {"role": "user", "content": ...}')  # fmt: skip
     content = message.get("content")
     if isinstance(content, str):
         return ChatMessage(message["role"], (TextPart(content),))
     if not isinstance(content, Sequence) or not content:
         raise InvalidRequestError(
-            f"{where} has no content", value=content, allowed="a string or a list of parts", param="messages"
-        )
+            f"{where} has no content", value=content, allowed="a string, or a list of at least one part",
+            fix="Add a text or a picture, or leave the message out", param="messages",
+        )  # fmt: skip
     return ChatMessage(message["role"], tuple(_part(f"{where}.content[{i}]", p) for i, p in enumerate(content)))
 
 
@@ -391,5 +395,5 @@ def _part(where: str, part: Mapping[str, Any]) -> Part:
         f"{where} is not a part that can be read",
         value=part,
         allowed='parts {"type": "text", "text"}, {"type": "image", "image"}, {"type": "video", "video": [frames]}',
-        param="messages",
-    )
+        fix="Name its type, and give what that type holds", param="messages",
+    )  # fmt: skip

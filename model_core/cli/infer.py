@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from model_core.errors import DualVisionError
+from model_core.errors import ConfigError, DualVisionError
 
 if TYPE_CHECKING:
     from model_core.analysis.compare import Comparison
@@ -25,13 +25,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--qwen_model_name", "--qwen-model-name", help="Qwen2.5-VL checkpoint, with --dinov2_model_name"
     )
     parser.add_argument("--dinov2_model_name", "--dinov2-model-name", help="DINOv2 checkpoint")
-    parser.add_argument("--fusion", default="gated", help="fusion strategy of a model built from two checkpoints")
+    parser.add_argument("--fusion", help="fusion strategy of a model built from two checkpoints (default: gated)")
     parser.add_argument("--compare_encoders", "--compare-encoders", action="store_true", help="answer under every arm")
-    parser.add_argument("--benchmark", action="store_true", help="time it, warmed up, stage by stage")
-    parser.add_argument("--rounds", type=int, default=10, help="measured rounds of the benchmark")
+    parser.add_argument("--benchmark", action="store_true", help="time it, warmed up, stage by stage; greedy")
+    parser.add_argument("--rounds", type=int, help="measured rounds of the benchmark (default: 10)")
     parser.add_argument("--max_tokens", "--max-tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--temperature", type=float, help="of sampling, 0 to 2 (default: 0, greedy)")
+    parser.add_argument("--seed", type=int, help="of sampling")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     parser.add_argument("--dtype", help="float32, bfloat16, float16 (default: the checkpoint's own)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0; an error that a user can put right is one line on stderr and 2."""
     args = build_parser().parse_args(argv)
     try:
+        _check_flags(args)
         encoder = _load(args)
         messages = [
             {
@@ -57,23 +58,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _check_flags(args: argparse.Namespace) -> None:
+    """Raises ConfigError: a flag that could only be ignored beside the others."""
+    names = [name for name in (args.qwen_model_name, args.dinov2_model_name) if name]
+    if args.model and names:
+        raise ConfigError(
+            "--model and the two checkpoint names exclude each other", value=f"{args.model}, {', '.join(names)}",
+            allowed="one model", fix="Leave --model out, or the names", param="model",
+        )  # fmt: skip
+    if args.fusion is not None and not names:
+        raise ConfigError(
+            "--fusion can't change a model that is built already", value=args.fusion,
+            allowed="--fusion beside --qwen_model_name and --dinov2_model_name",
+            fix="Leave it out, or name two checkpoints", param="fusion",
+        )  # fmt: skip
+    if args.rounds is not None and not args.benchmark:
+        raise ConfigError(
+            "--rounds is of the benchmark alone", value=args.rounds, allowed="--rounds beside --benchmark",
+            fix="Leave it out, or give --benchmark", param="rounds",
+        )  # fmt: skip
+    sampling = [
+        f"--{name} {getattr(args, name)}" for name in ("temperature", "seed") if getattr(args, name) is not None
+    ]
+    if args.benchmark and sampling:
+        raise ConfigError(
+            "the benchmark is greedy", value=", ".join(sampling), allowed="it without --temperature and --seed",
+            fix="Leave them out, or ask without --benchmark", param="benchmark",
+        )  # fmt: skip
+
+
 def _load(args: argparse.Namespace) -> DualVisionEncoder:
     # torch and transformers take seconds to import; --help should not.
     from model_core.checkpoint import quiet_unless_terminal
     from model_core.encoder import DualVisionEncoder
-    from model_core.errors import ConfigError
 
     quiet_unless_terminal()
     options: dict[str, Any] = {"device": args.device, "dtype": args.dtype}
-    if args.model and (args.qwen_model_name or args.dinov2_model_name):
-        raise ConfigError("--model and the two checkpoint names exclude each other", value=args.model)
     if args.model:
         return DualVisionEncoder.from_pretrained(args.model, **options)
-    return DualVisionEncoder(args.qwen_model_name, args.dinov2_model_name, fusion=args.fusion, **options)
+    options |= {} if args.fusion is None else {"fusion": args.fusion}
+    return DualVisionEncoder(args.qwen_model_name, args.dinov2_model_name, **options)
 
 
 def _run(encoder: DualVisionEncoder, messages: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
-    sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed}
+    sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature or 0.0, "seed": args.seed}
     result: dict[str, Any] = {"model": encoder.info.model_id, "question": args.question}
     if args.compare_encoders:
         result["comparison"] = _comparison(encoder.compare_encoders(messages, **sampling))
@@ -83,7 +111,8 @@ def _run(encoder: DualVisionEncoder, messages: list[dict[str, Any]], args: argpa
     # After the answer: the other way round the encoders' features would be kept already, and their time nothing.
     result["fusion"] = encoder.analyze_fusion_weights(messages)
     if args.benchmark:
-        result["benchmark"] = encoder.benchmark(messages, max_tokens=args.max_tokens, rounds=args.rounds).to_dict()
+        rounds = {} if args.rounds is None else {"rounds": args.rounds}
+        result["benchmark"] = encoder.benchmark(messages, max_tokens=args.max_tokens, **rounds).to_dict()
     return result
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,10 @@ from model_core.types import FusionWeights
 
 #: Weights closer than this are a tie: a fresh gate gives exactly equal ones.
 TIE = 1e-6
-UNCALIBRATED = "the checkpoint carries no means yet: the encoder that was taken away is replaced by zeros"
+UNCALIBRATED = (
+    "the checkpoint carries no means yet: the encoder that was taken away is replaced by zeros "
+    "(training gathers them, or DualVisionModel.calibrate)"
+)
 UNTRAINED = "fusion is not trained: the second encoder changes nothing yet, and weights say nothing"
 
 
@@ -90,3 +94,28 @@ def contribution_share(y: Tensor, parts: Mapping[str, Tensor]) -> dict[str, floa
 def _relative_update(y: Tensor, q: Tensor) -> float | None:
     norm = float(torch.linalg.vector_norm(q))
     return float(torch.linalg.vector_norm(y - q)) / norm if norm > 0 else None
+
+
+def summarise_weights(fusion: Sequence[FusionWeights] | None, encoders: Sequence[str]) -> dict[str, Any]:
+    """`{name}_weight` averaged over images, `dominant_encoder`, and `images` one by one."""
+    found = list(fusion or ())
+    means = None
+    if found and all(f.weights is not None for f in found):
+        means = {name: sum(f.weights[name] for f in found) / len(found) for name in encoders}
+    images = [
+        {f"{name}_weight": None if f.weights is None else f.weights[name] for name in encoders}
+        | {
+            "dominant_encoder": f.dominant_encoder,
+            "entropy": f.entropy,
+            "contribution": None if f.contribution is None else dict(f.contribution),
+            "relative_update": f.relative_update,
+            "warnings": list(f.warnings),
+        }
+        for f in found
+    ]
+    return {f"{name}_weight": None if means is None else means[name] for name in encoders} | {
+        "dominant_encoder": None if means is None else dominant(means),
+        "entropy": None if means is None else entropy(means),
+        "fusion_trained": all(f.fusion_trained for f in found),
+        "images": images,
+    }

@@ -32,7 +32,7 @@ from model_core.errors import (
     UnsupportedImageError,
 )
 from model_core.processing.image_formats import READABLE, check_whole, sniff, stated_size
-from model_core.processing.sources import load_source
+from model_core.processing.sources import SHRINK, load_source
 
 #: What Pillow's plugins raise on hostile bytes (documented, or found by fuzzing). `Warning` is here for
 #: processes that turn warnings into errors: a file that Pillow warns about must not look like a crash.
@@ -107,12 +107,15 @@ def decode_image(data: bytes, limits: ImageLimits = ImageLimits()) -> DecodedIma
 def read_header(data: bytes, limits: ImageLimits) -> tuple[str, tuple[int, int]]:
     """The format and the size (width, height) that the bytes claim, both within limits. Raises ImageError."""
     if not data:
-        raise EmptyImageError("the image has no bytes", fix="Check that the file was written and sent whole")
+        fix = "Check that the file was written and sent whole"
+        raise EmptyImageError("the image has no bytes", value="0 bytes", allowed="a whole picture file", fix=fix)
     if len(data) > limits.max_bytes:
-        raise ImageTooLargeError("the image has too many bytes", value=len(data), allowed=f"{limits.max_bytes} bytes")
+        allowed = f"{limits.max_bytes} bytes"
+        raise ImageTooLargeError("the image has too many bytes", value=len(data), allowed=allowed, fix=SHRINK)
     name, formats = sniff(data), ", ".join(limits.formats)
     if name is None:
-        raise ImageParseError("the bytes do not begin like an image", value=data[:8], allowed=formats)
+        fix = "Check that this is a picture, and save it as one of these"
+        raise ImageParseError("the bytes do not begin like an image", value=data[:8], allowed=formats, fix=fix)
     if name not in limits.formats:
         raise UnsupportedImageError("this kind of file is not read", value=name, allowed=formats, fix="Convert it")
     try:
@@ -142,8 +145,10 @@ def stated_mode(data: bytes) -> str:
 
 
 def _damaged(name: str, data: bytes) -> ImageParseError:
-    seen = f"{name}, {len(data)} bytes"
-    return ImageParseError("the image is damaged or incomplete", value=seen, fix="Save or send it again")
+    seen, allowed = f"{name}, {len(data)} bytes", "a whole file, from its first byte to its own end"
+    return ImageParseError(
+        "the image is damaged or incomplete", value=seen, allowed=allowed, fix="Save or send it again"
+    )
 
 
 def check_size(size: tuple[int, int], limits: ImageLimits) -> None:
@@ -151,7 +156,8 @@ def check_size(size: tuple[int, int], limits: ImageLimits) -> None:
     width, height = size
     seen, short = f"{width} x {height}", min(size)
     if short < 1:
-        raise ImageParseError("the image states no size", value=seen)
+        allowed = "a width and a height above 0"
+        raise ImageParseError("the image states no size", value=seen, allowed=allowed, fix="Save or send it again")
     if width * height > limits.max_pixels:
         allowed, fix = f"{limits.max_pixels} pixels", "Scale it down first"
         raise ImageTooLargeError("the image has too many pixels", value=seen, allowed=allowed, fix=fix)
@@ -160,7 +166,7 @@ def check_size(size: tuple[int, int], limits: ImageLimits) -> None:
         raise ImageTooLargeError("the image is too long and thin", value=seen, allowed=allowed, fix="Crop it first")
     if short < limits.min_side:
         allowed = f"sides of at least {limits.min_side} pixels"
-        raise ImageTooSmallError("the image is too small", value=seen, allowed=allowed)
+        raise ImageTooSmallError("the image is too small", value=seen, allowed=allowed, fix="Scale it up first")
 
 
 def _scale_colour_key(image: Image.Image, *, bits: int) -> None:

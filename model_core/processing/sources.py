@@ -24,6 +24,11 @@ from model_core.errors import (
     UnsupportedImageError,
 )
 
+_DATA_URL = "data:image/png;base64,<base64 of the file>"
+_FILE = "the path of a picture file that this program may read"
+#: What to do about a file of too many bytes.
+SHRINK = "Scale it down or compress it more"
+
 
 class LazyImage(ABC):
     """A picture that is read when it is needed. Whoever made it answers for where it looks, so no path rule applies."""
@@ -55,44 +60,50 @@ def _read_address(address: str, max_bytes: int, *, allow_paths: bool) -> bytes:
         return _read_data_url(address, max_bytes)
     if re.match(r"https?:", address, re.IGNORECASE):
         fix = 'Download it first ("curl -o picture.jpg URL") and pass its bytes or a data URL'
-        raise InvalidImageUrlError("remote images are turned off", value=address, fix=fix)
+        raise InvalidImageUrlError("remote images are turned off", value=address, allowed=_DATA_URL, fix=fix)
     if address[:5].lower() == "file:":
         host, _, path = address[5:].removeprefix("//").partition("/")
         if host.lower() not in ("", "localhost"):
-            raise InvalidImageUrlError("this file URL is not local", value=address, allowed="file:///path")
+            fix = "Copy the file to this machine and leave the host out"
+            raise InvalidImageUrlError("this file URL is not local", value=address, allowed="file:///path", fix=fix)
         return _read_path("/" + unquote(path), max_bytes, allow_paths=allow_paths)
     if re.match(r"[a-z][a-z0-9+.-]*://", address, re.IGNORECASE):
-        raise InvalidImageUrlError("this URL scheme is not fetched", value=address, allowed="data:image/...;base64,...")
+        fix = "Fetch it yourself and pass its bytes or a data URL"
+        raise InvalidImageUrlError("this URL scheme is not fetched", value=address, allowed=_DATA_URL, fix=fix)
     return _read_path(address, max_bytes, allow_paths=allow_paths)
 
 
 def _read_data_url(url: str, max_bytes: int) -> bytes:
     header, comma, payload = url.partition(",")
-    allowed = "data:image/png;base64,<base64 of the file>"
     if not comma or not header.lower().endswith(";base64"):
-        raise InvalidBase64Error("the data URL is not base64", value=header[:80], allowed=allowed)
+        fix = "Encode the file's bytes in base64, and say so before the comma"
+        raise InvalidBase64Error("the data URL is not base64", value=header[:80], allowed=_DATA_URL, fix=fix)
     if len(payload) > (max_bytes + 2) // 3 * 4:  # before anything of that size is decoded
         raise ImageTooLargeError("the image has too many bytes", value=f"{len(payload)} characters of base64",
-                                 allowed=f"{max_bytes} bytes")  # fmt: skip
+                                 allowed=f"{max_bytes} bytes", fix=SHRINK)  # fmt: skip
     try:
         if payload.endswith("==="):  # more padding than base64 has, which even strict mode takes
             raise ValueError("padding")
         return binascii.a2b_base64(payload, strict_mode=True)
     except ValueError as error:  # binascii.Error, and characters outside ASCII
         fix = "Use the standard alphabet (+ and /) with = padding and without spaces or line breaks"
-        raise InvalidBase64Error("the data URL's base64 does not decode", value=payload[:40], fix=fix) from error
+        raise InvalidBase64Error("the data URL's base64 does not decode", value=payload[:40], allowed=_DATA_URL,
+                                 fix=fix) from error  # fmt: skip
 
 
 def _read_path(path: str | bytes, max_bytes: int, *, allow_paths: bool) -> bytes:
     if not allow_paths:
         fix = "Send the bytes as a data URL: data:image/png;base64,..."
-        raise InvalidImageUrlError("paths and file URLs are not opened here", value=path, fix=fix)
+        raise InvalidImageUrlError("paths and file URLs are not opened here", value=path, allowed=_DATA_URL, fix=fix)
     try:
         found = Path(os.fsdecode(path)).stat()
         if not stat.S_ISREG(found.st_mode):  # a directory; or a pipe or device, which may never end
-            raise ImageNotFoundError("this path is not a file", value=path)
+            fix = "Name one picture; for several send a part for each"
+            raise ImageNotFoundError("this path is not a file", value=path, allowed=_FILE, fix=fix)
         if found.st_size > max_bytes:
-            raise ImageTooLargeError("the file is too large", value=found.st_size, allowed=f"{max_bytes} bytes")
+            allowed = f"{max_bytes} bytes"
+            raise ImageTooLargeError("the file is too large", value=found.st_size, allowed=allowed, fix=SHRINK)
         return Path(os.fsdecode(path)).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise ImageNotFoundError("the image file can't be read", value=path, fix="Check the path") from error
+        fix = "Check the path, and from which folder it counts"
+        raise ImageNotFoundError("the image file can't be read", value=path, allowed=_FILE, fix=fix) from error

@@ -281,4 +281,25 @@ def test_push_uploads_the_folder_that_save_writes(
     assert encoder.push_to_hub("me/model", token="t", commit_message="first") == "commit"
     encoder.save_pretrained(tmp_path / "saved")
     assert seen["files"] == sorted(p.name for p in (tmp_path / "saved").iterdir())
+    encoder.save_pretrained(tmp_path / "m", max_shard_size="200KB", push_to_hub=True, token="u", repo_id="me/m")
+    assert seen["files"] == sorted(p.name for p in (tmp_path / "m").iterdir())
+    assert sum(name.endswith(".safetensors") for name in seen["files"]) > 1
+    assert (seen["repo_id"], seen["token"]) == ("me/m", "u")
+    encoder.push_to_hub("me/model", token="t", commit_message="first")
     assert (seen["repo_id"], seen["token"], seen["commit_message"]) == ("me/model", "t", "first")
+
+
+def test_shards_are_as_large_as_asked(encoder: Any, tmp_path: Path) -> None:
+    encoder.save_pretrained(tmp_path / "one")
+    encoder.save_pretrained(tmp_path / "many", max_shard_size="200KB")
+    assert len(list((tmp_path / "one").glob("*.safetensors"))) == 1
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
+
+
+def test_the_demo_models_dropout_is_set_and_saved(tmp_path: Path) -> None:
+    from model_core import DualVisionEncoder
+
+    made = DualVisionEncoder(dropout=0.25)
+    assert made.model.fusion.dropout.p == 0.25
+    made.save_pretrained(tmp_path / "saved")
+    assert DualVisionEncoder.from_pretrained(tmp_path / "saved").model.fusion.dropout.p == 0.25

@@ -66,6 +66,11 @@ def test_tables_for_people(folder: Path, picture: Path, capsys: pytest.CaptureFi
         (["--image", "P", "--dtype", "float8000"], "unknown dtype"),
         (["--image", "P", "--qwen_model_name", "only/one"], "both names"),
         (["--image", "P", "--model", "F", "--qwen-model-name", "a/b"], "exclude each other"),
+        (["--image", "P", "--model", "F", "--fusion", "concat"], "--fusion can't change"),
+        (["--image", "P", "--model", "F", "--rounds", "3"], "--rounds is of the benchmark alone"),
+        (["--image", "P", "--benchmark", "--temperature", "0.7"], "the benchmark is greedy. Got: --temperature 0.7"),
+        (["--image", "P", "--benchmark", "--seed", "0"], "Got: --seed 0"),
+        (["--image", "P", "--device", "meta"], "there is no such meta device here"),
     ],
 )
 def test_errors_are_one_line(
@@ -79,6 +84,15 @@ def test_errors_are_one_line(
     assert captured.out == ""
     assert captured.err.count("\n") == 1
     assert says in captured.err
+
+
+def test_fusion_is_for_a_pair_of_checkpoints(tmp_path: Path, picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--image", str(picture), "--fusion", "gated"]) == 2, "the demo model's is fixed as well"
+    assert "name two checkpoints" in capsys.readouterr().err
+    pair = [str(tiny.save_qwen(tmp_path / "q")), str(tiny.save_dinov2(tmp_path / "d"))]
+    names = ["--qwen_model_name", pair[0], "--dinov2_model_name", pair[1]]
+    assert main([*names, "--fusion", "concat", "--image", str(picture), "--max_tokens", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fusion"]["qwen_weight"] is None, "concat has no gate"
 
 
 def test_as_a_module(
