@@ -51,6 +51,7 @@ class MediaSource:
                 "too many images in one request",
                 value=len(references),
                 allowed=f"at most {self.limits.max_images}, frames of videos included",
+                fix="Send fewer",
                 param="messages",
             )
         for reference in references:
@@ -139,8 +140,9 @@ def read_data_url(url: str, limits: MediaLimits, param: str) -> bytes:
     comma = url.find(",", 0, _MAX_HEADER)
     if comma < 0 or not url[:comma].lower().endswith(";base64"):
         raise InvalidBase64Error(
-            "the data URL is not base64", allowed="data:<media type>;base64,<payload>", param=param
-        )
+            "the data URL is not base64", value=f"{len(url)} characters", allowed="data:<media type>;base64,<payload>",
+            fix="Encode the file's bytes in base64, and say so before the comma", param=param,
+        )  # fmt: skip
     return _decode(url, comma + 1, limits, param)
 
 
@@ -152,7 +154,9 @@ def _decode(url: str, start: int, limits: MediaLimits, param: str) -> bytes:
     except ValueError:  # what is no base64, and what is no ASCII
         raise InvalidBase64Error(
             "the image's base64 does not decode",
+            value=f"{len(url) - start} characters",
             allowed="the standard alphabet with padding, without line breaks or percent-encoding",
+            fix="Encode the file's bytes again",
             param=param,
         ) from None
     return check_image_data(data, limits, param)
@@ -160,7 +164,8 @@ def _decode(url: str, start: int, limits: MediaLimits, param: str) -> bytes:
 
 def check_image_data(data: bytes, limits: MediaLimits, param: str) -> bytes:
     if not data:
-        raise EmptyImageError("the image is empty", value="0 bytes", allowed="an encoded image", param=param)
+        fix = "Check that the file was written and sent whole"
+        raise EmptyImageError("the image is empty", value="0 bytes", allowed="an encoded image", fix=fix, param=param)
     check_image_bytes(len(data), limits, param)
     return data
 

@@ -78,6 +78,7 @@ def _reference(where: str, part: Frame) -> ImageReference:
         "an image part refers to one picture",
         value="none, or two",
         allowed="'image_url' or 'file_id'",
+        fix="Give one of the two",
         param=f"{where}.image_url",
     )
 
@@ -89,6 +90,7 @@ def require_images(messages: Sequence[Message]) -> None:
             "there is nothing to analyze: the messages hold no image",
             value=f"{len(messages)} message(s), 0 images",
             allowed="messages with at least one image",
+            fix="Add a picture as an image_url part with a data URL",
             param="messages",
         )
 
@@ -120,6 +122,7 @@ def _check_text_length(messages: Sequence[Message], info: ModelInfo) -> None:
             "the prompt does not fit the context",
             value=f"{count} characters",
             allowed=f"{info.max_context_tokens} tokens",
+            fix="Shorten the conversation",
             param="messages",
         )
 
@@ -141,8 +144,9 @@ def _to_part(where: str, part: object, read_image: ReadImage) -> Part:
     if isinstance(part, VideoContent):
         return _to_video(where, part, read_image)
     raise InvalidRequestError(
-        "unknown content part", allowed="text, image_url, input_image, image_file, video", param=where
-    )
+        "unknown content part", value=type(part).__name__, allowed="text, image_url, input_image, image_file, video",
+        fix="Name its type, and give what that type holds", param=where,
+    )  # fmt: skip
 
 
 def _to_video(where: str, part: VideoContent, read_image: ReadImage) -> VideoPart:
@@ -160,6 +164,7 @@ def _check_frame_detail(where: str, frame: Frame) -> None:
             "a video's frames have one detail between them",
             value=detail,
             allowed="'detail' of the video part",
+            fix="Move it from the frame to the video part",
             param=f"{where}.detail",
         )
 

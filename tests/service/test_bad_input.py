@@ -278,3 +278,44 @@ def test_base64_is_decoded_as_it_was_encoded(shared: LiveServer):
         shared.http.post(CHAT, json=ask() | {"messages": [{"role": "user", "content": [image_part(data)]}]})
         assert shared.engine.seen[-1].messages[0].parts[0].image == data
         assert base64.b64encode(data)
+
+
+def content(*parts: object) -> dict:
+    return {"messages": [{"role": "user", "content": list(parts)}]}
+
+
+@pytest.mark.parametrize(
+    ("change", "seen", "allowed", "fix"),
+    [
+        ({"messages": []}, "a list of 0", "at least 1 item", "Add to it"),
+        ({"messages": [{}]}, "nothing", "a value", "Add 'messages[0].role'"),
+        ({"messages": "x"}, "x", "a valid array", "Change 'messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "tool", "'system', 'developer'", "Change 'messages[0].role"),
+        ({"messages": [{"role": "user", "content": None}]}, "null", "a valid array", "Change 'messages"),
+        (content(), "a list of 0", "at least 1 item", "Add to it"),
+        ({"max_tokens": 0}, "0", "greater than or equal to 1", "Change 'max_tokens' to that"),
+        ({"max_tokens": True}, "true", "a valid integer", "Change 'max_tokens'"),
+        ({"temperature": 3}, "3", "less than or equal to 2", "Change 'temperature'"),
+        ({"stop": ["a"] * 5}, "a list of 5", "at most 4 items", "Send fewer"),
+        ({"fusion": {"arm": {"b": 1}}}, "an object", "'fused', 'qwen-only'", "Change 'fusion.arm'"),
+        (content({"type": "text", "text": "x" * 25_601}), "25601 characters", "100 tokens", "Shorten the conversation"),
+        (content(image_part(b"")), "0 bytes", "an encoded image", "Check that the file was written"),
+        (content({"type": "image_url", "image_url": {"url": "data:image/png,x"}}), "16 char", "data:<media", "Encode"),
+        (content({"type": "image_url", "image_url": {"url": "data:;base64,@@@@"}}), "4 char", "the standard", "Encode"),
+        (content({"type": "input_image"}), "none, or two", "'image_url' or 'file_id'", "Give one"),
+        (content(*[image_part()] * 40), "40", "at most ", "Send fewer"),
+    ],
+)  # fmt: skip
+def test_a_refusal_says_what_was_seen_what_is_allowed_and_what_to_do(
+    shared: LiveServer, change: dict, seen: str, allowed: str, fix: str
+):
+    message = shared.http.post(CHAT, json=ask() | change).json()["error"]["message"]
+    for part in (f"Got: {seen}", f"Allowed: {allowed}", f". {fix}"):
+        assert part in message
+
+
+@pytest.mark.parametrize(("body", "content_type"), [(b"{", "application/json"), (b"{}", "text/plain")])
+def test_a_body_that_can_not_be_read_says_what_to_send(shared: LiveServer, body: bytes, content_type: str):
+    message = post_raw(shared, body, content_type).json()["error"]["message"]
+    assert "Got: " in message
+    assert "Allowed: one JSON object" in message or "Allowed: content-type: application/json. Send" in message
