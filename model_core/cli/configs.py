@@ -104,6 +104,11 @@ def _describe(path: Path, config: TrainConfig) -> None:
     print(f"model: {model or 'the embedded demo model'}")
     for stage in config.stages():
         print(f"stage {stage.index}: {_stage_line(stage, has_adapters=bool(config.lora.groups))}")
+    if config.val_data_path is None:
+        try:
+            config.require_no_evaluation()
+        except ConfigError as error:
+            print(f"warning: {error}")
     if config.batch_source is not None:
         print(f"data: made by {config.batch_source.name}")
         return

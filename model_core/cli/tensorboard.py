@@ -21,8 +21,9 @@ class TensorBoard:
             from tensorboardX import SummaryWriter
         except ImportError as error:
             raise ConfigError(
-                "TensorBoard's files need tensorboardX, which is not installed", allowed="tensorboardX 2.6 or newer",
-                fix="Install the extra 'train', or take 'tensorboard' out of loggers", param="loggers",
+                "TensorBoard's files need tensorboardX", value="it is not installed",
+                allowed="tensorboardX 2.6 or newer", param="loggers",
+                fix="Install the extra 'train', or take 'tensorboard' out of loggers",
             ) from error  # fmt: skip
         self._folder, self._make = folder, SummaryWriter
         self._writer: Any = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -53,7 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
     """Flags as users of the original know them, with underscores or dashes."""
     parser = argparse.ArgumentParser(prog="dve train", description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", required=True, type=Path, help="the recipe, as `dve configs create` writes it")
-    parser.add_argument("--training_mode", "--training-mode", choices=TRAINING_MODES, help="what trains")
+    parser.add_argument("--training_mode", "--training-mode", choices=TRAINING_MODES,
+                        help="what trains, instead of the recipe's mode and freeze flags; flags given here refine it. "
+                        "A recipe with rules or a curriculum is refused: the error says what to do")  # fmt: skip
     for flag in FLAGS:
         names = dict.fromkeys((f"--{flag}", f"--{flag.replace('_', '-')}"))
         parser.add_argument(*names, action="store_true", help="on top of the mode or of the recipe")
@@ -61,9 +64,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C",
                         help="lay a setting over the recipe, as often as wanted")  # fmt: skip
     parser.add_argument("--verdict", action="store_true",
-                        help="end with fused against unfused on held-out data, with intervals and costs")  # fmt: skip
+                        help="end with fused against unfused on held-out data, with intervals and costs; answers are "
+                        "generated for it even where evaluation.num_answers is 0 (then 64)")  # fmt: skip
     parser.add_argument("--dry_run", "--dry-run", action="store_true",
-                        help="check recipe, model and data, print the table, and train nothing")  # fmt: skip
+                        help="check recipe, model, data, output folder and what --resume names; print the table, and "
+                        "train nothing")  # fmt: skip
     parser.add_argument("--peak_tflops", "--peak-tflops", type=float, metavar="N",
                         help="the device's dense peak, to show MFU (default: by its name, if known)")  # fmt: skip
     parser.add_argument("--events-fd", type=int, metavar="N", help="for a supervisor: events go to this open file")
@@ -131,7 +136,8 @@ def train_recipe(
     """Train a recipe to its end, or until it is told to stop; the exit code. Raises DualVisionError."""
     # torch is imported from here on: a wrong recipe is told at once.
     from model_core.checkpoint import quiet_unless_terminal
-    from model_core.training.data.source import build_source
+    from model_core.cli.curves import check_curves
+    from model_core.training.data.source import build_source, problems_of
     from model_core.training.trainer import DualVisionTrainer
 
     quiet_unless_terminal()
@@ -139,16 +145,24 @@ def train_recipe(
         from model_core.cli.verdict import require_floor
 
         require_floor(config)
+    check_curves(config)
+    if config.val_data_path is None:
+        config.require_no_evaluation()
     loaded = load_for_training(config)
     fmt = _input_format(loaded)
     source = build_source(config, fmt, split="train")
     val = build_source(config, fmt, split="val") if config.val_data_path else None
-    display = Display(sys.stdout)
+    display = Display(sys.stdout, _check_commands(config))
     hooks = _hooks(config, loaded, (display, *listeners), answers=val is not None, peak_tflops=peak_tflops)
     trainer = DualVisionTrainer(
         loaded.model, source, val, config, processor=loaded.processor, hooks=hooks, write=not dry_run
     )
+    if dry_run or resume is not None:  # a new run's events tell it
+        display.problems(problems_of(source, val))
     if dry_run:
+        if resume is not None:
+            trainer.resume(resume)
+        trainer.run_folder.check_free(resume)
         print(trainer.table.render())
         print(f"{trainer.curriculum.total_steps} steps in {len(trainer.curriculum.stages)} stages; nothing was trained")
         return DONE
@@ -164,6 +178,19 @@ def train_recipe(
         return CHECKPOINTED
     _finish(config, trainer, outcome, wants_verdict=wants_verdict)
     return DONE
+
+
+def _check_commands(config: TrainConfig) -> dict[tuple[str, str], str]:
+    """What lists the problems of all rows, by split and data set."""
+    named = [("train", one.name, one.data_path, one.image_root) for one in config.train_sources()]
+    if config.val_data_path is not None:
+        named.append(("val", None, config.val_data_path, None))
+    commands = {}
+    for split, name, path, own_root in named:
+        root = own_root or config.image_root
+        words = ["dve", "data", "validate", path, *(("--image_root", root) if root else ())]
+        commands[split, name or Path(path).stem] = shlex.join(words)
+    return commands
 
 
 def load_for_training(config: TrainConfig) -> Loaded:
@@ -257,23 +284,29 @@ def _stops_on_signals(trainer: DualVisionTrainer) -> Iterator[None]:
 
 def _finish(config: TrainConfig, trainer: DualVisionTrainer, outcome: Outcome, *, wants_verdict: bool) -> None:
     folder = trainer.run_folder.path
-    if "curves" in config.loggers:
-        from model_core.cli.curves import draw_curves
-
-        print(f"curves: {draw_curves(folder)}")
-    print(_summary(outcome))
+    print(_summary(outcome, stops_early=config.early_stopping is not None))
     if wants_verdict:
         from model_core.cli.verdict import verdict
 
         found = verdict(trainer)
         (folder / "verdict.json").write_text(json.dumps(found.to_json(), indent=2) + "\n")
         print(found.render())
+    if "curves" in config.loggers:
+        from model_core.cli.curves import draw_curves
+
+        try:
+            print(f"curves: {draw_curves(folder, trainer.model.fusion.encoder_names)}")
+        except ConfigError as error:  # the run is done and its result is there, whatever became of the picture
+            print(f"dve train: warning: no curves: {error}", file=sys.stderr)
 
 
-def _summary(outcome: Outcome) -> str:
+def _summary(outcome: Outcome, *, stops_early: bool) -> str:
+    """What came of it. stops_early: the result is the best step and not the last one."""
     summary = outcome.summary
     lines = [f"trained: {s['training_mode'] or 'custom'}, {s['steps']} steps" for s in summary["stages"]]
     start, end = summary["scores"]["start"], summary["scores"]["latest"]
+    if stops_early and outcome.best is not None:
+        end = summary["scores"]["best"] or end
     for name, value in end.items():
         before = f" (start {start[name]:.4f})" if name in start else ""
         lines.append(f"{name}: {value:.4f}{before}")

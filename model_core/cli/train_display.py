@@ -16,12 +16,16 @@ from model_core.training.events import Event
 #: Told as they come. Steps have the bar; where there is none, about a hundred of them are told.
 _SHOWN = ("stage", "freeze", "switched", "evaluation", "checkpoint", "resumed", "early_stopping")
 _LINES_OF_A_RUN = 100
+#: Rows that are named at the start.
+_PROBLEMS = 20
 
 
 class Display:
     """A listener of events; as a context manager it keeps the bar while the run goes on."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, checks: Mapping[tuple[str, str], str] | None = None) -> None:
+        """checks: the command that lists what is wrong with all rows, by split and data set's name."""
+        self._checks = checks or {}
         self._console = Console(file=stream, highlight=False, markup=False)
         if not self._console.is_terminal:
             self._console.width = 240
@@ -46,8 +50,8 @@ class Display:
         if event.kind == "step":
             self._step(event)
         elif event.kind == "validated":
-            bad = len(event.data["bad_rows"])
-            self._say(f"{event.message}; {bad} samples set aside" if bad else event.message)
+            self._say(event.message)
+            self.problems(event.data)
         elif event.kind == "evaluation":
             self._say(f"step {event.global_step}: {_evaluation(event.data)}")
         elif event.kind in ("freeze", "switched"):
@@ -55,6 +59,11 @@ class Display:
         elif event.kind in _SHOWN or event.kind.startswith("warning:"):
             word = "warning" if event.kind.startswith("warning:") else event.kind
             self._say(f"step {event.global_step}: {word}: {event.message}")
+
+    def problems(self, found: Mapping[str, Any]) -> None:
+        """Name the rows that a scan found something in; found: `problems_of`."""
+        for line in _problem_lines(found, self._checks):
+            self._say(line)
 
     def _step(self, event: Event) -> None:
         total, figures = event.data["num_steps_total"], step_figures(event.data)
@@ -89,6 +98,22 @@ def step_figures(data: Mapping[str, Any]) -> str:
         means = "/".join(f"{mean:.2f}" for mean in data["gate"]["mean"])
         parts.append(f"gate {means}{' COLLAPSED' if data['gate']['gate_collapsed'] else ''}")
     return ", ".join(parts)
+
+
+def _problem_lines(found: Mapping[str, Any], checks: Mapping[tuple[str, str], str]) -> list[str]:
+    """A line for each of the first problems, and one for how the rest of them are listed."""
+    shown = found["problems"][:_PROBLEMS]
+    lines = []
+    for one in shown:
+        word = "set aside" if one["severity"] == "error" else one["severity"]
+        where = "validation data, " * (one.get("split") == "val")
+        lines.append(f"{word}: {where}{one['file']} row {one['row']}: {one['code']}: {one['message']}")
+    left = found["num_problems"] - len(shown)
+    if left:
+        data_sets = dict.fromkeys((one.get("split", ""), one["dataset"]) for one in found["problems"][_PROBLEMS:])
+        commands = "; ".join(checks[one] for one in data_sets if one in checks)
+        lines.append(f"... and {left} more{': ' if commands else ''}{commands}")
+    return lines
 
 
 def _evaluation(data: Mapping[str, Any]) -> str:

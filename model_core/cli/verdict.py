@@ -7,6 +7,7 @@ other.
 
 from __future__ import annotations
 
+import copy
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -17,10 +18,13 @@ import torch
 
 from model_core.errors import ConfigError
 from model_core.training.config import TrainConfig
+from model_core.training.evaluation import Evaluator, require_evaluator
 
 if TYPE_CHECKING:
     from model_core.training.trainer import DualVisionTrainer
 
+#: Generated for the verdict where the recipe's own evaluations generate none.
+DEFAULT_ANSWERS = 64
 _RESAMPLES = 2000
 _TIMED_PACKS = 8
 _TIMED_ANSWERS = 32
@@ -85,16 +89,17 @@ def require_floor(config: TrainConfig) -> None:
 
 
 def verdict(trainer: DualVisionTrainer) -> Verdict:
-    """Evaluate once more and judge. The trainer has held-out data (`require_floor`)."""
-    found = trainer.evaluate()
+    """Evaluate once more and judge, with generated answers too. The trainer has held-out data (`require_floor`)."""
+    evaluator = _with_answers(require_evaluator(trainer.evaluator))
+    found = evaluator.run()
     pairs = [(fused, unfused or 0.0, count) for fused, unfused, count in found.sample_losses]
     loss = bootstrap(pairs, _loss_difference)
     hits = [(fused, floor) for fused, floor in found.hits if floor is not None]
     accuracy = bootstrap(hits, _hit_difference) if hits else None
     seconds = [_seconds(trainer, arm) for arm in ("fused", "unfused")]
-    answers = [_answer_seconds(trainer, arm) for arm in ("fused", "unfused")]
+    answers = [_answer_seconds(evaluator, arm) for arm in ("fused", "unfused")]
     return Verdict(
-        word=_word(loss), val_loss=found.val_loss, unfused_loss=found.unfused_loss or 0.0, loss=loss,
+        word=word_of(loss, accuracy), val_loss=found.val_loss, unfused_loss=found.unfused_loss or 0.0, loss=loss,
         accuracy=accuracy, num_samples=found.num_samples, num_answers=len(hits), seconds_per_sample=seconds[0],
         unfused_seconds_per_sample=seconds[1], seconds_per_answer=answers[0], unfused_seconds_per_answer=answers[1],
     )  # fmt: skip
@@ -116,12 +121,30 @@ def _hit_difference(pairs: Sequence[tuple[bool, bool]]) -> float:
     return sum(fused - floor for fused, floor in pairs) / len(pairs)
 
 
-def _word(loss: Interval) -> str:
-    if loss.high < 0:
+def _with_answers(evaluator: Evaluator) -> Evaluator:
+    """The run's own, or one that asks for some answers where that asks for none."""
+    if evaluator.config.num_answers:
+        return evaluator
+    asking = copy.copy(evaluator)
+    asking.config = evaluator.config.model_copy(update={"num_answers": DEFAULT_ANSWERS})
+    return asking
+
+
+def word_of(loss: Interval, accuracy: Interval | None) -> str:
+    """What both intervals say; one that holds 0 says nothing."""
+    signs = {"loss": _sign(-loss.high, -loss.low), "answers": _sign(accuracy.low, accuracy.high) if accuracy else 0}
+    if len(set(signs.values()) - {0}) == 2:
+        better = ", ".join(f"by the {name} {'fused' if sign > 0 else 'unfused'}" for name, sign in signs.items())
+        return f"mixed on this data: {better} is better"
+    if 1 in signs.values():
         return "fused is better on this data"
-    if loss.low > 0:
+    if -1 in signs.values():
         return "unfused is better on this data: do not deploy the fusion"
     return "no difference can be shown on this data"
+
+
+def _sign(low: float, high: float) -> int:
+    return int(low > 0) - int(high < 0)
 
 
 def _seconds(trainer: DualVisionTrainer, arm: Any) -> float:
@@ -138,9 +161,9 @@ def _seconds(trainer: DualVisionTrainer, arm: Any) -> float:
     return counted[len(counted) // 2]
 
 
-def _answer_seconds(trainer: DualVisionTrainer, arm: Any) -> float | None:
-    """Of one generated answer: the better of two passes over a few; None where the recipe generates none."""
-    evaluator, passes = trainer.evaluator, []
+def _answer_seconds(evaluator: Evaluator, arm: Any) -> float | None:
+    """Of one generated answer: the better of two passes over a few; None where nothing can generate one."""
+    passes: list[float] = []
     if not evaluator.can_answer:
         return None
     for _ in range(2):

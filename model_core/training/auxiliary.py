@@ -92,5 +92,6 @@ def check_loss_weights(auxiliary: AuxiliaryLoss | None, config: TrainConfig) -> 
         if auxiliary is None and stage.loss_weights.get(LANGUAGE, 1.0) == 0:
             raise ConfigError(
                 "a stage without the language loss has no loss at all", value=dict(stage.loss_weights),
-                allowed="a weight above 0, or an auxiliary_loss", param="curriculum_training.stages",
+                allowed="a weight above 0, or an auxiliary_loss",
+                fix="Raise loss_weights.language, or name an auxiliary_loss", param="curriculum_training.stages",
             )  # fmt: skip

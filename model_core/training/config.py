@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from model_core.errors import ConfigError
+from model_core.training.contradictions import check_contradictions
 from model_core.training.sections import (
     COMPONENTS,
     DEFAULT_LEARNING_RATES,
@@ -201,32 +202,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.model is not None and (self.qwen_model_name or self.dinov2_model_name):
-            raise ValueError("'model', or 'qwen_model_name' and 'dinov2_model_name', not both ways at once")
-        if (self.qwen_model_name is None) != (self.dinov2_model_name is None):
-            raise ValueError("'qwen_model_name' and 'dinov2_model_name' together")
-        if self.train_data_path and self.datasets:
-            raise ValueError("'train_data_path' or 'datasets', not both")
-        if self.training_mode and self.curriculum_training.enabled:
-            raise ValueError("'training_mode' or an enabled 'curriculum_training', not both")
-        names = [d.name or Path(d.data_path).stem for d in self.datasets]
-        if len(set(names)) != len(names):
-            raise ValueError(f"datasets of different names (set 'name'), not {', '.join(names)}")
-        if self.datasets and all(d.weight == 0 for d in self.datasets):
-            raise ValueError("at least one dataset with a weight above 0")
-        known = set(names) or {Path(self.train_data_path or "").stem}
-        for stage in self.curriculum_training.stages:
-            unknown = sorted(set(stage.dataset_weights or ()) - known)
-            if unknown and (self.datasets or self.train_data_path):
-                raise ValueError(f"dataset_weights of {', '.join(sorted(known))}, not {', '.join(unknown)}")
-        return self
-
-    @model_validator(mode="after")
-    def _has_one_beginning(self) -> Self:
-        if self.new_model is not None and (self.model or self.qwen_model_name or self.start_from):
-            raise ValueError("'new_model', or a model to load, not both")
-        if self.batch_source is not None and (self.train_data_path or self.datasets):
-            raise ValueError("'batch_source', or files to train on, not both")
+        check_contradictions(self)
         return self
 
     @property
@@ -238,7 +214,7 @@ class TrainConfig(Section):
         """This with the command line's mode and flags. A mode given there leaves none of the file's flags standing.
 
         Raises:
-            ConfigError: the recipe has a curriculum, whose stages decide.
+            ConfigError: the recipe has a curriculum, or beside a mode rules of its own: they say what trains too.
         """
         if mode is None and not flags:
             return self
@@ -248,9 +224,34 @@ class TrainConfig(Section):
                 value=", ".join([*([mode] if mode else []), *flags]), allowed="one of the two",
                 fix="Give --set curriculum_training.enabled=false as well", param="training_mode",
             )  # fmt: skip
+        if mode is not None and self.freeze_config.rules:
+            raise ConfigError(
+                "the recipe's rules say what trains, and so does the command line's mode",
+                value=f"{mode}, {len(self.freeze_config.rules)} rules", allowed="one of the two",
+                fix=f"Give --set training_mode={mode} instead to keep the rules above the mode, or --set "
+                "freeze_config.rules=[] as well to drop them", param="training_mode",
+            )  # fmt: skip
         freeze = (FreezeConfig() if mode else self.freeze_config).changed(flags)
         data = self.model_dump() | {"training_mode": mode or self.training_mode, "freeze_config": freeze.model_dump()}
         return parse_section(TrainConfig, data, "recipe")
+
+    def require_no_evaluation(self) -> None:
+        """For a run without held-out data: does the recipe count on it? What was left at its default does not.
+
+        Raises:
+            ConfigError: early stopping, or evaluations of one's own choice.
+        """
+        if self.early_stopping is not None:
+            raise ConfigError(
+                "early stopping needs held-out data", value=self.early_stopping.metric, allowed="val_data_path",
+                fix="Name val_data_path, or leave early_stopping out", param="early_stopping",
+            )  # fmt: skip
+        if self.evaluation != EvaluationConfig():
+            raise ConfigError(
+                "evaluations need held-out data", value=self.evaluation.model_dump(exclude_defaults=True),
+                allowed="val_data_path, or in Python a val_loader",
+                fix="Name val_data_path, or leave evaluation out (--set evaluation={})", param="evaluation",
+            )  # fmt: skip
 
     def stages(self) -> tuple[Stage, ...]:
         """The curriculum; one stage where there is none."""
@@ -318,7 +319,7 @@ class TrainConfig(Section):
             return self.datasets
         if self.train_data_path is None:
             raise ConfigError(
-                "the recipe names no training data", allowed="train_data_path or datasets",
+                "the recipe names no training data", value="neither", allowed="train_data_path or datasets",
                 fix="Set train_data_path in the file, or give --set train_data_path=FILE", param="train_data_path",
             )  # fmt: skip
         return (DatasetConfig(data_path=self.train_data_path, image_root=self.image_root),)
@@ -337,7 +338,10 @@ def parse_config(data: Any, overrides: Iterable[str] = ()) -> TrainConfig:
         ConfigError: what is wrong with it, the first thing first.
     """
     if not isinstance(data, Mapping):
-        raise ConfigError("a recipe is not a JSON object", value=type(data).__name__, allowed="an object of settings")
+        raise ConfigError(
+            "a recipe is not a JSON object", value=type(data).__name__, allowed="an object of settings",
+            fix="Write settings as {...}; `dve configs create` shows how", param="recipe",
+        )  # fmt: skip
     return parse_section(TrainConfig, apply_overrides(data, overrides), "recipe")
 
 

@@ -25,4 +25,14 @@ class ProcessContext:
                 value=f"rank {self.rank} of {self.world_size}",
                 allowed="a rank from 0 to world_size - 1",
                 fix="Start every process with its own rank and the same world_size",
+                param="context",
             )
+
+
+def require_one_process(context: ProcessContext | None) -> None:
+    """Raises ConfigError: the run is one of several processes, which the trainer does not join."""
+    if context is not None and context.world_size != 1:
+        raise ConfigError(
+            "this trainer runs in one process", value=f"world_size {context.world_size}", allowed="world_size 1",
+            fix="Start one process, without a context", param="context",
+        )  # fmt: skip

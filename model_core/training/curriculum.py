@@ -79,6 +79,7 @@ class Curriculum:
                 value=list(steps_per_stage),
                 allowed=f"{len(self.stages)} counts of 1 or more",
                 fix="Give more data, a smaller batch_size or fewer gradient_accumulation_steps",
+                param="curriculum_training.stages",
             )
         left = config.max_steps if config.max_steps is not None else sum(steps_per_stage)
         self.steps: list[int] = []

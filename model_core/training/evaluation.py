@@ -66,7 +66,7 @@ class Evaluator:
     def __init__(
         self, forward: PackForward, config: TrainConfig, source: BatchSource, *, answer: Answer | None = None
     ) -> None:
-        self.forward, self.config, self._source, self._answer = forward, config.evaluation, source, answer
+        self.forward, self.config, self.source, self._answer = forward, config.evaluation, source, answer
         self._stage = config.stages()[0]  # always the same one: its number is part of the order
         source.prepare_stage(self._stage)
 
@@ -77,7 +77,7 @@ class Evaluator:
 
     def packs(self) -> Iterator[PackedBatch]:
         """The held-out samples, in the same order every time."""
-        for packs in self._source.steps(self._stage, 0):
+        for packs in self.source.steps(self._stage, 0):
             yield from packs
 
     def run(self) -> Evaluation:
@@ -120,7 +120,7 @@ class Evaluator:
     def answer_some(self, arm: Arm, count: int) -> int:
         """Generate answers to the first held-out samples, for whoever times it. Returns how many there were."""
         refs = islice((ref for pack in self.packs() for ref in pack.samples), count)
-        asked = [self._source.conversation(ref)[:-1] for ref in refs]
+        asked = [self.source.conversation(ref)[:-1] for ref in refs]
         if asked and self._answer is not None:
             with _evaluating(self.forward.model), torch.no_grad():
                 self._answer(asked, arm, self.config.max_tokens)
@@ -129,7 +129,7 @@ class Evaluator:
     def _hits(self, refs: Sequence[SampleRef]) -> list[tuple[bool, bool | None]]:
         if not self.can_answer:
             return []
-        whole = [self._source.conversation(ref) for ref in refs[: self.config.num_answers]]
+        whole = [self.source.conversation(ref) for ref in refs[: self.config.num_answers]]
         asked = [messages[:-1] for messages in whole]
         wanted = [_text_of(messages[-1]) for messages in whole]
         fused = self._answer(asked, "fused", self.config.max_tokens)
@@ -140,21 +140,42 @@ class Evaluator:
         ]
 
 
-def check_early_stopping(config: TrainConfig, evaluator: Evaluator | None) -> None:
-    """Can the recipe's early stopping see what it watches? Raises ConfigError."""
-    stopping = config.early_stopping
-    if stopping is None:
-        return
+def require_evaluator(evaluator: Evaluator | None) -> Evaluator:
+    """Raises ConfigError: there is no held-out data."""
     if evaluator is None:
         raise ConfigError(
-            "early stopping needs held-out data", value=stopping.metric, allowed="val_data_path",
-            fix="Name val_data_path, or leave early_stopping out", param="early_stopping",
+            "there is no held-out data to evaluate on", value="val_loader=None", allowed="a val_loader",
+            fix="Give the trainer a val_loader, or name val_data_path in the recipe", param="val_data_path",
         )  # fmt: skip
-    if stopping.metric == "val_accuracy" and not evaluator.can_answer:
+    return evaluator
+
+
+def check_evaluation(config: TrainConfig, evaluator: Evaluator | None) -> None:
+    """Can the run give what the recipe asks of evaluations and of early stopping? Raises ConfigError."""
+    if evaluator is None:
+        config.require_no_evaluation()
+        return
+    stopping, num_answers = config.early_stopping, config.evaluation.num_answers
+    if stopping is not None and not config.checkpoints.keep_best:
         raise ConfigError(
-            "val_accuracy needs generated answers", value=f"num_answers={config.evaluation.num_answers}",
+            "early stopping ends with the best step, which would not be kept", value="checkpoints.keep_best=false",
+            allowed="true, with early_stopping", fix="Leave checkpoints.keep_best out, or early_stopping",
+            param="checkpoints.keep_best",
+        )  # fmt: skip
+    if evaluator.can_answer:
+        return
+    if stopping is not None and stopping.metric == "val_accuracy":
+        raise ConfigError(
+            "val_accuracy needs generated answers", value=f"num_answers={num_answers}",
             allowed="evaluation.num_answers above 0, and a run that can generate",
             fix="Set evaluation.num_answers, or stop by val_loss", param="early_stopping.metric",
+        )  # fmt: skip
+    if num_answers:
+        raise ConfigError(
+            "nothing is given that could generate the answers", value=f"num_answers={num_answers}",
+            allowed="0, or hooks with 'answer', as `dve train` has them",
+            fix="Give the trainer hooks=RunHooks(answer=...), or set evaluation.num_answers to 0",
+            param="evaluation.num_answers",
         )  # fmt: skip
 
 

@@ -98,7 +98,7 @@ def read_events(folder: Path, *, repair: bool = False) -> list[Event]:
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 "the event log is damaged", value=f"{path}, line {number}", allowed="one JSON event a line",
-                fix="Move the file away; the run itself does not need it",
+                fix="Move the file away; the run itself does not need it", param=EVENTS_NAME,
             ) from error  # fmt: skip
     return found
 

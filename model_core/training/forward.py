@@ -77,8 +77,9 @@ class PackForward:
         beyond = [layer for layer in layers if not 0 <= layer < count]
         if beyond:
             raise ConfigError(
-                "there is no such layer to watch", value=beyond, allowed=f"0 to {count - 1}", param="auxiliary_loss"
-            )
+                "there is no such layer to watch", value=beyond, allowed=f"0 to {count - 1}",
+                fix="Let the auxiliary loss watch layers that the language model has", param="auxiliary_loss",
+            )  # fmt: skip
         self._watched = frozenset(layers)
 
     def set_freeze(self, table: FreezeTable) -> None:

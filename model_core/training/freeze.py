@@ -242,7 +242,10 @@ def _checked_mode(mode: str) -> TrainingMode:
     for known in TRAINING_MODES:
         if mode == known:
             return known
-    raise ConfigError("unknown training mode", value=mode, allowed=", ".join(TRAINING_MODES), param="training_mode")
+    raise ConfigError(
+        "unknown training mode", value=mode, allowed=", ".join(TRAINING_MODES), fix="Name one of these",
+        param="training_mode",
+    )  # fmt: skip
 
 
 def trained_components(settings: FreezeConfig) -> set[Component]:

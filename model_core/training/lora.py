@@ -30,7 +30,10 @@ def apply_lora(model: nn.Module, lora: LoraConfig, *, seed: int) -> list[str]:
         return []
     peft = _peft()
     if _tuners(model, peft):
-        raise ConfigError("the model has adapters already", allowed="one set", fix="Call merge_lora first")
+        raise ConfigError(
+            "the model has adapters already", value=f"lora for {', '.join(lora.groups)}", allowed="one set",
+            fix="Call merge_lora first", param="lora",
+        )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for component, module in component_modules(model):
@@ -75,7 +78,8 @@ def _targets(module: nn.Module, component: str, group: LoraGroup) -> list[str]:
     if idle:
         raise ConfigError(
             f"no linear layer of {component} has this name", value=", ".join(idle),
-            allowed=", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear})), param=f"lora.{component}",
+            allowed=", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear})),
+            fix="Name some of these, or leave target_modules out for all", param=f"lora.{component}.target_modules",
         )  # fmt: skip
     return chosen
 
@@ -90,7 +94,7 @@ def _peft() -> Any:
         import peft  # noqa: PLC0415  an optional dependency, and slow to import
     except ImportError as error:
         raise ConfigError(
-            "low-rank adapters need peft, which is not installed", allowed="peft 0.21 or newer",
+            "low-rank adapters need peft", value="it is not installed", allowed="peft 0.21 or newer",
             fix="Install the extra 'train', or leave 'lora' out of the recipe", param="lora",
         ) from error  # fmt: skip
     return peft

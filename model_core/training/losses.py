@@ -150,7 +150,10 @@ class GateLoss:
         losses = config.losses
         prior = losses.prior or (1 / num_encoders,) * num_encoders
         if len(prior) != num_encoders:
-            raise ConfigError("a prior for another number of encoders", value=prior, allowed=f"{num_encoders} shares")
+            raise ConfigError(
+                "a prior for another number of encoders", value=prior, allowed=f"{num_encoders} shares",
+                fix="Give each encoder its share, or leave the prior out for equal ones", param="losses.prior",
+            )  # fmt: skip
         self.name, self.weight, self.num_encoders = name, weight, num_encoders
         self._prior, self._decay, self._anneal = torch.tensor(prior), losses.ema_decay, losses.anneal_ratio
         self._progress = 0.0

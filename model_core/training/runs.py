@@ -48,6 +48,9 @@ class StepFolder:
     stage: int
     metrics: Mapping[str, float]
 
+    def to_json(self) -> dict[str, Any]:
+        return {"path": str(self.path), "step": self.step, "reason": self.reason, "metrics": dict(self.metrics)}
+
 
 class RunFolder:
     """The folder of one run, this process its only writer."""
@@ -61,6 +64,18 @@ class RunFolder:
         Raises:
             ConfigError: another run lives there. StorageFullError: it can't be written.
         """
+        self.check_free()
+        with storage(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.tidy()
+            write_json(self.path / RECIPE, config.model_dump(mode="json"))
+
+    def check_free(self, resume: Path | None = None) -> None:
+        """Raises ConfigError: another run lives here than that of `resume`, a run's folder or a step of one."""
+        if resume is not None:
+            run = resume.resolve().parent if _names_a_step(resume) else resume
+            if run.resolve() == self.path.resolve():
+                return
         taken = [name for name in (EVENTS_NAME, RECIPE, FINAL) if (self.path / name).exists()]
         taken += [folder.name for folder, _ in self._numbered()]
         if taken:
@@ -70,10 +85,6 @@ class RunFolder:
                 fix=f"Go on with it by --resume {self.path}, or name another --set output_dir=FOLDER",
                 param="output_dir",
             )  # fmt: skip
-        with storage(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.tidy()
-            write_json(self.path / RECIPE, config.model_dump(mode="json"))
 
     def take_over(self, point: ResumePoint, config: TrainConfig) -> None:
         """Go on with a run, here or, where this is another folder, with its events so far copied and its best linked.
@@ -176,7 +187,7 @@ def find_resume_point(path: str | Path) -> ResumePoint:
             allowed="a run folder, or a step-N folder in it",
             fix="Give --resume the output folder of the run; its newest step is found there", param="resume",
         )  # fmt: skip
-    if (path / TRAINER_NAME).is_file() or path.name == LATEST or _STEP.fullmatch(path.name):
+    if _names_a_step(path):
         step = path.resolve()
         verify_folder(step, deep=True)
         _check_is_step(step)
@@ -196,6 +207,10 @@ def find_resume_point(path: str | Path) -> ResumePoint:
         allowed="a run folder with at least one step-N, or a step-N folder", fix="Start the run anew without --resume",
         param="resume",
     )  # fmt: skip
+
+
+def _names_a_step(path: Path) -> bool:
+    return (path / TRAINER_NAME).is_file() or path.name == LATEST or _STEP.fullmatch(path.name) is not None
 
 
 def _check_is_step(folder: Path) -> None:

@@ -14,7 +14,10 @@ from model_core.training.config import EarlyStoppingConfig
 
 @dataclass(slots=True)
 class Scores:
-    """start: before the first step; latest: of `evaluated_at`; best_value: of the metric that the recipe watches."""
+    """start: before the first step; latest: of `evaluated_at`; best: of `best_step`, which the watched metric chose.
+
+    best_value: that metric there.
+    """
 
     start: dict[str, float] = field(default_factory=dict)
     latest: dict[str, float] = field(default_factory=dict)
@@ -22,6 +25,7 @@ class Scores:
     best_value: float | None = None
     best_step: int | None = None
     num_without_gain: int = 0
+    best: dict[str, float] = field(default_factory=dict)
 
     def update(self, metrics: Mapping[str, float], step: int, stopping: EarlyStoppingConfig | None) -> bool:
         """Take in an evaluation; True where the recipe says to stop."""
@@ -35,6 +39,7 @@ class Scores:
             is_better = gain > min_delta
         if is_better:
             self.best_value, self.best_step, self.num_without_gain = value, step, 0
+            self.best = dict(metrics)
         else:
             self.num_without_gain += 1
         return stopping is not None and self.num_without_gain >= stopping.patience

@@ -32,6 +32,9 @@ SectionT = TypeVar("SectionT", bound=Section)
 def parse_section(cls: type[SectionT], data: Mapping[str, Any], what: str) -> SectionT:
     """`data` as a section.
 
+    Settings that are right alone and contradict each other raise a ConfigError of their own in the section's
+    validators: pydantic lets it pass as it is, and it knows the value and the way out.
+
     Raises:
         ConfigError: `param` is the dotted path of the first thing wrong; an unknown key gets the nearest known one.
     """
@@ -49,15 +52,15 @@ def parse_section(cls: type[SectionT], data: Mapping[str, Any], what: str) -> Se
             f"{what}: unknown key '{path}'{also}",
             value=first["loc"][-1],
             allowed=", ".join(known),
-            fix=_nearest(str(first["loc"][-1]), known),
+            fix=nearest(str(first["loc"][-1]), known),
             param=path,
         )
     raise ConfigError(
-        f"{what}: '{path}' is not valid{also}" if path else f"{what} is not valid{also}",
-        value=first["input"] if path else None,
+        f"{what}: '{path}' is not valid{also}",
+        value=repr(first["input"]) if first["input"] is None else first["input"],
         allowed=first["msg"].removeprefix("Value error, ").removeprefix("Input should be "),
-        fix="Correct the value or leave the key out" if path else "",
-        param=path or None,
+        fix="Correct the value or leave the key out",
+        param=path,
     )
 
 
@@ -70,14 +73,21 @@ def read_json(path: str | Path) -> Any:
     path = Path(path)
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError("the file is too large", value=str(path), allowed=f"up to {MAX_FILE_BYTES} bytes")
+            raise ConfigError(
+                "the file is too large", value=str(path), allowed=f"up to {MAX_FILE_BYTES} bytes",
+                fix="Name the recipe; data has a file of its own, which train_data_path names", param="config",
+            )  # fmt: skip
         return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except OSError as error:
         raise ConfigError(
-            f"the file can't be read ({error.strerror})", value=str(path), allowed="a JSON file"
-        ) from error
+            f"the file can't be read ({error.strerror})", value=str(path), allowed="a JSON file",
+            fix="Check the path; `dve configs create` writes recipes to begin with", param="config",
+        ) from error  # fmt: skip
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"the file is not JSON ({error})", value=str(path), allowed="one JSON object") from error
+        raise ConfigError(
+            f"the file is not JSON ({error})", value=str(path), allowed="one JSON object",
+            fix="Correct it there", param="config",
+        ) from error  # fmt: skip
 
 
 def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -90,7 +100,10 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
         path, equals, text = override.partition("=")
         keys = path.strip().split(".")
         if not equals or not all(keys) or len(keys) > _MAX_DEPTH:
-            raise ConfigError("an override can't be read", value=override, allowed="name=value or section.name=value")
+            raise ConfigError(
+                "an override can't be read", value=override, allowed="name=value or section.name=value",
+                fix="Write it as --set learning_rate=1e-4", param="set",
+            )  # fmt: skip
         _set(result, keys, _json_or_text(text), override)
     return result
 
@@ -101,7 +114,10 @@ def _set(target: Any, keys: Sequence[str], value: Any, override: str) -> None:
         if isinstance(target, list):
             if not key.isdecimal() or int(key) >= len(target):
                 allowed = f"0 to {len(target) - 1}" if target else "nothing: the list is empty"
-                raise ConfigError("an override names no entry of the list", value=override, allowed=allowed)
+                raise ConfigError(
+                    "an override names no entry of the list", value=override, allowed=allowed,
+                    fix="Name an entry that is there, or give the whole list as JSON", param=".".join(keys),
+                )  # fmt: skip
             if last:
                 target[int(key)] = value
             target = target[int(key)]
@@ -113,8 +129,9 @@ def _set(target: Any, keys: Sequence[str], value: Any, override: str) -> None:
             target = target[key]
         else:
             raise ConfigError(
-                "an override goes into a value that is no section", value=override, allowed="a section's key"
-            )
+                "an override goes into a value that is no section", value=override, allowed="a section's key",
+                fix=f"Write {'.'.join(keys[:depth])}=VALUE", param=".".join(keys),
+            )  # fmt: skip
 
 
 def _json_or_text(text: str) -> Any:
@@ -132,9 +149,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _nearest(key: str, known: Sequence[str]) -> str:
+def nearest(key: str, known: Sequence[str], *, otherwise: str = "Leave it out") -> str:
+    """What to do about a name that is not known, as an error's `fix`."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"Write '{close[0]}'" if close else "Leave it out"
+    return f"Write '{close[0]}'" if close else otherwise
 
 
 def keys_at(cls: type[BaseModel], path: Sequence[str | int]) -> list[str]:

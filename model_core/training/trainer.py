@@ -16,11 +16,11 @@ from model_core.errors import CheckpointMismatchError, ConfigError
 from model_core.processing.batch import InputFormat
 from model_core.training.auxiliary import build_auxiliary, check_loss_weights
 from model_core.training.config import FreezeConfig, Stage, TrainConfig, TrainingMode, parse_config
-from model_core.training.context import ProcessContext
+from model_core.training.context import ProcessContext, require_one_process
 from model_core.training.curriculum import Curriculum, Position, stage_steps
 from model_core.training.data.packs import BatchSource, PackedBatch
-from model_core.training.data.source import as_source
-from model_core.training.evaluation import Evaluation, Evaluator, check_early_stopping
+from model_core.training.data.source import as_source, problems_of, set_aside_of
+from model_core.training.evaluation import Evaluation, Evaluator, check_evaluation, require_evaluator
 from model_core.training.events import Event, EventLog
 from model_core.training.forward import PackForward, resolve_precision
 from model_core.training.freeze import FreezeTable, resolve_freeze
@@ -63,12 +63,14 @@ class DualVisionTrainer:
         context: ProcessContext | None = None,
         write: bool = True,
     ) -> None:
-        if context is not None and context.world_size != 1:
-            raise ConfigError("this trainer runs in one process", value=context.world_size, allowed="world_size 1")
+        require_one_process(context)
         self.config = config = config if isinstance(config, TrainConfig) else parse_config(config)
         self.processor = processor if processor is not None else getattr(model, "processor", None)
         if self.processor is None:
-            raise ConfigError("the trainer needs the model's processor", allowed="processor=, or a DualVisionEncoder")
+            raise ConfigError(
+                "the trainer needs the model's processor", value=type(model).__name__, param="processor",
+                allowed="a DualVisionEncoder, or a model with processor=", fix="Give processor= as well",
+            )  # fmt: skip
         self.model = model.model if hasattr(model, "compare_encoders") else model
         self._hooks, self._writes = hooks or RunHooks(), write
         fmt = InputFormat.of(self.processor, self.model.model.mrope_layout)
@@ -92,7 +94,7 @@ class DualVisionTrainer:
         if val_loader is not None:
             val_source = as_source(val_loader, config, fmt, "val")
             self.evaluator = Evaluator(self.forward, config, val_source, answer=self._hooks.answer)
-        check_early_stopping(config, self.evaluator)
+        check_evaluation(config, self.evaluator)
         self.run_folder = RunFolder(config.output_dir)
         self._log = EventLog(None, self._hooks.listeners)
         self._check: FreezeCheck | None = None
@@ -164,9 +166,7 @@ class DualVisionTrainer:
         Raises:
             ConfigError: there is no val_loader.
         """
-        if self.evaluator is None:
-            raise ConfigError("there is no held-out data to evaluate on", allowed="a val_loader", param="val_data_path")
-        return self.evaluator.run()
+        return require_evaluator(self.evaluator).run()
 
     def resume(self, path: str | Path) -> None:
         """Take over everything of a run folder's newest complete step, or of the step folder named.
@@ -211,8 +211,8 @@ class DualVisionTrainer:
         self._open_log()
         self._is_begun = True
         steps = {"steps_per_stage": self.curriculum.steps, "num_steps_total": self.curriculum.total_steps}
-        bad = self.train_source.quarantine_report()
-        self._tell("validated", f"{self.curriculum.total_steps} steps", {**steps, "bad_rows": bad})
+        found = problems_of(self.train_source, getattr(self.evaluator, "source", None))
+        self._tell("validated", f"{self.curriculum.total_steps} steps", {**steps, **found})
         if self.evaluator is not None:
             self._evaluate()
             self.scores = Scores(start=self.scores.latest, latest=self.scores.latest, evaluated_at=0)
@@ -388,7 +388,7 @@ class DualVisionTrainer:
         if reason == "early_stopping":
             self._save("final")
         summary = run_summary(reason, self.position, self.curriculum, self.scores, self._state.trained_tokens)
-        summary["quarantined"], final = self.train_source.quarantine_report(), None
+        summary["quarantined"], final = set_aside_of(self.train_source, getattr(self.evaluator, "source", None)), None
         if self._writes:
             with storage(self.run_folder.path):
                 # Where the recipe stops by a metric, the result is the step that was best by it.

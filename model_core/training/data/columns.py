@@ -82,6 +82,7 @@ def _open(name: str, paths: Sequence[Path]) -> ColumnRows:
         raise ConfigError(
             "Parquet files and datasets folders are read with pyarrow, which is not installed", value=name,
             allowed="JSON, JSON lines or a zip without it", fix="Install it: pip install 'dual-vision-encoder[train]'",
+            param="data_path",
         ) from error  # fmt: skip
     try:
         parquet = [path for path in paths if path.suffix == ".parquet"]

@@ -68,7 +68,7 @@ def mix(
     if unknown := sorted(set(stage_weights or ()) - set(names)):
         raise ConfigError(
             "dataset_weights name a data set that is not there", value=", ".join(unknown), allowed=", ".join(names),
-            param="dataset_weights",
+            fix="Write a data set's name, or leave it out", param="dataset_weights",
         )  # fmt: skip
     asked = [stage_weights.get(name, 0.0) for name in names] if stage_weights is not None else list(weights)
     if all(weight is None for weight in asked):
@@ -105,6 +105,6 @@ def _checked(mixture: Mixture, names: Sequence[str]) -> Mixture:
         raise ConfigError(
             "there is nothing to draw from", value=", ".join(empty) or "no weight above 0",
             allowed="at least one data set with a weight above 0, and a sample in each that has one",
-            param="dataset_weights",
+            fix="Give the data set samples that can train, or the weight 0", param="dataset_weights",
         )  # fmt: skip
     return mixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from bisect import bisect_right
@@ -18,6 +17,7 @@ from model_core.training.data.datasets import (
     Sample,
     VQADataset,
 )
+from model_core.training.strict import nearest
 from model_core.types import ChatMessage
 
 DATASET_TYPES: Mapping[str, type[DualVisionDataset]] = {
@@ -58,12 +58,14 @@ class MultiDataset:
         if self.weights is not None and not _are_weights(self.weights, len(names)):
             raise ConfigError(
                 "the weights don't fit the data sets", value=list(self.weights),
-                allowed=f"{len(names)} numbers of 0 or more, not all 0", param="weights",
+                allowed=f"{len(names)} numbers of 0 or more, not all 0", fix="Give each data set one weight",
+                param="weights",
             )  # fmt: skip
         if temperature is not None and not (temperature > 0 and math.isfinite(temperature)):
             raise ConfigError(
-                "the temperature is out of range", value=temperature, allowed="above 0", param="temperature"
-            )
+                "the temperature is out of range", value=temperature, allowed="above 0",
+                fix="Leave it out to draw by the weights as they are", param="temperature",
+            )  # fmt: skip
         self._ends = list(accumulate(len(one) for one in self.datasets))
 
     def __len__(self) -> int:
@@ -94,10 +96,16 @@ def create_dataset(config: Mapping[str, Any]) -> DualVisionDataset | MultiDatase
         _known(config, ("type", "datasets", "weights", "temperature"))
         described = config.get("datasets")
         if not isinstance(described, Sequence) or isinstance(described, str):
-            raise ConfigError("'datasets' is no list", value=described, allowed="a list of descriptions")
+            raise ConfigError(
+                "'datasets' is no list", value=repr(described), allowed="a list of descriptions",
+                fix='Write "datasets": [{"type": ..., "args": {...}}, ...]', param="datasets",
+            )  # fmt: skip
         parts = [create_dataset(one) for one in described]
         if nested := [one for one in parts if isinstance(one, MultiDataset)]:
-            raise ConfigError("a multi inside a multi", value=len(nested), allowed="data sets of one file each")
+            raise ConfigError(
+                "a multi inside a multi", value=len(nested), allowed="data sets of one file each",
+                fix="Name the inner ones' data sets in the outer one", param="datasets",
+            )  # fmt: skip
         return MultiDataset(
             [one for one in parts if isinstance(one, DualVisionDataset)],
             config.get("weights"),
@@ -105,13 +113,16 @@ def create_dataset(config: Mapping[str, Any]) -> DualVisionDataset | MultiDatase
         )
     if not isinstance(kind, str) or kind not in DATASET_TYPES:
         raise ConfigError(
-            "unknown type of data set", value=kind, allowed=", ".join((*DATASET_TYPES, _MULTI)), param="type",
-            fix=_nearest(str(kind), (*DATASET_TYPES, _MULTI)),
+            "unknown type of data set", value=repr(kind), allowed=", ".join((*DATASET_TYPES, _MULTI)), param="type",
+            fix=nearest(str(kind), (*DATASET_TYPES, _MULTI), otherwise="Name one of these"),
         )  # fmt: skip
     _known(config, ("type", "args"))
     arguments = config.get("args")
     if not isinstance(arguments, Mapping) or "data_path" not in arguments:
-        raise ConfigError("the data set has no data_path", value=arguments, allowed='"args": {"data_path": FILE}')
+        raise ConfigError(
+            "the data set has no data_path", value=repr(arguments), allowed='"args": {"data_path": FILE}',
+            fix="Name its file or folder as args.data_path", param="args.data_path",
+        )  # fmt: skip
     _known(arguments, tuple(inspect.signature(DualVisionDataset).parameters))
     return DATASET_TYPES[kind](**arguments)
 
@@ -120,13 +131,9 @@ def _known(section: Mapping[str, Any], known: Sequence[str]) -> None:
     for key in section:
         if key not in known:
             raise ConfigError(
-                f"unknown key '{key}' of a data set", value=key, allowed=", ".join(known), fix=_nearest(str(key), known)
-            )
-
-
-def _nearest(key: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"Write '{close[0]}'" if close else ""
+                f"unknown key '{key}' of a data set", value=key, allowed=", ".join(known),
+                fix=nearest(str(key), known), param=str(key),
+            )  # fmt: skip
 
 
 def _are_weights(weights: Sequence[Any], count: int) -> bool:

@@ -30,6 +30,7 @@ def open_data(path: Path, image_root: Path | None) -> list[tuple[Rows, Store]]:
             "image_root is no folder",
             value=str(image_root),
             allowed="a folder that holds the images",
+            fix="Name the folder that the images' paths begin in, or leave it out for the data file's own",
             param="image_root",
         )
     head = b"" if path.is_dir() else _head(path)

@@ -80,7 +80,10 @@ class BatchSource(Protocol):
         """Of files, weights and lengths: a resume on other data is refused by it."""
 
     def quarantine_report(self) -> list[dict[str, Any]]:
-        """Bad samples that were set aside so far: dataset, row, place, code and reason of each."""
+        """Bad samples that were set aside so far: `RowProblem.to_json` of each.
+
+        A source may have `problems` too, of the same form: all that it found beforehand, warnings and notes included.
+        """
 
     def conversation(self, ref: SampleRef) -> list[ChatMessage]:
         """The messages of a sample, its answers included, for generating one to it; pictures are still lazy."""

@@ -34,6 +34,9 @@ from model_core.types import ChatMessage
 
 Split = Literal["train", "val"]
 _ALONE = ProcessContext()
+#: Problems in one event: a supervisor reads lines of up to a MiB.
+_MOST_TOLD = 500
+_SEVERITIES = ("error", "warning", "note")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +118,11 @@ class PackSource:
         return hashlib.sha256(said.encode()).hexdigest()[:16]
 
     def quarantine_report(self) -> list[dict[str, Any]]:
-        return self._quarantine.report()
+        return [one | {"split": self._split} for one in self._quarantine.report()]
+
+    def problems(self) -> list[dict[str, Any]]:
+        """Everything that the scan found, warnings and notes too."""
+        return [one.to_json() | {"split": self._split} for part in self._parts for one in part.report.problems]
 
     def conversation(self, ref: SampleRef) -> list[ChatMessage]:
         """The messages of a sample, for generating an answer to it."""
@@ -163,8 +170,8 @@ def build_source(
         described = config.train_sources()
     elif config.val_data_path is None:
         raise ConfigError(
-            "the recipe names no validation data", allowed="val_data_path", param="val_data_path",
-            fix="Set val_data_path in the file, or give --set val_data_path=FILE",
+            "the recipe names no validation data", value="val_data_path=None", allowed="val_data_path",
+            fix="Set val_data_path in the file, or give --set val_data_path=FILE", param="val_data_path",
         )  # fmt: skip
     else:
         described = (DatasetConfig(data_path=config.val_data_path),)
@@ -178,6 +185,24 @@ def build_source(
         for one in described
     ]
     return PackSource(parts, config, fmt, context=context, split=split)
+
+
+def problems_of(*sources: BatchSource | None) -> dict[str, Any]:
+    """What the scans of the sources found, for an event: `num_problems`, and the first 500 of them as `problems`.
+
+    What keeps a row from training comes first. A source without `problems` tells what it has set aside.
+    """
+    found: list[dict[str, Any]] = []
+    for source in sources:
+        if source is not None:
+            found += getattr(source, "problems", source.quarantine_report)()
+    found.sort(key=lambda one: _SEVERITIES.index(one.get("severity", "error")))
+    return {"num_problems": len(found), "problems": found[:_MOST_TOLD]}
+
+
+def set_aside_of(*sources: BatchSource | None) -> list[dict[str, Any]]:
+    """Every sample that the sources have set aside so far."""
+    return [one for source in sources if source is not None for one in source.quarantine_report()]
 
 
 def _own_source(part: PartConfig, config: TrainConfig, fmt: InputFormat) -> BatchSource:
@@ -214,6 +239,7 @@ def as_source(
         "this is no training data", value=type(data).__name__,
         allowed="a DualVisionDataset, a MultiDataset, a DataLoader over one, or a BatchSource",
         fix="Derive your data set from DualVisionDataset and override format_conversations",
+        param="train_loader" if split == "train" else "val_loader",
     )  # fmt: skip
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from model_core import training
 from model_core.cli.configs import SCENARIOS
 from model_core.errors import ConfigError
 from model_core.training.config import DEFAULT_LEARNING_RATES, FreezeConfig, TrainConfig, load_config, parse_config
+from model_core.training.strict import MAX_FILE_BYTES
 
 ORIGINAL = {
     "qwen_model_name": "q",
@@ -69,17 +73,73 @@ def test_a_disabled_curriculum_is_one_stage_of_the_runs_own_settings() -> None:
         ({"learning_rate": float("nan")}, "learning_rate", "finite"),
         ({"losses": {"prior": [0.5, 0.6]}}, "losses", "sums to 1"),
         ({"curriculum_training": {"enabled": True}}, "curriculum_training", "at least one stage"),
-        ({"model": "m", "qwen_model_name": "q", "dinov2_model_name": "d"}, None, "not both ways"),
-        ({"train_data_path": "a", "datasets": [{"data_path": "b"}]}, None, "not both"),
-        ({"datasets": [{"data_path": "x/a.json"}, {"data_path": "y/a.json"}]}, None, "different names"),
-        ({**ORIGINAL, "training_mode": "full"}, None, "not both"),
+        ({"model": "m", "qwen_model_name": "q", "dinov2_model_name": "d"}, "model", "Got: m, q, d."),
+        ({"qwen_model_name": "q"}, "dinov2_model_name", "Name the other one"),
+        ({"train_data_path": "a", "datasets": [{"data_path": "b"}]}, "datasets", "a, and as datasets b"),
+        ({"datasets": [{"data_path": "x/a.json"}, {"data_path": "y/a.json"}]}, "datasets", "different names"),
+        ({"datasets": [{"data_path": "a.json", "weight": 0}]}, "datasets", "a weight above 0"),
+        ({**ORIGINAL, "training_mode": "full"}, "training_mode", "not both"),
+        ({"new_model": {"name": "a:b"}, "start_from": "step-3"}, "new_model", "Got: step-3."),
+        ({"batch_source": {"name": "a:b"}, "train_data_path": "a.json"}, "batch_source", "Got: a.json."),
+        ({"seed": None}, "seed", "Got: None."),
+        ([], "recipe", "Got: list."),
     ],
 )
-def test_what_is_wrong_is_told_with_its_path(data: dict[str, Any], path: str | None, said: str) -> None:
+def test_what_is_wrong_is_told_with_its_path_and_a_way_out(data: Any, path: str, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config(data)
+    assert_is_whole(caught.value)
     assert caught.value.param == path
     assert said in str(caught.value)
+
+
+def assert_is_whole(error: ConfigError) -> None:
+    """What was seen, what is allowed, what to do, and where."""
+    missing = [name for name in ("value", "allowed", "fix", "param") if getattr(error, name) in (None, "")]
+    assert not missing, f"{error} has no {', '.join(missing)}"
+
+
+REFUSALS: dict[str, Callable[[Path], object]] = {
+    "no file": lambda folder: load_config(folder / "none.json"),
+    "no json": lambda folder: load_config(written(folder, "{")),
+    "a key twice": lambda folder: load_config(written(folder, '{"seed": 1, "seed": 2}')),
+    "a file that is no recipe": lambda folder: load_config(written(folder, " " * (MAX_FILE_BYTES + 1))),
+    "an override without a value": lambda _: parse_config(ORIGINAL, ["seed"]),
+    "an override beyond a list": lambda _: parse_config(ORIGINAL, ["curriculum_training.stages.9.epochs=1"]),
+    "an override into a number": lambda _: parse_config(ORIGINAL, ["seed.x=1"]),
+    "weights of nothing": lambda _: parse_config(ORIGINAL, ['curriculum_training.stages.0.dataset_weights={"x": 1}']),
+    "no data": lambda _: parse_config({}).train_sources(),
+    "a saved model's fusion": lambda _: parse_config({"model": "folder", "common_dim": 64}).model_source(),
+    "a mode beside a curriculum": lambda _: parse_config(ORIGINAL).with_freeze("full", {}),
+    "a mode beside rules": lambda _: parse_config({"freeze_config": RULES}).with_freeze("full", {}),
+    "evaluations of nothing": lambda _: parse_config({"evaluation": {"num_answers": 4}}).require_no_evaluation(),
+    "stopping by nothing": lambda _: parse_config({"early_stopping": {}}).require_no_evaluation(),
+    "an unknown setting": lambda _: FreezeConfig().changed({"freeze_lm": True}),
+}
+RULES = {"rules": [{"pattern": "*.layers.0.*", "train": True}]}
+
+
+def written(folder: Path, text: str) -> Path:
+    (folder / "recipe.json").write_text(text)
+    return folder / "recipe.json"
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_every_refusal_says_what_was_seen_what_is_allowed_and_what_to_do(case: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        REFUSALS[case](tmp_path)
+    assert_is_whole(caught.value)
+
+
+def test_no_error_of_training_leaves_a_part_out() -> None:
+    """Read from the source: most of them need a model, data or an extra that is missing to be raised."""
+    room, lacking = Path(training.__file__).parent, []
+    for path in sorted(room.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "ConfigError":
+                missing = {"value", "allowed", "fix", "param"} - {keyword.arg for keyword in node.keywords}
+                lacking += [f"{path.relative_to(room)}:{node.lineno}: {', '.join(sorted(missing))}"] if missing else []
+    assert not lacking
 
 
 def test_the_last_stage_weights_must_name_datasets() -> None:
@@ -112,6 +172,24 @@ def test_a_mode_on_the_command_line_leaves_none_of_the_files_flags() -> None:
     assert config.with_freeze(None, {}) is config
     with pytest.raises(ConfigError, match="curriculum"):
         parse_config(ORIGINAL).with_freeze("full", {})
+
+
+def test_a_mode_on_the_command_line_never_drops_rules_unsaid() -> None:
+    config = parse_config({"freeze_config": RULES})
+    with pytest.raises(ConfigError, match=r"training_mode=full instead .* freeze_config\.rules=\[\]"):
+        config.with_freeze("full", {})
+    assert len(config.with_freeze(None, {"freeze_llm": True}).freeze.rules) == 1
+    kept = parse_config({"freeze_config": RULES}, ["training_mode=full"]).freeze
+    assert (kept.mode, len(kept.rules)) == ("full", 1)
+    dropped = parse_config({"freeze_config": RULES}, ["freeze_config.rules=[]"])
+    assert dropped.with_freeze("full", {}).freeze == FreezeConfig(mode="full")
+
+
+def test_without_held_out_data_only_what_was_asked_for_is_refused() -> None:
+    parse_config({}).require_no_evaluation()
+    parse_config(json.loads(parse_config({}).model_dump_json())).require_no_evaluation()
+    with pytest.raises(ConfigError, match="every_steps"):
+        parse_config({"evaluation": {"every_steps": 5}}).require_no_evaluation()
 
 
 def test_rates_from_the_general_to_the_particular() -> None:
