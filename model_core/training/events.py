@@ -16,6 +16,8 @@ from typing import Any
 from model_core.errors import ConfigError
 
 EVENTS_NAME = "events.jsonl"
+#: What somebody did, or what came of it: twice at one step is two events. A repeated step does not bring them back.
+_EACH_TIME = ("resumed", "switched", "warning:freeze")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,8 @@ Listener = Callable[[Event], None]
 
 
 class EventLog:
-    """Hands each event to the listeners once. With a folder, also to `events.jsonl`, whose keys count as told."""
+    """Hands each event to the listeners once, but for what somebody does again. With a folder, also to `events.jsonl`,
+    whose keys count as told."""
 
     def __init__(self, folder: Path | None = None, listeners: tuple[Listener, ...] = (), *, write: bool = True) -> None:
         """write: False keeps the keys of the folder's log and leaves the file alone (the recipe's `loggers`)."""
@@ -63,7 +66,7 @@ class EventLog:
 
     def tell(self, event: Event) -> bool:
         """False where this (stage, step, kind) was told before."""
-        if event.key in self._told:
+        if event.key in self._told and event.kind not in _EACH_TIME:
             return False
         self._told.add(event.key)
         if self._path is not None:

@@ -7,7 +7,7 @@ dropout in what is frozen. It makes no optimizer, and checks no gradient: the tr
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from model_core.training.config import (
     Component,
     FreezeConfig,
     FreezeRule,
+    Stage,
     TrainingMode,
 )
 
@@ -35,6 +36,7 @@ __all__ = [
     "component_modules",
     "component_of",
     "resolve_freeze",
+    "resolve_stages",
     "trained_components",
 ]  # fmt: skip
 
@@ -193,6 +195,7 @@ def resolve_freeze(
     learning_rates: Mapping[str, float] = DEFAULT_LEARNING_RATES,
     *,
     has_own_loss: bool = False,
+    is_woken: bool = False,
 ) -> FreezeTable:
     """Decide for every parameter; nothing of the model is changed.
 
@@ -201,6 +204,7 @@ def resolve_freeze(
         freeze: settings, or the name of a mode.
         learning_rates: by component and `lora`, as `Stage.learning_rates`.
         has_own_loss: an auxiliary loss may teach an encoder that the language model does not hear yet.
+        is_woken: an earlier stage will have trained what keeps a fresh second encoder silent.
     Raises:
         ConfigError: an unknown mode, a rule that matches nothing, nothing left to train, or a fresh second encoder
             that could never be heard.
@@ -228,7 +232,8 @@ def resolve_freeze(
         for name, c in choices.items()
         if c.aliases and c.train
     ]
-    warnings += _check_silence(model, choices, has_own_loss=has_own_loss)
+    if not is_woken:
+        warnings += _check_silence(model, choices, has_own_loss=has_own_loss)
     if not any(choice.train for choice in choices.values()):
         raise ConfigError(
             "nothing is left to train", value=settings.model_dump(exclude_defaults=True, mode="json"),
@@ -236,6 +241,31 @@ def resolve_freeze(
             param="freeze_config",
         )  # fmt: skip
     return FreezeTable(settings, choices, _rows(choices), tuple(warnings))
+
+
+def resolve_stages(model: nn.Module, stages: Sequence[Stage], *, has_own_loss: bool = False) -> tuple[FreezeTable, ...]:
+    """Every stage's table before the first one runs: a later stage's mistake must not cost the hours before it.
+
+    Raises:
+        ConfigError: as `resolve_freeze`, with the stage named.
+    """
+    tables: list[FreezeTable] = []
+    silent, is_woken = _silent_names(model), False
+    for stage in stages:
+        try:
+            table = resolve_freeze(
+                model, stage.freeze, stage.learning_rates, has_own_loss=has_own_loss, is_woken=is_woken
+            )
+        except ConfigError as error:
+            if len(stages) == 1:
+                raise
+            raise ConfigError(
+                f"stage {stage.index + 1} of {len(stages)}: {error.what}", value=error.value, allowed=error.allowed,
+                fix=error.fix, param=f"curriculum_training.stages.{stage.index}",
+            ) from error  # fmt: skip
+        is_woken = is_woken or any(table.parameters[name].train for name in silent)
+        tables.append(table)
+    return tuple(tables)
 
 
 def _checked_mode(mode: str) -> TrainingMode:
@@ -285,8 +315,7 @@ def _check_silence(model: nn.Module, choices: Mapping[str, ParameterChoice], *, 
     # On the meta device there are shapes and no values: a cost is being estimated.
     if any(parameter.is_meta for parameter in zeros) or fusion.is_trained:
         return []
-    silent = {id(parameter) for parameter in zeros}
-    names = [name for name, parameter in model.named_parameters() if id(parameter) in silent]
+    names = _silent_names(model)
     if any(choices[name].train for name in names):
         return []
     others = sorted({c.component for c in choices.values() if c.train and c.component in ("dinov2", *_FUSION)})
@@ -299,6 +328,11 @@ def _check_silence(model: nn.Module, choices: Mapping[str, ParameterChoice], *, 
         fix="Unfreeze them (freeze_projections=false, freeze_fusion_layers=false), or train fusion_only first",
         param="freeze_config",
     )  # fmt: skip
+
+
+def _silent_names(model: nn.Module) -> list[str]:
+    silent = {id(parameter) for parameter in _backbone(model).fusion.silent_parameters()}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in silent]
 
 
 def _rows(choices: Mapping[str, ParameterChoice]) -> tuple[FreezeRow, ...]:

@@ -10,28 +10,35 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model_core.checkpoint import LoadOptions, load_checkpoint, save_checkpoint
-from model_core.errors import CheckpointError, CheckpointMismatchError
+from model_core.errors import CheckpointError, CheckpointMismatchError, StorageFullError
 from model_core.training.auxiliary import AuxiliaryLoss
 from model_core.training.config import TrainConfig, parse_config
+from model_core.training.data.packs import PackedBatch
+from model_core.training.freeze import FreezeTable
 from model_core.training.lora import apply_lora
+from model_core.training.muon import is_block_matrix
 from model_core.training.runs import (
     ADAPTERS_NAME,
     AUXILIARY_NAME,
     FINAL,
     OPTIMIZER_NAME,
+    SUMMARY,
     TRAINER_NAME,
     RunFolder,
     read_trainer,
+    storage,
     write_json,
 )
 from model_core.training.weights import adapter_state, load_weights, merged_state, plain_state
@@ -43,6 +50,7 @@ class RunState:
 
     position: steps done, by epoch, stage and in all. live_freeze: settings that a switch brought in, until the stage
     ends. freeze: the table in force, for readers. freeze_check: where the look at a stage's first steps is not over.
+    untold_samples: trained on since a step was last told of, by data set.
     """
 
     position: dict[str, int] = field(default_factory=dict)
@@ -55,6 +63,18 @@ class RunState:
     scores: dict[str, Any] = field(default_factory=dict)
     trained_tokens: int = 0
     skipped_in_a_row: int = 0
+    untold_samples: Counter[str] = field(default_factory=Counter)
+
+    def count_step(self, packs: Sequence[PackedBatch]) -> None:
+        """A step was taken on these."""
+        self.skipped_in_a_row = 0
+        self.trained_tokens += sum(len(pack.input_ids) for pack in packs)
+        self.untold_samples.update(sample.dataset for pack in packs for sample in pack.samples)
+
+    def take_counts(self, names: Sequence[str]) -> dict[str, Any]:
+        """Tokens so far; samples since this was asked last, of each data set in the order of `names`."""
+        counts, self.untold_samples = self.untold_samples, Counter()
+        return {"trained_tokens": self.trained_tokens, "dataset_samples": [counts[name] for name in names]}
 
     def to_json(self) -> dict[str, Any]:
         return {one.name: getattr(self, one.name) for one in fields(self)}
@@ -101,16 +121,49 @@ def load_step(
         raise CheckpointMismatchError(
             "the training data is not what the run began with", value=data_fingerprint,
             allowed=str(content["data_fingerprint"]), fix="Give the files back as they were, or start a new run from "
-            f"this model: --set model={folder}", param="train_data_path",
+            f"this checkpoint: --set start_from={folder}", param="train_data_path",
         )  # fmt: skip
     load_weights(model, folder, folder / ADAPTERS_NAME)
     if auxiliary is not None:
         _load_auxiliary(auxiliary, folder / AUXILIARY_NAME)
     try:
+        content.setdefault("untold_samples", {})  # a key that came later: older runs can still be gone on with
         state = RunState(**{one.name: content[one.name] for one in fields(RunState)})
+        state.untold_samples = Counter(state.untold_samples)
     except KeyError as error:
         raise CheckpointError(f"{TRAINER_NAME} lacks {error}", value=str(folder)) from error
     return state, load_file(folder / OPTIMIZER_NAME)
+
+
+def check_room(folder: Path, model: nn.Module, tables: Sequence[FreezeTable], config: TrainConfig) -> None:
+    """Before a run: has the disk of its folder room for one step of it, at its largest?
+
+    Counted are weights, and moments and masters of all that any of the tables trains; never more than is written.
+
+    Raises:
+        StorageFullError: it has not.
+    """
+    trained = {name for table in tables for name in table.trained_names}
+    need = 0
+    for name, parameter in model.named_parameters():
+        has_one = config.optimizer == "muon" and is_block_matrix(name, parameter)
+        is_short = parameter.dtype != torch.float32
+        state = (4 if has_one else 8) + (4 if is_short else 0)
+        need += parameter.numel() * (parameter.element_size() + (state if name in trained else 0))
+    with storage(folder):
+        there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+        disk = shutil.disk_usage(there)
+    if disk.total and need > disk.free:  # some network disks tell no size at all
+        raise StorageFullError(
+            "the disk has no room for one checkpoint of this run", value=f"{_gigabytes(disk.free)} free in {there}",
+            allowed=f"at least {_gigabytes(need)}, once for each step that is kept and for the result",
+            fix="Make room, name an output_dir on another disk, or train less: fusion_only, or lora",
+            param="output_dir",
+        )  # fmt: skip
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"
 
 
 def _load_auxiliary(auxiliary: AuxiliaryLoss, path: Path) -> None:
@@ -133,21 +186,25 @@ def _check_recipe(content: Mapping[str, Any], config: TrainConfig) -> None:
         "the recipe is not the one that the run began with",
         value="; ".join(f"{key}={now[key]!r}, was {then.get(key)!r}" for key in changed) or "another version's recipe",
         allowed="the same recipe; " + ", ".join(sorted(TrainConfig.HARMLESS)) + " may differ",
-        fix="Resume with the run's own recipe.json, or start a new run with this checkpoint as 'model'",
+        fix="Resume with the run's own recipe.json, or start a new run with this checkpoint as 'start_from'",
         param=changed[0] if changed else "resume",
     )
 
 
-def save_final(run: RunFolder, model: nn.Module, processor: Any, best: Path | None) -> Path:
-    """The run's result as an ordinary model folder, adapters folded in.
+def save_result(run: RunFolder, model: nn.Module, processor: Any, config: TrainConfig, summary: dict[str, Any]) -> Path:
+    """The run's result as an ordinary model folder, adapters folded in, and its summary, which is told where both are.
 
-    best: a step whose weights are taken instead of the model's, which then stand in the model too.
+    Where the recipe stops by a metric, the result is the step that was best by it, and stands in the model too.
     """
-    if best is not None:
-        load_weights(model, best, best / ADAPTERS_NAME)
-    target = run.path / FINAL
-    save_checkpoint(model, processor, target, {"from": best.name if best else "last step"},
-                    state_dict=merged_state(model))  # fmt: skip
+    best, target = run.best(), run.path / FINAL
+    source = best if config.early_stopping is not None else None
+    with storage(run.path):
+        if source is not None:
+            load_weights(model, source, source / ADAPTERS_NAME)
+        save_checkpoint(model, processor, target, {"from": source.name if source else "last step"},
+                        state_dict=merged_state(model))  # fmt: skip
+        summary |= {"final": str(target), "best": None if best is None else str(best)}
+        write_json(run.path / SUMMARY, summary)
     return target
 
 

@@ -1,6 +1,6 @@
 """What a run's evaluations amount to: the start, the newest, the best, and whether it is time to stop.
 
-In: evaluations; out: a verdict after each. It is kept with every checkpoint and runs nothing itself.
+In: evaluations; out: what is the best, and whether to stop. It is kept with every checkpoint and runs nothing itself.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Scores:
     num_without_gain: int = 0
     best: dict[str, float] = field(default_factory=dict)
 
-    def update(self, metrics: Mapping[str, float], step: int, stopping: EarlyStoppingConfig | None) -> bool:
-        """Take in an evaluation; True where the recipe says to stop."""
+    def update(self, metrics: Mapping[str, float], step: int, stopping: EarlyStoppingConfig | None) -> None:
+        """Take in an evaluation."""
         self.latest, self.evaluated_at = dict(metrics), step
         metric = stopping.metric if stopping is not None else "val_loss"
         min_delta = stopping.min_delta if stopping is not None else 0.0
@@ -42,6 +42,9 @@ class Scores:
             self.best = dict(metrics)
         else:
             self.num_without_gain += 1
+
+    def says_stop(self, stopping: EarlyStoppingConfig | None) -> bool:
+        """Does the recipe say to stop? Read from what is kept, so that a resumed run hears the same."""
         return stopping is not None and self.num_without_gain >= stopping.patience
 
     def to_json(self) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,12 +78,6 @@ class StepRunner:
         self.forward, self.optimizer, self.gate_loss, self.config = forward, optimizer, gate_loss, config
         self.auxiliary = auxiliary
         self._fusion = forward.model.fusion
-        self._samples: Counter[str] = Counter()
-
-    def take_sample_counts(self, names: Sequence[str]) -> list[int]:
-        """Samples trained on since this was asked last, of each data set in the order of `names`."""
-        counts, self._samples = self._samples, Counter()
-        return [counts[name] for name in names]
 
     def run(self, packs: Sequence[PackedBatch], place: StepPlace, check: FreezeCheck | None) -> StepResult:
         """A step that is not finite changes nothing: neither weights, nor moments, nor means.
@@ -113,8 +106,6 @@ class StepRunner:
                 buffer.copy_(means[name])
         if self.gate_loss is not None:
             self.gate_loss.end_step(keep=result.is_finite)
-        if result.is_finite:
-            self._samples.update(sample.dataset for pack in packs for sample in pack.samples)
         return result
 
     def _backward(self, pack: PackedBatch, place: StepPlace, sums: _Sums) -> None:

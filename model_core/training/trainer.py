@@ -23,14 +23,14 @@ from model_core.training.data.source import as_source, problems_of, set_aside_of
 from model_core.training.evaluation import Evaluation, Evaluator, check_evaluation, require_evaluator
 from model_core.training.events import Event, EventLog
 from model_core.training.forward import PackForward, resolve_precision
-from model_core.training.freeze import FreezeTable, resolve_freeze
+from model_core.training.freeze import FreezeTable, resolve_freeze, resolve_stages
 from model_core.training.hooks import RunHooks
 from model_core.training.lora import apply_lora
 from model_core.training.losses import build_gate_loss
 from model_core.training.optim import build_optimizer
 from model_core.training.reports import Outcome, Speed, run_summary, step_data, timed
-from model_core.training.runs import BEST, LATEST, SUMMARY, RunFolder, find_resume_point, storage, write_json
-from model_core.training.saving import RunState, load_step, save_final, save_step
+from model_core.training.runs import BEST, LATEST, RunFolder, find_resume_point, storage
+from model_core.training.saving import RunState, check_room, load_step, save_result, save_step
 from model_core.training.scores import Scores
 from model_core.training.step import StepPlace, StepResult, StepRunner, non_finite
 from model_core.training.verify import FreezeCheck
@@ -86,7 +86,9 @@ class DualVisionTrainer:
             self.forward.watch_layers(self.auxiliary.watched_layers)
         self.curriculum = Curriculum(config, stage_steps(config, self.train_source))
         self.position, self.scores, self._state = Position(), Scores(), RunState()
-        self.table = self._resolve(self._stage.freeze)
+        tables = resolve_stages(self.model, self.curriculum.stages, has_own_loss=self.auxiliary is not None)
+        self.table = tables[0]
+        self._reached = [table for table, steps in zip(tables, self.curriculum.steps, strict=True) if steps]
         self.gate_loss = build_gate_loss(self.model, config)
         self.optimizer = build_optimizer(self.model, config, self.table, self.auxiliary)
         self._runner = StepRunner(self.forward, self.optimizer, self.gate_loss, config, self.auxiliary)
@@ -153,7 +155,7 @@ class DualVisionTrainer:
         self._begin()
         while self.position.stage < len(self.curriculum.stages):
             if self.curriculum.steps[self.position.stage]:
-                reason = self._run_stage()
+                reason = "early_stopping" if self._stops_early else self._run_stage()  # as said before a kill
                 if reason is not None:
                     return self._end(reason)
             self.position.stage_done()
@@ -207,6 +209,7 @@ class DualVisionTrainer:
         if self._is_begun:
             return
         if self._writes:
+            check_room(self.run_folder.path, self.model, self._reached, self.config)
             self.run_folder.begin(self.config)
         self._open_log()
         self._is_begun = True
@@ -254,7 +257,8 @@ class DualVisionTrainer:
             if position.stage_step == self.curriculum.steps[position.stage]:
                 return self._end_of("stage")
             if self._is_due(config.evaluation.every_steps):
-                if self._evaluate():
+                self._evaluate()
+                if self._stops_early:
                     return "early_stopping"
                 if self.scores.best_step == position.global_step and config.checkpoints.keep_best:
                     self._save("best")
@@ -267,14 +271,13 @@ class DualVisionTrainer:
 
     def _end_of(self, what: str) -> str | None:
         """An epoch or a stage is over: evaluate, save, and say whether the run ends here."""
-        stops = self._evaluate()
+        self._evaluate()
         if what == "epoch":
             self.position.epoch_done()
         self._save(what)
-        is_last = what == "stage" and not any(self.curriculum.steps[self.position.stage + 1 :])
-        if stops and not is_last:
+        if self._stops_early:
             return "early_stopping"
-        return "requested" if self._wants_stop and not is_last else None
+        return "requested" if self._wants_stop and self.position.global_step < self.curriculum.total_steps else None
 
     def _one_step(self, stage: Stage, packs: list[PackedBatch], waited: float) -> None:
         position, begin = self.position, self._hooks.clock()
@@ -288,16 +291,15 @@ class DualVisionTrainer:
         if not result.is_finite:
             self._on_non_finite(result)
             return
-        self._state.skipped_in_a_row = 0
-        self._state.trained_tokens += result.num_tokens
+        self._state.count_step(packs)
         if check is not None:
             self._verify(check)
         if position.global_step % self.config.log_every_steps and position.global_step != self.curriculum.total_steps:
             return
         data = step_data(result, packs, speed, self.model.config, self.table) | {
             "num_steps_total": self.curriculum.total_steps, "epoch": position.epoch,
-            "learning_rates": self.optimizer.learning_rates, "trained_tokens": self._state.trained_tokens,
-            "dataset_samples": self._runner.take_sample_counts(self.train_source.dataset_names),
+            "learning_rates": self.optimizer.learning_rates,
+            **self._state.take_counts(self.train_source.dataset_names),
         }  # fmt: skip
         self._tell("step", f"loss {result.loss:.4f}", data)
 
@@ -317,20 +319,24 @@ class DualVisionTrainer:
             raise non_finite(result, self.position.global_step)
         self._tell("warning:skipped_step", f"left out: {result.seen}", asdict(result))
 
-    def _evaluate(self) -> bool:
-        """Evaluate unless that was done after this very step; True where the recipe says to stop."""
+    def _evaluate(self) -> None:
+        """Evaluate unless that was done after this very step."""
         if self.evaluator is None or self.scores.evaluated_at == self.position.global_step:
-            return False
+            return
         begin = self._hooks.clock()
         found = self.evaluator.run()
         stopping = self.config.early_stopping
-        stops = self.scores.update(found.metrics(), self.position.global_step, stopping)
+        self.scores.update(found.metrics(), self.position.global_step, stopping)
         data = {**found.to_json(), "seconds": self._hooks.clock() - begin}
         self._tell("evaluation", f"val_loss {found.val_loss:.4f}", data)
-        if stops:
+        if stopping is not None and self.scores.says_stop(stopping):
             message = f"{stopping.metric} did not improve in {self.scores.num_without_gain} evaluations"
             self._tell("early_stopping", message, self.scores.to_json())
-        return stops
+
+    @property
+    def _stops_early(self) -> bool:
+        has_more = self.position.global_step < self.curriculum.total_steps
+        return has_more and self.scores.says_stop(self.config.early_stopping)
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self.position.global_step % every == 0
@@ -359,8 +365,7 @@ class DualVisionTrainer:
                 self.run_folder.point(BEST, folder)
         found = next((one for one in self.run_folder.steps() if one.path.name == folder.name), None)
         if found is not None:
-            data = {"path": str(folder), "step": found.step, "reason": found.reason, "metrics": dict(found.metrics)}
-            self._tell("checkpoint", f"{folder.name} ({found.reason})", data)
+            self._tell("checkpoint", f"{folder.name} ({found.reason})", found.to_json())
 
     def _save(self, reason: str) -> None:
         if not self._writes:
@@ -390,11 +395,6 @@ class DualVisionTrainer:
         summary = run_summary(reason, self.position, self.curriculum, self.scores, self._state.trained_tokens)
         summary["quarantined"], final = set_aside_of(self.train_source, getattr(self.evaluator, "source", None)), None
         if self._writes:
-            with storage(self.run_folder.path):
-                # Where the recipe stops by a metric, the result is the step that was best by it.
-                source = best if self.config.early_stopping is not None else None
-                final = save_final(self.run_folder, self.model, self.processor, source)
-                summary |= {"final": str(final), "best": None if best is None else str(best)}
-                write_json(self.run_folder.path / SUMMARY, summary)
+            final = save_result(self.run_folder, self.model, self.processor, self.config, summary)
         self._tell("summary", f"{reason} after {self.position.global_step} steps", summary)
         return Outcome(reason, self.position, self.scores.latest, best, final, summary)
