@@ -1,4 +1,4 @@
-"""The README's Python snippets and curl body do what it says."""
+"""The README's Python snippets do what it says. Its curl line is asked in tests/service/test_first_answer.py."""
 
 from __future__ import annotations
 
