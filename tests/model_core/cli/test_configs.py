@@ -74,6 +74,16 @@ def test_a_recipe_that_freezes_everything_is_refused_without_a_model(
     assert main(["validate", str(file)]) == 0
 
 
+def test_evaluations_without_held_out_data_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In Python the data is handed in; `dve train` refuses."""
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({"evaluation": {"num_answers": 8}}))
+    assert main(["validate", str(file)]) == 0
+    assert "warning: evaluations need held-out data. Got: {'num_answers': 8}." in capsys.readouterr().out
+    assert main(["validate", str(file), "--set", "val_data_path=val.json"]) == 0
+    assert "evaluations need" not in capsys.readouterr().out
+
+
 def test_list_says_what_each_is_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     shown = capsys.readouterr().out

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from model_core.checkpoint import load_checkpoint, save_checkpoint
-from model_core.cli import checkpoints, train
+from model_core.cli import checkpoints, curves, train
 from model_core.manifest import recover
 from model_core.training.config import TrainConfig, parse_config
 from model_core.training.events import read_events
@@ -72,6 +72,11 @@ def test_a_recipe_becomes_a_model(corpus: Path, tmp_path: Path, capsys: pytest.C
         "an answer",
     ):
         assert text in said
+    scores = json.loads((out / "summary.json").read_text())["scores"]
+    assert f"val_loss: {scores['latest']['val_loss']:.4f} (start {scores['start']['val_loss']:.4f})\n" in said
+    assert f"trained: fusion_only, 4 steps\nval_loss: {scores['latest']['val_loss']:.4f}" in said
+    assert f"best checkpoint: step-{scores['best_step']}, {scores['best_value']:.4f}\nmodel: {out / 'final'}\n" in said
+    assert said.index("verdict: ") < said.index("curves: ")
     assert load_checkpoint(out / "final").model.fusion.is_trained
     with Image.open(out / "curves.png") as drawn:
         assert drawn.size[0] > 400
@@ -107,6 +112,9 @@ def test_flags_go_over_the_recipe(corpus: Path, tmp_path: Path, capsys: pytest.C
         (["--verdict", "--set", "val_data_path=null"], "a verdict compares"),
         (["--set", "batch_size=9"], "a batch is larger than the data"),
         (["--set", "early_stopping.metric=val_accuracy", "--set", "evaluation.num_answers=0"], "num_answers"),
+        (["--set", 'loggers=["curves"]'], "'jsonl' beside 'curves'"),
+        (["--set", "val_data_path=null"], "evaluations need held-out data"),
+        (["--dry_run", "--resume", "nowhere"], "no complete checkpoint"),
     ],
 )  # fmt: skip
 def test_what_is_refused_is_one_line_and_78(
@@ -121,9 +129,86 @@ def test_what_is_refused_is_one_line_and_78(
 def test_a_folder_of_another_run_is_left_alone(corpus: Path, tmp_path: Path, capsys: Any) -> None:
     assert run(corpus, tmp_path / "run", "--set", "max_steps=1") == 0
     before = sorted(path.name for path in (tmp_path / "run").iterdir())
-    assert run(corpus, tmp_path / "run") == train.REFUSED
-    assert "holds another run" in capsys.readouterr().err
+    for flags in ([], ["--dry_run"]):
+        assert run(corpus, tmp_path / "run", *flags) == train.REFUSED
+        assert "holds another run" in capsys.readouterr().err
+    again = ("--set", "max_steps=1", "--dry_run", "--resume", str(tmp_path / "run"))
+    assert run(corpus, tmp_path / "run", *again) == 0
+    assert run(corpus, tmp_path / "run", *again[2:]) == train.REFUSED, "another recipe"
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
+def test_a_missing_matplotlib_is_told_before_the_run(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert run(corpus, tmp_path / "run") == train.REFUSED
+    assert "curves need matplotlib" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_verdict_has_answers_of_its_own_and_no_picture_undoes_a_run(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The original's recipes know no `evaluation`."""
+    monkeypatch.setattr(curves, "read_events", lambda _folder: [])
+    out = tmp_path / "run"
+    assert run(corpus, out, "--verdict", "--set", "evaluation={}", "--set", "max_steps=1") == 0
+    said = capsys.readouterr()
+    assert "verdict: " in said.out and "warning: no curves: there are no steps to draw" in said.err
+    found = json.loads((out / "verdict.json").read_text())
+    assert found["num_answers"] == 4 and found["accuracy"] is not None and found["seconds_per_answer"] > 0
+    assert all(e.data["num_answers"] == 0 for e in read_events(out) if e.kind == "evaluation")
+
+
+def test_after_early_stopping_the_scores_are_those_of_the_result(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rate that destroys: what is handed over is the best step, and its scores with it."""
+    settings = ("early_stopping.patience=1", "num_epochs=9", "learning_rate=0.5", 'loggers=["jsonl"]', "evaluation={}")
+    assert run(corpus, tmp_path / "run", *(word for one in settings for word in ("--set", one))) == 0
+    said = capsys.readouterr().out
+    scores = json.loads((tmp_path / "run" / "summary.json").read_text())["scores"]
+    assert scores["best"]["val_loss"] == scores["best_value"] < scores["latest"]["val_loss"]
+    assert f"\nval_loss: {scores['best_value']:.4f} (start " in said
+
+
+def test_rows_of_both_files_are_named_before_anything_trains(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(4):
+        Image.new("RGB", (64, 64), (60 * number, 9, 9)).save(tmp_path / f"{number}.png")
+    turns = [{"role": "user", "content": "colour?"}, {"role": "assistant", "content": "red"}]
+    rows = [{"image_path": f"{one}.png", "conversations": turns} for one in (0, 1, 0, "gone", 2, 3)]
+    (tmp_path / "some.json").write_text(json.dumps(rows))
+    (tmp_path / "held.json").write_text(json.dumps(rows[3:]))
+    settings = (
+        f"train_data_path={tmp_path / 'some.json'}", f"val_data_path={tmp_path / 'held.json'}",
+        "bad_samples.policy=quarantine", "bad_samples.max_ratio=0.7", 'loggers=["jsonl"]', "evaluation={}",
+        "batch_size=2", f"image_root={tmp_path}",
+    )  # fmt: skip
+    flags = [word for one in settings for word in ("--set", one)]
+    lines = [
+        "set aside: some.json row 4: image_not_found: ",
+        "set aside: validation data, held.json row 1: image_not_found: ",
+        "warning: some.json row 3: duplicate: ",
+    ]
+    assert run(corpus, tmp_path / "run", *flags, "--dry_run") == 0
+    said = capsys.readouterr().out
+    assert all(f"\n{line}" in f"\n{said}" for line in lines)
+    assert run(corpus, tmp_path / "run", *flags, "--set", "max_steps=1") == 0
+    said = capsys.readouterr().out
+    assert all(said.index(line) < said.index("step 1/1") for line in lines)
+    assert "samples set aside: 2\n" in said
+    told = next(e.data for e in read_events(tmp_path / "run") if e.kind == "validated")
+    assert told["num_problems"] == 3
+    assert [(one["split"], one["row"], one["severity"]) for one in told["problems"]] == [
+        ("train", 4, "error"), ("val", 1, "error"), ("train", 3, "warning")
+    ]  # fmt: skip
+    (tmp_path / "2.png").unlink()
+    resumed = ("--set", "max_steps=1", "--resume", str(tmp_path / "run"))
+    assert run(corpus, tmp_path / "run", *flags, *resumed) == train.REFUSED
+    said = capsys.readouterr()
+    assert "set aside: some.json row 5: image_not_found" in said.out and "data is not what" in said.err
 
 
 SUPERVISED = ("--set", "evaluation.num_answers=0", "--set", 'loggers=["jsonl"]', "--set", "num_epochs=500")
