@@ -13,10 +13,14 @@ import torch
 from model_core.errors import ConfigError
 from model_core.model import DualVisionModel
 from model_core.training.config import FREEZE_FLAGS, FreezeConfig, TrainConfig
+from model_core.training.events import Event
 from model_core.training.freeze import MODES, resolve_freeze
+from model_core.training.hooks import RunHooks
 from model_core.training.optim import build_optimizer
+from model_core.training.trainer import DualVisionTrainer
 from tests.model_core import tiny
 from tests.model_core.training.tasks import answer_loss, untied_model
+from tests.model_core.training.toy import ToySource, recipe
 
 # Said once more, by hand and by prefix, so that the table under test is not its own witness.
 PREFIXES = {
@@ -52,7 +56,13 @@ RULES: dict[str, tuple[dict[str, Any], ...]] = {
         {"pattern": "*.bias", "train": False},
     ),
     "head": ({"pattern": "*", "train": False}, {"pattern": "lm_head.weight", "train": True}),
+    "attention": (
+        {"pattern": "model.visual.blocks.*.attn.*", "train": True, "learning_rate": 0.03},
+        {"pattern": "model.dinov2.*", "train": False},
+    ),
 }
+#: Of each step: pictures and answers of their own.
+STEPS = ((0, (20, 30)), (1, (25, 21)), (2, (30, 40)))
 SETTINGS = [
     (mode, flag, value, rules)
     for mode, (flag, value), rules in itertools.product(
@@ -61,7 +71,8 @@ SETTINGS = [
 ]
 #: Every mode, every flag both ways and every rule set by default; their whole product where time is given.
 FEW = [s for s in SETTINGS if s[1:] == ("", False, "none") or (s[0] is None and s[3] == "layers")]
-FEW += [("full", "", False, "head")]
+FEW += [("full", "", False, "head"), ("fusion_only", "", False, "layers"), ("llm_only", "", False, "attention")]
+FEW += [("dinov2_only", "freeze_projections", True, "attention")]
 
 
 @functools.cache
@@ -90,6 +101,9 @@ def _expected(mode: str | None, flag: str, value: bool, rules: str, *, tied: boo
         chosen -= {name for name in names if name.endswith(".bias")}
     if rules == "head":
         chosen = {"model.language_model.embed_tokens.weight" if tied else "lm_head.weight"}
+    if rules == "attention":
+        chosen |= {name for name in names if name.startswith("model.visual.blocks.") and ".attn." in name}
+        chosen -= {name for name in names if name.startswith("model.dinov2.")}
     return chosen
 
 
@@ -108,19 +122,24 @@ def _changes_what_it_says(mode: str | None, flag: str, value: bool, rules: str, 
     table.apply(model)
     optimizer = build_optimizer(model, config, table)
     before = _hashes(model)
-    answer_loss(model, tiny.pixels((1, 4, 4), (1, 4, 4))[0], torch.tensor([20, 30])).backward()
-    optimizer.step()
-    after = _hashes(model)
-    assert {name for name in after if after[name] != before[name]} == expected
+    for seed, answers in STEPS:
+        answer_loss(model, tiny.pixels((1, 4, 4), (1, 4, 4), seed=seed)[0], torch.tensor(answers)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        after = _hashes(model)
+        assert {name for name in after if after[name] != before[name]} == expected
     assert set(table.trained_names) == expected
-    assert sum(row.trainable for row in table.rows) == sum(
-        p.numel() for name, p in model.named_parameters() if name in expected
-    )
+    sizes = {name: p.numel() for name, p in model.named_parameters() if name in expected}
+    told = {{"qwen_vision": "tower", "output_projector": "output"}.get(r.component, r.component): r for r in table.rows}
+    for part, prefixes in PREFIXES.items():
+        trained = sum(size for name, size in sizes.items() if name.startswith(prefixes))
+        assert told[part].trainable == trained, part
+        assert (told[part].state == "FROZEN") == (not trained)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize(("mode", "flag", "value", "rules"), FEW)
-def test_a_step_changes_the_named_tensors_and_no_other(
+def test_three_steps_change_the_named_tensors_and_no_other(
     mode: str | None, flag: str, value: bool, rules: str, tied: bool
 ) -> None:
     _changes_what_it_says(mode, flag, value, rules, tied=tied)
@@ -133,6 +152,35 @@ def test_every_mode_flag_and_rule_set_changes_what_it_says(
     mode: str | None, flag: str, value: bool, rules: str, tied: bool
 ) -> None:
     _changes_what_it_says(mode, flag, value, rules, tied=tied)
+
+
+GATE = {f"model.fusion.gate.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")}
+OUTPUT = {"model.fusion.output_projector.weight", "model.fusion.output_projector.bias"}
+NORM = "model.language_model.norm.weight"
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_trainers_stages_change_the_tensors_named_here_and_no_other(tied: bool) -> None:
+    """Three steps a stage: flags, then rules. A tied head is named by the embeddings that it is."""
+    stages = [
+        {"epochs": 3, "mode": "fusion_only", "freeze_config": {"freeze_projections": True}},
+        {"epochs": 3, "freeze_config": {"rules": [*RULES["head"], {"pattern": NORM, "train": True}]}},
+    ]
+    head = "model.language_model.embed_tokens.weight" if tied else "lm_head.weight"
+    config = recipe(curriculum_training={"enabled": True, "stages": stages}, epsilon=1e-30)
+    seen: list[dict[str, str]] = []
+
+    def listen(event: Event) -> None:
+        if event.kind in ("stage", "summary"):
+            seen.append(_hashes(run.model))
+
+    source = ToySource(config, num_samples=2)
+    model = tiny.trained_model() if tied else untied_model()
+    hooks = RunHooks(listeners=(listen,))
+    run = DualVisionTrainer(model, source, None, config, processor=tiny.processor(), hooks=hooks, write=False)
+    assert run.train().position.global_step == 6
+    changed = [{name for name in old if old[name] != new[name]} for old, new in itertools.pairwise(seen)]
+    assert changed == [GATE | OUTPUT, {head, NORM}]
 
 
 def test_frozen_parts_are_in_eval_and_lose_their_gradients() -> None:

@@ -123,8 +123,10 @@ class _Holder(nn.Module):
         self.fusion = fusion
 
 
-def _train_gate(name: str, seed: int, steps: int = 200) -> tuple[Tensor, Tensor]:
+def _train_gate(name: str, seed: int, steps: int = 200, start: float = 0.5) -> tuple[Tensor, Tensor]:
     """A fusion whose second encoder is noise at first and what one picture in seven needs.
+
+    start: the first encoder's weight in the first step.
 
     Returns:
         gate weights (I, 2) of the last batch, and which of its pictures need the second encoder.
@@ -134,6 +136,7 @@ def _train_gate(name: str, seed: int, steps: int = 200) -> tuple[Tensor, Tensor]
     fusion = GatedFusion({"qwen": width, "dinov2": width}, width)
     fusion.reset_parameters()
     nn.init.normal_(fusion.projectors["dinov2"].weight, std=1.5)
+    fusion.gate[-1].bias.data[0] = math.log(start / (1 - start))
     turn = torch.linalg.qr(torch.randn(width, width))[0]
     gate = list(fusion.gate.parameters())
     rest = [p for n, p in fusion.named_parameters() if not n.startswith("gate")]
@@ -170,9 +173,14 @@ def test_marginal_kl_avoids_the_collapse_that_none_shows(seed: int) -> None:
 
 
 def test_per_sample_entropy_pushes_every_picture_to_a_half() -> None:
-    weights, needs = _train_gate("per_sample_entropy", 0)
+    """From 0.8, those that need the second encoder and those that do not; without it none gets there."""
+    first, _ = _train_gate("per_sample_entropy", 0, steps=1, start=0.8)
+    torch.testing.assert_close(first[:, 0], torch.full((len(first),), 0.8))
+    weights, needs = _train_gate("per_sample_entropy", 0, start=0.8)
     assert float((weights - 0.5).abs().max()) < 0.05
-    assert needs.any()
+    assert needs.any() and not needs.all()
+    alone, _ = _train_gate("none", 0, start=0.8)
+    assert float((alone - 0.5).abs().min()) > 0.05
 
 
 def test_fusion_alone_learns_a_task_that_dinov2_alone_can_see() -> None:
@@ -193,6 +201,10 @@ def test_fusion_alone_learns_a_task_that_dinov2_alone_can_see() -> None:
         frames[:, :, :, 1] = frames[:, :, :, 0]  # a still picture's two frames are the same
         return seen.flatten(0, 1), kinds + 20, torch.randn(count * 16, 1176, generator=generator)
 
+    pictures, answers, noise = draw(64, 10_000)
+    with torch.no_grad():
+        assert share_right(model.eval(), pictures, answers, qwen_pixels=noise) < 0.4, "one answer in four at best"
+    table.apply(model)
     for step in range(50):
         pictures, answers, noise = draw(12, step)
         answer_loss(model, pictures, answers, qwen_pixels=noise).backward()
