@@ -29,6 +29,7 @@ from model_core.errors import (
     ConfigError,
     HubUnreachableError,
 )
+from model_core.fusion import STRATEGIES
 from model_core.manifest import recover, verify_folder
 from model_core.model import DualVisionModel
 from model_core.processing.processor import DualVisionProcessor
@@ -98,7 +99,7 @@ def test_weights_are_sharded_when_they_are_large(tmp_path: Path, monkeypatch: py
         load_checkpoint(tmp_path / "dual")
 
 
-@pytest.mark.parametrize("fusion", ["gated", "token_gated", "cross_attention", "interleave"])
+@pytest.mark.parametrize("fusion", STRATEGIES)
 def test_every_tensor_and_the_greedy_text_survive_the_round_trip(fusion: str, tmp_path: Path) -> None:
     model, processor = tiny.trained_model(fusion, registers=2), tiny.encoder(tiny.dual_model(fusion)).processor
     before = answer(Loaded(model, processor))
@@ -110,6 +111,9 @@ def test_every_tensor_and_the_greedy_text_survive_the_round_trip(fusion: str, tm
     assert loaded.processor.tokens_per_cell == model.fusion.tokens_per_cell
     assert len(before) > 3
     assert answer(loaded) == before
+    auto = AutoModel.from_pretrained(tmp_path / "dual").eval()
+    assert same_weights(auto, model)
+    assert answer(Loaded(auto, loaded.processor)) == before
 
 
 def test_transformers_auto_classes_load_the_folder(dual: Path) -> None:

@@ -68,11 +68,13 @@ def test_wider_common_dim_is_still_an_identity(common_dim: int) -> None:
     assert torch.equal(logits(tiny.dual_model(common_dim=common_dim), CASES["one image"]), expected)
 
 
-@pytest.mark.parametrize("case", ["one image", "two images of different shapes", "text"])
+GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_greedy_text_equals_qwen(case: str) -> None:
-    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    expected = tiny.qwen_model().generate(**CASES[case], **options)
-    assert torch.equal(tiny.dual_model().generate(**CASES[case], **options), expected)
+    expected = tiny.qwen_model().generate(**CASES[case], **GREEDY)
+    assert torch.equal(tiny.dual_model().generate(**CASES[case], **GREEDY), expected)
 
 
 def fused(model: DualVisionModel, arm: str) -> Tensor:
@@ -124,8 +126,17 @@ def test_a_silent_second_encoder_is_not_run() -> None:
     assert calls == [1], "in training it must run, or its projector never gets a gradient"
 
 
-def test_generate_reads_the_fused_tokens() -> None:
+@pytest.mark.parametrize("case", ["one image", "two images of different shapes", "video", "image and video"])
+def test_generate_reads_the_fused_tokens(case: str) -> None:
     """Fault of earlier attempts: fused tokens computed and then thrown away by `generate`."""
+    model = tiny.trained_model()
+    before = model.generate(**CASES[case], **GREEDY)
+    with torch.no_grad():
+        model.fusion.output_projector.weight.neg_()
+    assert not torch.equal(model.generate(**CASES[case], **GREEDY), before)
+
+
+def test_the_gate_changes_the_logits() -> None:
     model, inputs = tiny.trained_model(), CASES["one image"]
     before = logits(model, inputs)
     with torch.no_grad():

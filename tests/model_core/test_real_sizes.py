@@ -1,4 +1,4 @@
-"""The published sizes, built on the meta device: their shapes, their parameter counts, their state-dict keys."""
+"""The published sizes, built on the meta device: shapes, parameter counts, and transformers' state-dict keys."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_the_published_sizes_have_their_published_totals() -> None:
 @pytest.mark.parametrize("registers", REGISTERS)
 @pytest.mark.parametrize("second", DINOV2)
 @pytest.mark.parametrize("size", QWEN)
-def test_every_pair_builds_with_the_right_shapes_and_every_published_key(
+def test_every_pair_builds_with_the_right_shapes_and_every_key_of_its_parts(
     size: str, second: str, registers: int
 ) -> None:
     model = dual(size, second, registers)
@@ -114,6 +114,7 @@ def test_every_pair_builds_with_the_right_shapes_and_every_published_key(
     assert fusion.means.dinov2.shape == (width,)
     assert model.model.encoders["dinov2"].num_prefix_tokens == 1 + registers
     own = shapes(model)
+    # In memory; that the hub's own names load as these is in test_hub_names.py.
     public = shapes(qwen(size)) | shapes(dinov2(second, registers), "model.dinov2.")
     assert {k: v for k, v in own.items() if not k.startswith("model.fusion.")} == public
 

@@ -96,8 +96,9 @@ def qwen_config(*, tie: bool = True, context: int = 2048) -> Qwen2_5_VLConfig:
     )
 
 
-def dinov2_config(*, registers: int = 0) -> Dinov2Config | Dinov2WithRegistersConfig:
+def dinov2_config(*, registers: int = 0, **more: Any) -> Dinov2Config | Dinov2WithRegistersConfig:
     shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 70, "patch_size": 14}
+    shape |= more
     return Dinov2WithRegistersConfig(num_register_tokens=registers, **shape) if registers else Dinov2Config(**shape)
 
 
@@ -143,9 +144,9 @@ def save_qwen(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     return folder
 
 
-def save_dinov2(folder: Path, registers: int = 0) -> Path:
+def save_dinov2(folder: Path, registers: int = 0, **more: Any) -> Path:
     torch.manual_seed(5)
-    AutoModel.from_config(dinov2_config(registers=registers)).save_pretrained(folder)
+    AutoModel.from_config(dinov2_config(registers=registers, **more)).save_pretrained(folder)
     return folder
 
 

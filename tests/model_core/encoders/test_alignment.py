@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from transformers import AutoModel, Dinov2Config
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from model_core.config import DualVisionConfig
 from model_core.encoders import build_encoders
@@ -60,11 +63,17 @@ def test_dinov2_features_equal_dinov2s_own(grid: tuple[int, int, int], registers
     assert torch.allclose(got, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("name", ["qwen", "dinov2"])
-def test_token_ij_moves_when_cell_ij_does(name: str, grid: tuple[int, int, int]) -> None:
-    """The token that moves most is the changed cell's own; attention is cut so that only embedding remains."""
-    config = tiny.dual_config()
+CELLS = [
+    *((name, grid, 1369) for name in ("qwen", "dinov2") for grid in GRIDS),
+    *(("dinov2", grid, budget) for grid in ((1, 16, 16), (1, 12, 20), (1, 8, 24)) for budget in (64, 100)),
+]
+
+
+@pytest.mark.parametrize(("name", "grid", "budget"), CELLS)
+def test_token_ij_moves_when_cell_ij_does(name: str, grid: tuple[int, int, int], budget: int) -> None:
+    """The token that moves most is the changed cell's own, under a budget of patches too; attention is cut so that only
+    embedding remains."""
+    config = tiny.dual_config(dinov2_max_patches=budget)
     encoder = build_encoders(config)[name]
     torch.manual_seed(2)
     module = encoder.build().eval()
@@ -133,6 +142,45 @@ def test_segment_attention_equals_transformers(grids: list[tuple[int, int, int]]
         assert torch.allclose(ours(pixel_values, grid_thw=grid).pooler_output, expected, atol=1e-5)
         encoder = build_encoders(tiny.dual_config())["qwen"]
         assert torch.allclose(encoder.encode(ours, pixel_values, grid).tokens, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("grids", [[(1, 10, 6), (1, 4, 4)], [(1, 14, 10), (2, 4, 8)]])
+def test_flash_attention_is_told_the_segments(
+    grids: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The variable-length kernel itself needs a GPU; what stands for it here obeys the bounds that it is given."""
+    calls = []
+
+    def varlen(module, query, key, value, attention_mask, *, cu_seq_lens_q, max_length_q, scaling, is_causal, **more):
+        calls.append((cu_seq_lens_q.tolist(), int(max_length_q)))
+        assert torch.equal(cu_seq_lens_q, more["cu_seq_lens_k"]) and more["max_length_k"] == max_length_q
+        assert attention_mask is None and not is_causal
+        lengths = cu_seq_lens_q.diff().tolist()
+        parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+        done = [torch.nn.functional.scaled_dot_product_attention(*part, scale=scaling) for part in parts]
+        return torch.cat(done, dim=2).transpose(1, 2), None
+
+    config = tiny.dual_config()
+    encoder = build_encoders(config)["qwen"]
+    torch.manual_seed(4)
+    module = encoder.build().eval()
+    pixel_values, grid = tiny.pixels(*grids)
+    with torch.no_grad():
+        expected = encoder.encode(module, pixel_values, grid).tokens
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", varlen)
+        for layer in (module, *(block.attn for block in module.blocks)):
+            layer.config._attn_implementation = "flash_attention_2"
+        assert torch.allclose(encoder.encode(module, pixel_values, grid).tokens, expected, atol=1e-5)
+    full = [0]
+    for t, h, w in grids:
+        full += [full[-1] + h * w * (frame + 1) for frame in range(t)]
+    assert len(calls) == len(module.blocks) == 4
+    for number, (bounds, longest) in enumerate(calls):
+        assert longest == max(end - start for start, end in pairwise(bounds))
+        if number in config.vision_config.fullatt_block_indexes:
+            assert bounds == full
+        else:  # windows of 56 px: 4 x 4 patches, cut at the borders
+            assert longest == 16 and set(full) < set(bounds)
 
 
 def test_installing_twice_changes_nothing() -> None:
