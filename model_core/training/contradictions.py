@@ -7,15 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from model_core.errors import ConfigError
-
-if TYPE_CHECKING:
-    from model_core.training.config import TrainConfig
+from model_core.training.sections import CurriculumConfig, DatasetConfig, PartConfig, TrainingMode
 
 
-def check_contradictions(config: TrainConfig) -> None:
+class Recipe(Protocol):
+    """What is looked at of a TrainConfig, which asks this module before it is one."""
+
+    model: str | None
+    qwen_model_name: str | None
+    dinov2_model_name: str | None
+    start_from: str | None
+    new_model: PartConfig | None
+    training_mode: TrainingMode | None
+    curriculum_training: CurriculumConfig
+    batch_source: PartConfig | None
+    train_data_path: str | None
+    datasets: tuple[DatasetConfig, ...]
+
+
+def check_contradictions(config: Recipe) -> None:
     """Raises ConfigError: the first pair of settings that contradict each other."""
     names = [one.name or Path(one.data_path).stem for one in config.datasets]
     for is_wrong, what, value, allowed, fix, param in _contradictions(config, names):
@@ -32,7 +45,7 @@ def check_contradictions(config: TrainConfig) -> None:
             )  # fmt: skip
 
 
-def _contradictions(config: TrainConfig, names: Sequence[str]) -> Iterator[tuple[bool, str, object, str, str, str]]:
+def _contradictions(config: Recipe, names: Sequence[str]) -> Iterator[tuple[bool, str, object, str, str, str]]:
     """Of settings that are right alone: is it there, what, the value, what is allowed, the way out, the key."""
     pair = [name for name in (config.qwen_model_name, config.dinov2_model_name) if name]
     models = ", ".join(filter(None, (config.model, *pair, config.start_from)))
