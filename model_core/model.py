@@ -2,7 +2,8 @@
 
 It IS a `Qwen2_5_VLForConditionalGeneration`: only the features that its base model splices at the
 image placeholders differ, so `generate`, PEFT, FSDP and other engines work as they do for Qwen.
-`embed_images` is the one way from pixels to language-model tokens; everything else calls it.
+Pixels become language-model tokens by `encode_images`, then `fuse`; `embed_images` is both. The engine keeps features
+between the two, and has them from `infer_images`, the same encoders without gradients; training calls the two itself.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class DualVisionBackbone(Qwen2_5_VLModel):
         removed: Tensor | None = None,
         want_contributions: bool = False,
     ) -> FusionOutput:
-        """Pixels to tokens of the language model; the only way there is: `encode_images`, then `fuse`.
+        """Pixels to tokens of the language model: `encode_images`, then `fuse`.
 
         Args:
             pixel_values: (sum t*h*w, 3*f*p*p) CLIP-normalised patches in Qwen's order.

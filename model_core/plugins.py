@@ -1,5 +1,5 @@
-"""A registered name, or `package.module:Class`, as a class; `package.module:name` as what is called. The only import
-by name in the project."""
+"""A registered name, or `package.module:Class`, as a class; `package.module:name` as what is called. The only place
+where a name that a user gave is imported."""
 
 from __future__ import annotations
 

@@ -102,7 +102,9 @@ class Settings(BaseSettings):
 
     model_config = _CONFIG
 
-    model: str | None = Field(None, min_length=1, description="checkpoint folder; none: the demo model")
+    model: str | None = Field(
+        None, min_length=1, description="hub id or folder of a dual checkpoint; none: the demo model"
+    )
     qwen_model_name: str | None = Field(None, min_length=1, description="hub id or folder of a Qwen2.5-VL")
     dinov2_model_name: str | None = Field(None, min_length=1, description="hub id or folder of a DINOv2")
     host: _Host = "127.0.0.1"
@@ -169,7 +171,7 @@ class Settings(BaseSettings):
         if self.model and any(names):
             raise ValueError(
                 f"model={self.model!r} contradicts qwen_model_name={names[0]!r}, dinov2_model_name={names[1]!r}: "
-                "give a checkpoint folder or a pair of names, not both"
+                "give one checkpoint or a pair of names, not both"
             )
         if any(names) and not all(names):
             raise ValueError(
