@@ -1,7 +1,7 @@
 """kill -9 at any moment, and the run ends as if nothing had happened: weights, moments and events.
 
 The run is a forked process that kills itself at a chosen call: while an event is told, a file is synced, a folder gets
-its name, a link is moved.
+its name, a link is moved. One run goes through a curriculum, another is stopped early.
 """
 
 from __future__ import annotations
@@ -24,50 +24,61 @@ from tests.model_core import tiny
 from tests.model_core.training.test_trainer import CURRICULUM, same, told, weights
 from tests.model_core.training.toy import ToySource, recipe
 
-EXTRA = {"checkpoints": {"every_steps": 3, "keep_last": 2}, "losses": {"encoder_dropout": 0.3}, "dropout": None}
-#: (what, how often it happens before the process dies): an event, a synced file, a renamed folder or link.
-MOMENTS = [("event", 13), ("fsync", 23), ("rename", 9)]
+LONG = {
+    "curriculum_training": CURRICULUM, "checkpoints": {"every_steps": 3, "keep_last": 2},
+    "losses": {"encoder_dropout": 0.3}, "dropout": None,
+}  # fmt: skip
+#: No gain is enough: the evaluation after the first epoch is the best, and the one after the second stops the run.
+EARLY = {"num_epochs": 4, "early_stopping": {"patience": 1, "min_delta": 1e6}, "dropout": None}
+#: (what, how often it happens before the process dies): an event, a synced file, a renamed folder or link; with a name,
+#: a saved step of that reason, and something renamed to that.
+MOMENTS = [("event", 13), ("fsync", 23), ("rename", 9), ("rename step-8", 1), ("saved stage", 1)]
+EARLY_MOMENTS = [("saved epoch", 2), ("rename final", 1), ("rename summary.json", 1)]
 
 
-def run(folder: Path, hooks: RunHooks | None = None) -> DualVisionTrainer:
-    config = recipe(curriculum_training=CURRICULUM, output_dir=str(folder), **EXTRA)
+def run(folder: Path, recipe_of: dict[str, Any], hooks: RunHooks | None = None) -> DualVisionTrainer:
+    config = recipe(output_dir=str(folder), **recipe_of)
     model = tiny.dual_model()
     model.fusion.dropout.p = 0.1  # its draws must be the same after a resume
     source, val = ToySource(config, 8), ToySource(config, 4)
     return DualVisionTrainer(model, source, val, config, processor=tiny.processor(), hooks=hooks)
 
 
-def killed_at(folder: Path, what: str, count: int, *, resumes: bool) -> bool:
+def killed_at(folder: Path, recipe_of: dict[str, Any], what: str, count: int, *, resumes: bool) -> bool:
     """Fork, train, die at the moment. False where the run ended before it came."""
     child = os.fork()
     if child == 0:
-        _die_at(folder, what, count, resumes=resumes)
+        _die_at(folder, recipe_of, what, count, resumes=resumes)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
     return os.WIFSIGNALED(status)
 
 
-def _die_at(folder: Path, what: str, count: int, *, resumes: bool) -> None:
-    left = [count]
+def _die_at(folder: Path, recipe_of: dict[str, Any], what: str, count: int, *, resumes: bool) -> None:
+    left, (call_of, _, name) = [count], what.partition(" ")
 
-    def tick(*_: Any) -> None:
+    def tick(*args: Any) -> None:
+        if call_of == "saved" and (args[0].kind != "checkpoint" or args[0].data["reason"] != name):
+            return
+        if call_of == "rename" and name and Path(args[1]).name != name:
+            return
         left[0] -= 1
         if left[0] <= 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def before(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            tick()
+            tick(*args)
             return function(*args, **kwargs)
 
         return call
 
     try:
-        if what == "fsync":
+        if call_of == "fsync":
             os.fsync = before(os.fsync)
-        if what == "rename":
+        if call_of == "rename":
             os.rename, os.replace = before(os.rename), before(os.replace)
-        trainer = run(folder, RunHooks(listeners=(tick,)) if what == "event" else None)
+        trainer = run(folder, recipe_of, RunHooks(listeners=(tick,)) if call_of in ("event", "saved") else None)
         if resumes:
             trainer.resume(folder)
         trainer.train()
@@ -79,12 +90,20 @@ def _die_at(folder: Path, what: str, count: int, *, resumes: bool) -> None:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kills") / "whole"
-    run(folder).train()
+    run(folder, LONG).train()
     return folder
 
 
-def check_ends_the_same(whole: Path, folder: Path) -> None:
-    trainer = run(folder)
+@pytest.fixture(scope="module")
+def early(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kills") / "early"
+    outcome = run(folder, EARLY).train()
+    assert (outcome.reason, outcome.position.global_step) == ("early_stopping", 8)
+    return folder
+
+
+def check_ends_the_same(whole: Path, folder: Path, recipe_of: dict[str, Any]) -> None:
+    trainer = run(folder, recipe_of)
     try:
         trainer.resume(folder)
     except CheckpointIncompleteError:  # killed before the first checkpoint: there is nothing to go on with
@@ -103,8 +122,14 @@ def check_ends_the_same(whole: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize(("what", "count"), MOMENTS)
 def test_a_killed_run_ends_the_same(whole: Path, tmp_path: Path, what: str, count: int) -> None:
-    assert killed_at(tmp_path / "run", what, count, resumes=False)
-    check_ends_the_same(whole, tmp_path / "run")
+    assert killed_at(tmp_path / "run", LONG, what, count, resumes=False)
+    check_ends_the_same(whole, tmp_path / "run", LONG)
+
+
+@pytest.mark.parametrize(("what", "count"), EARLY_MOMENTS)
+def test_a_run_killed_after_it_was_told_to_stop_stops_there(early: Path, tmp_path: Path, what: str, count: int) -> None:
+    assert killed_at(tmp_path / "run", EARLY, what, count, resumes=False)
+    check_ends_the_same(early, tmp_path / "run", EARLY)
 
 
 @pytest.mark.heavy
@@ -118,5 +143,5 @@ def test_a_run_killed_again_and_again_ends_the_same(whole: Path, tmp_path: Path,
         has_steps = bool(RunFolder(folder).steps())
         if not has_steps and folder.exists():
             break
-        killed_at(folder, what, rng.randint(1, {"event": 30, "fsync": 90, "rename": 25}[what]), resumes=has_steps)
-    check_ends_the_same(whole, folder)
+        killed_at(folder, LONG, what, rng.randint(1, {"event": 30, "fsync": 90, "rename": 25}[what]), resumes=has_steps)
+    check_ends_the_same(whole, folder, LONG)
