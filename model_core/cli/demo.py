@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from model_core.cli.load_flags import number
 from model_core.errors import DualVisionError
 
 
@@ -24,10 +25,10 @@ def build_parser() -> argparse.ArgumentParser:
     build.add_argument("--artwork", type=Path, help="where the artwork is kept (default: the user's cache)")
     build.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C",
                        help="lay a setting over the recipe, model_core/demo/config_demo.json")  # fmt: skip
-    build.add_argument("--eval-count", type=int, default=400, help="held-out questions of each kind for the card")
+    build.add_argument("--eval-count", type=number, default=400, help="held-out questions of each kind for the card")
     score = commands.add_parser("eval", help="score a demo model, fused and under each arm")
     score.add_argument("--model", type=Path, help="checkpoint folder (default: the embedded one)")
-    score.add_argument("--count", type=int, default=400, help="questions of each kind")
+    score.add_argument("--count", type=number, default=400, help="questions of each kind")
     score.add_argument("--arms", default="fused,qwen-only,dinov2-only,blind,unfused", help="comma-separated")
     score.add_argument("--artwork", type=Path)
     score.add_argument("--device", default="auto")

@@ -39,7 +39,7 @@ class WordAlignment:
     def loss(self, tokens: Tensor, cells: Mapping[str, Tensor], words: Tensor) -> Tensor:
         """tokens (S, D) fused, cells: labels of the S cells, words (V, D) the embedding -> mean over the tables."""
         targets = {
-            "class": cells["kind"],
+            "class": cells["painted"],
             "colour": cells["colour"],
             "count": cells["counts"][:, 0],  # of its own name
         }

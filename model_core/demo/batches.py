@@ -30,8 +30,11 @@ from model_core.training.data.packs import PackedBatch, SampleRef
 from model_core.training.data.prefetch import in_order
 from model_core.types import ChatMessage
 
-#: Pictures of 16 to 25 cells: what a small model can learn and two cores can serve.
-SIZES = ((112, 112), (112, 112), (140, 140), (112, 168), (168, 112))
+#: What pictures are scaled to (blank.py), but for the longest; the square one twice as often.
+SIZES = (
+    *((168, 168), (168, 168), (140, 140), (140, 168), (168, 140)),
+    *((140, 196), (196, 140), (112, 224), (224, 112)),
+)
 #: Of what a scene's cells show, one row a cell in the order of the image tokens. Scenes hold them in small integers.
 TARGETS: Mapping[str, Callable[[Scene], np.ndarray]] = {
     "class": lambda scene: scene.cell_class.astype(np.int64),
@@ -39,7 +42,7 @@ TARGETS: Mapping[str, Callable[[Scene], np.ndarray]] = {
     "letters": lambda scene: scene.cell_letters.astype(np.int64),
     "spots": lambda scene: scene.cell_spots.astype(np.int64),
     "counts": lambda scene: cell_counts(scene).astype(np.int64),
-    "kind": lambda scene: scene.cell_kind.astype(np.int64),
+    "painted": lambda scene: scene.cell_painted.astype(np.int64),
     "shares": lambda scene: scene.cell_shares,
     "places": cell_places,
 }

@@ -20,8 +20,8 @@ from model_core.model import DualVisionModel
 from model_core.processing.processor import DualVisionProcessor
 
 MODEL_ID = "dve-demo"
-#: Pictures are scaled to 16 to 25 cells: what a small model can learn and two cores can serve.
-MIN_PIXELS, MAX_PIXELS = 112 * 112, 140 * 140
+#: Pictures are scaled to 25 to 36 cells: in fewer, four things are too small to be counted; two cores serve these.
+MIN_PIXELS, MAX_PIXELS = 140 * 140, 168 * 168
 CONTEXT_TOKENS = 4096
 
 
@@ -96,7 +96,7 @@ def build_config(sizes: Sizes, tokenizer: PreTrainedTokenizerFast) -> DualVision
         hidden_size=sizes.vision_hidden,
         num_hidden_layers=sizes.dinov2_layers,
         num_attention_heads=sizes.vision_hidden // 64,
-        image_size=140,
+        image_size=168,
         patch_size=14,
     )
     names = {"qwen_model_name": f"{MODEL_ID} (trained from scratch)", "dinov2_model_name": f"{MODEL_ID} (likewise)"}

@@ -51,7 +51,7 @@ class DenseHeads(nn.Module):
         losses = []
 
         # What an object only touches is neither its cell nor background: whatever is said there is right.
-        touched = (cells["kind"] > 0) & (cells["class"] == 0)
+        touched = (cells["painted"] > 0) & (cells["class"] == 0)
 
         def read(head: nn.Linear, x: Tensor, name: str, weight: float) -> None:
             target = (
@@ -81,7 +81,7 @@ def miscounted(read: Tensor, cells: Mapping[str, Tensor], num_pictures: int) -> 
     """How far the shares read from a kind's cells are from summing to how many of it the picture shows.
 
     Each share alone may be nearly right and their sum wrong by one; and the sum is what counting takes."""
-    classes = cells["kind"].view(num_pictures, -1)
+    classes = cells["painted"].view(num_pictures, -1)
     is_same = ((classes[:, :, None] == classes[:, None]) & (classes > 0)[:, None]).to(read.dtype)
     sums, counts = (is_same @ x.view(num_pictures, -1, 1) for x in (read, cells["shares"].to(read.dtype)))
     return F.smooth_l1_loss(sums[..., 0][classes > 0], counts[..., 0][classes > 0], beta=0.5)
@@ -132,7 +132,7 @@ def asked(pack: PackedBatch, image_token_id: int) -> Asked:
     """A pack's rows side by side, with what the cells behind their image tokens show."""
     is_image = pack.input_ids == image_token_id
     shows, touched = (
-        torch.zeros_like(pack.input_ids).masked_scatter(is_image, pack.targets[name]) for name in ("class", "kind")
+        torch.zeros_like(pack.input_ids).masked_scatter(is_image, pack.targets[name]) for name in ("class", "painted")
     )
     shares = torch.zeros(len(pack.input_ids)).masked_scatter(is_image, pack.targets["shares"])
     return Asked(

@@ -2,8 +2,8 @@
 
 In: objects with their painted patches, letters with their places. Out: grids of numbers. An object takes the
 cells it covers; "places" and "counts" are told of every cell of an object, so that whoever reads any one of
-its cells knows where its middle is and how many of its kind there are. Shares are told of every cell that an object
-touches: an object is as small as a cell, and what lies beside its own cells is missing when it is counted.
+its cells knows where its middle is and how many of its kind there are. Shares lie about an object's middle, each cell
+the more the nearer its own: they sum to one wherever the middle falls, and no outline has to be known.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class CellLabels:
     """Grids of (gh, gw): object (1-based index, 0 none), class and colour (0 none); of (gh, gw, 2), for the left
     and right half of a cell: letter (1..26) and spot (which letter of its word, from 1), 0 for none.
 
-    `shares` tells which class paints the most of a cell and how much of its objects lies there."""
+    `shares` tells which class paints the most of a cell and how much of its objects is counted there."""
 
     def __init__(self, height: int, width: int) -> None:
         grid = (height // CELL, width // CELL)
         self.object, self.class_, self.colour = (np.zeros(grid, np.int16) for _ in range(3))
         self.letters, self.spots = (np.zeros((*grid, 2), np.int16) for _ in range(2))
         self._best = np.full(grid, 0.25)
-        self._painted: list[tuple[int, np.ndarray]] = []
+        self._painted: list[tuple[int, np.ndarray, np.ndarray]] = []  # class, cover, shares
 
     def add_object(
         self, number: int, box: tuple[int, int, int, int], patch: np.ndarray, class_: int, colour: int
@@ -48,7 +48,7 @@ class CellLabels:
         window = np.s_[y // CELL : y // CELL + rows, x // CELL : x // CELL + columns]
         painted = np.zeros_like(self._best)
         painted[window] = cover
-        self._painted.append((class_, painted))
+        self._painted.append((class_, painted, self._about(middle_x, middle_y)))
         cover[int(middle_y) // CELL - y // CELL, int(middle_x) // CELL - x // CELL] += 1.0
         won = cover >= self._best[window]
         self._best[window][won] = cover[won]
@@ -57,18 +57,28 @@ class CellLabels:
 
     def shares(self) -> tuple[np.ndarray, np.ndarray]:
         """int16 and float32 (gh, gw): the class that paints most of a cell, 0 for none, and how much of that class's
-        objects lies there: over a picture's cells of a class they sum to how many of it there are."""
+        objects is counted there: over a picture's cells of a class they sum to how many of it there are."""
         kind, shares = np.zeros_like(self.class_), np.zeros(self.class_.shape, np.float32)
-        cover = {class_: sum(one for name, one in self._painted if name == class_) for class_, _ in self._painted}
         best = np.full(kind.shape, _LEAST_COVER)
-        for class_, painted in cover.items():
-            kind[painted > best] = class_
-            best = np.maximum(best, painted)
-        for class_, painted in self._painted:
-            seen = np.where(kind == class_, painted, 0.0)
-            if seen.any():
-                shares += (seen / seen.sum()).astype(np.float32)
+        for class_ in dict.fromkeys(class_ for class_, *_ in self._painted):
+            cover = sum(cover for name, cover, _ in self._painted if name == class_)
+            kind[cover > best] = class_
+            best = np.maximum(best, cover)
+        for class_, cover, about in self._painted:
+            # Its middle may lie in another's cells; then what it paints elsewhere counts.
+            for seen in (np.where(kind == class_, about, 0.0), np.where(kind == class_, cover, 0.0)):
+                if seen.any():
+                    shares += (seen / seen.sum()).astype(np.float32)
+                    break
         return kind, shares
+
+    def _about(self, x: float, y: float) -> np.ndarray:
+        """(gh, gw), summing to 1 inside the picture: what a square as large as a cell about (x, y) has of each cell."""
+        down, across = (
+            np.clip(1 - np.abs(at - (np.arange(count) + 0.5) * CELL) / CELL, 0, None)
+            for at, count in zip((y, x), self.object.shape, strict=True)
+        )
+        return down[:, None] * across
 
     def add_word(self, baseline: int, band: float, letters: Sequence[tuple[str, int, int]]) -> None:
         """letters: (letter, x0, x1). All lie in the rows of cells that hold half of `band`, the letters' height."""

@@ -7,6 +7,7 @@ are those of the stored weights, loaded back.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,15 @@ from model_core.demo.card import write_card
 from model_core.demo.scoring import Scores, evaluate, held_out_seeds
 from model_core.encoder import DualVisionEncoder
 from model_core.processing.batch import normalise_pixels
+from model_core.processing.images import PatchSpec
 from model_core.processing.processor import DualVisionProcessor
 from model_core.training.config import TrainConfig
 from model_core.types import ChatMessage, GenerationRequest, ImagePart, SamplingParams, TextPart
 
 CALIBRATION_BATCHES = 16
-#: Square and not, all within the model's own resolution: none of them is scaled.
-EVAL_SIZES = ((140, 140), (112, 168), (168, 112), (112, 112))
+#: Square and not: those within a model's own resolution are not scaled. Of the others, all are.
+EVAL_SIZES = ((140, 140), (112, 168), (168, 112), (112, 112), (140, 196), (196, 140), (168, 168))
+SCALED_SIZES = ((224, 224), (196, 280), (280, 196))
 
 
 def default_out() -> Path:
@@ -45,7 +48,7 @@ def publish(
     eval_count: int,
     device: str = "cpu",
 ) -> None:
-    """Write the checkpoint, score what was written, write the card into it.
+    """Score what would be written, then write it with its card: a stop in between leaves `out` as it was.
 
     Args:
         run: the model folder that a run ended with; config: its recipe; source: its scenes.
@@ -59,11 +62,15 @@ def publish(
             if tensor.is_floating_point():
                 tensor.copy_(tensor.bfloat16().to(tensor.dtype))
     progress = {"seed": config.seed, "recipe": config.fingerprint()}
-    _save(model, loaded.processor, out, progress)
-    arms = score_arms(DualVisionEncoder.from_pretrained(out, device=device), source.artwork, eval_count)
-    scores = {arm: found.to_dict() for arm, found in arms.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        _save(model, loaded.processor, Path(folder) / "stored", progress)
+        written = DualVisionEncoder.from_pretrained(Path(folder) / "stored", device=device)
+        arms = score_arms(written, source.artwork, eval_count)
+        scaled = score_arms(written, source.artwork, eval_count, ("fused",), sizes=SCALED_SIZES)["fused"]
+    scores = {arm: found.to_dict() for arm, found in (arms | {"fused, scaled pictures": scaled}).items()}
     parameters = sum(p.numel() for p in model.parameters())
-    card = write_card(config, arms, parameters=parameters, history=history)
+    sides = [side for size in native_sizes(loaded.processor.patch_spec) for side in size]
+    card = write_card(config, arms, scaled, sides=(min(sides), max(sides)), parameters=parameters, history=history)
     _save(model, loaded.processor, out, progress, card=card, scores=scores)
 
 
@@ -102,14 +109,21 @@ def _calibration(
         yield normalise_pixels(pack.pixels, processor.patch_spec, model.lm_head.weight.device), torch.tensor(pack.grids)
 
 
+def native_sizes(spec: PatchSpec) -> list[tuple[int, int]]:
+    """Those of EVAL_SIZES, (height, width), that pictures may have without being scaled."""
+    return [(h, w) for h, w in EVAL_SIZES if spec.min_pixels <= h * w <= spec.max_pixels]
+
+
 def score_arms(
     encoder: DualVisionEncoder,
     artwork: Artwork,
     count: int,
     arms: Sequence[str] = ("fused", "qwen-only", "dinov2-only", "blind", "unfused"),
+    sizes: Sequence[tuple[int, int]] | None = None,
 ) -> dict[str, Scores]:
-    """The same held-out questions for every arm, through the engine that serves."""
-    return {arm: evaluate(Answerer(encoder, arm), artwork, held_out_seeds(count), sizes=EVAL_SIZES) for arm in arms}
+    """The same held-out questions for every arm, through the engine that serves. sizes: `native_sizes` unless given."""
+    sizes = sizes or native_sizes(encoder.processor.patch_spec)
+    return {arm: evaluate(Answerer(encoder, arm), artwork, held_out_seeds(count), sizes=sizes) for arm in arms}
 
 
 class Answerer:

@@ -72,7 +72,7 @@ class Scene:
 
     cell_class, cell_colour: int16 (H/28, W/28), indices into CLASS_NAMES and (from 1) COLOUR_NAMES, 0 for none.
     cell_object: int16 (H/28, W/28), which of `objects` (from 1), 0 for none.
-    cell_kind, cell_shares: of CellLabels.shares, int16 and float32 (H/28, W/28).
+    cell_painted, cell_shares: of CellLabels.shares, int16 and float32 (H/28, W/28).
     cell_letters, cell_spots: int16 (H/28, W/28, 2), the letter (1..26) over the left and right half of a cell and
         which letter of its word it is (from 1), 0 for none.
     """
@@ -88,7 +88,7 @@ class Scene:
     cell_letters: np.ndarray
     cell_object: np.ndarray
     cell_spots: np.ndarray
-    cell_kind: np.ndarray
+    cell_painted: np.ndarray
     cell_shares: np.ndarray
 
     def picture(self) -> Image.Image:

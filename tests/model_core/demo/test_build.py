@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -125,13 +127,17 @@ def test_questions_behind_one_picture_do_not_see_each_other(tmp_path: Path) -> N
 
 
 def test_the_command_builds_a_folder_that_answers_and_tells_its_scores(
-    tmp_path: Path, artwork: Artwork, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, artwork: Artwork, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From nothing to a checkpoint, as `dve demo build --scale 0.002` does it."""
     out, work = tmp_path / "demo", tmp_path / "work"
     sets = [part for setting in SMALL for part in ("--set", setting)]
     call = ["build", "--work", str(work), "--out", str(out), "--scale", "0.002", "--device", "cpu", "--eval-count", "1"]
     assert command.main([*call, *sets]) == 0
+    said = capsys.readouterr().out
+    assert "cells " in said
+    assert "loss 0.0000" not in said, "stages that ask nothing have no such loss"
+    assert "set aside" not in said, "no data set was read"
     encoder = DualVisionEncoder.from_pretrained(out)
     assert encoder.info.dtype == "float32"
     assert int(encoder.model.fusion.means.count) > 0
@@ -139,11 +145,27 @@ def test_the_command_builds_a_folder_that_answers_and_tells_its_scores(
     assert "It knows nothing else" in card
     assert "NOT met" in card, "a few steps can't have reached the targets"
     assert "| name" in card
+    assert "of 7 questions about such with 196 to 280 pixels a side" in card
+    assert "fused, scaled pictures" in json.loads((out / "scores.json").read_text())
     stored = sum(f.stat().st_size for f in out.glob("*.safetensors"))
     assert stored < 2.3 * encoder.info.num_parameters, "two bytes a weight"
-    capsys.readouterr()
-    assert command.main([*call, *sets]) == 0
+    monkeypatch.setattr("model_core.demo.publish.write_card", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        command.main([*call, *sets])
+    assert (out / "README.md").read_text() == card, "stopped while it scores, a build has written nothing"
     assert "step" not in capsys.readouterr().out, "a finished build has nothing left to train"
+    monkeypatch.setattr("model_core.demo.artwork.load_artwork", lambda _: artwork)
+    assert command.main(["eval", "--model", str(out), "--count", "1", "--arms", "fused,blind", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["fused"] == json.loads((out / "scores.json").read_text())["fused"], "the card's own, asked again"
+    assert scores.keys() == {"fused", "blind"}
+    assert command.main(["eval", "--model", str(out), "--count", "1", "--arms", "fused"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split()[:2] == ["question", "fused"]
+    assert [line.split()[0] for line in table[1:]].count("count") == 1
+    with pytest.raises(SystemExit):
+        command.main([*call[:-1], "0", *sets])
+    assert "'0' is not a whole number of at least 1" in capsys.readouterr().err
 
 
 def test_a_build_goes_on_only_under_its_own_recipe(tmp_path: Path) -> None:
@@ -163,7 +185,7 @@ def test_products_are_in_bfloat16_where_a_processor_has_units_for_it(
 
 
 def test_scaling_shortens_every_stage_and_ends_where_it_says(tmp_path: Path) -> None:
-    assert [stage.steps for stage in small_recipe(tmp_path, scale=0.01).stages()] == [14, 20, 2, 8]
+    assert [stage.steps for stage in small_recipe(tmp_path, scale=0.01).stages()] == [30, 24, 2, 8, 6]
     with pytest.raises(ConfigError, match="can't be scaled"):
         scaled({}, 0.0)
 

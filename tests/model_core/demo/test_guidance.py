@@ -61,7 +61,7 @@ def test_the_look_up_losses_are_of_the_heads_own_attention(loaded: Any, guidance
             ).attentions[LAYER][0]  # fmt: skip
             cells = is_image.nonzero().flatten().tolist()
             classes = pack.targets["class"][16 * row : 16 * (row + 1)].tolist()
-            kinds, shares = (pack.targets[name][16 * row : 16 * (row + 1)].tolist() for name in ("kind", "shares"))
+            kinds, shares = (pack.targets[name][16 * row : 16 * (row + 1)].tolist() for name in ("painted", "shares"))
             for place, noun in enumerate(guidance._lookup.nouns(ids[None])[0].tolist()):
                 if not noun:
                     continue
@@ -69,7 +69,7 @@ def test_the_look_up_losses_are_of_the_heads_own_attention(loaded: Any, guidance
                 num_absent += not hit
                 looks.append(-float(weights[HEAD, place, [cells[i] for i in hit] or [0]].sum().log()))
                 touched = [i for i in range(16) if means[noun, kinds[i]] and bool(seen[place, cells[i]])]
-                wanted = {0: 1.0} | {cells[i]: shares[i] for i in touched}
+                wanted = {0: 1.0} | {cells[i]: shares[i] for i in touched if shares[i]}
                 total = sum(wanted.values())
                 counts.add(round(total) - 1)
                 assert total == pytest.approx(round(total), abs=1e-4), "shares sum to how many there are"
@@ -107,7 +107,7 @@ def test_shares_that_sum_to_the_wrong_number_cost(loaded: Any, guidance: DemoGui
     """Two pictures: two dogs over three cells with a cat, and three cats. The share of a dog's cell moves the dogs'
     sum alone, and that of a cell without an object none."""
     cells = {
-        "kind": torch.tensor([1, 1, 1, 2, 0, 2, 2, 2, 0, 0]),
+        "painted": torch.tensor([1, 1, 1, 2, 0, 2, 2, 2, 0, 0]),
         "shares": torch.tensor([0.5, 0.5, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0]),
     }
     right = cells["shares"].clone()
@@ -118,7 +118,7 @@ def test_shares_that_sum_to_the_wrong_number_cost(loaded: Any, guidance: DemoGui
         assert float(loss.detach()) == pytest.approx(cost / 7 * 0.25**2, abs=1e-6), "half the square over beta 0.5"
         if cost:
             (gradient,) = torch.autograd.grad(loss, wrong)
-            same = (cells["kind"] == cells["kind"][cell]) & (torch.arange(10) // 5 == cell // 5)
+            same = (cells["painted"] == cells["painted"][cell]) & (torch.arange(10) // 5 == cell // 5)
             assert torch.equal(gradient != 0, same)
 
 
@@ -147,7 +147,7 @@ def test_tokens_that_are_their_words_have_little_alignment_loss_and_others_much(
     words = torch.randn(len(tokenizer), 256, generator=torch.Generator().manual_seed(0))
     classes = torch.tensor([1, 0, 5, len(CLASS_NAMES) - 1])
     none = torch.zeros(4, dtype=torch.long)
-    cells = {"kind": classes, "colour": none, "counts": torch.zeros(4, 2, dtype=torch.long)}
+    cells = {"painted": classes, "colour": none, "counts": torch.zeros(4, 2, dtype=torch.long)}
     (one_ids, one_share), (many_ids, many_share) = alignment.tables["class"]
     for ids in (one_ids, many_ids):
         assert len(ids) == len(CLASS_NAMES) - 1
@@ -158,7 +158,7 @@ def test_tokens_that_are_their_words_have_little_alignment_loss_and_others_much(
     wrong = right.roll(1, 0)
     assert float(alignment.loss(right, cells, words)) < 0.1
     assert float(alignment.loss(wrong, cells, words)) > 3.0
-    assert float(alignment.loss(right, cells | {"kind": none}, words)) == 0.0, "nothing is named"
+    assert float(alignment.loss(right, cells | {"painted": none}, words)) == 0.0, "nothing is named"
 
 
 def test_like_attends_to_like_at_birth(loaded: Any) -> None:

@@ -65,24 +65,34 @@ def test_every_object_is_labelled_in_the_cell_of_its_centre(artwork: Artwork) ->
 
 @pytest.mark.parametrize("kind", ["group", "shapes"])
 def test_shares_sum_to_how_many_there_are_over_all_cells_that_are_touched(artwork: Artwork, kind: str) -> None:
-    """Also where an object's edge lies in cells that are not its own: they are part of what is counted."""
+    """Also where an object's middle lies beside its own cells: those are part of what is counted."""
     num_touched = 0
     for seed in range(60):
         scene = make_scene(seed, artwork, (112, 140), kind)
-        assert ((scene.cell_shares > 0) == (scene.cell_kind > 0)).all()
+        assert (scene.cell_painted[scene.cell_shares > 0] > 0).all()
         counts = Counter(one.name for one in scene.objects)
         for name, count in counts.items():
-            cells = scene.cell_kind == CLASS_NAMES.index(name)
+            cells = scene.cell_painted == CLASS_NAMES.index(name)
             assert float(scene.cell_shares[cells].sum()) == pytest.approx(count, abs=1e-4)
         boxes = {name: [one.box for one in scene.objects if one.name == name] for name in counts}
-        for row, column in np.argwhere(scene.cell_kind > 0):
+        for row, column in np.argwhere(scene.cell_painted > 0):
             x, y = column * CELL, row * CELL
             assert any(
                 x0 < x + CELL and x1 > x and y0 < y + CELL and y1 > y
-                for x0, y0, x1, y1 in boxes[CLASS_NAMES[scene.cell_kind[row, column]]]
+                for x0, y0, x1, y1 in boxes[CLASS_NAMES[scene.cell_painted[row, column]]]
             )
-        num_touched += int(((scene.cell_kind > 0) & (scene.cell_class == 0)).sum())
+        num_touched += int(((scene.cell_painted > 0) & (scene.cell_class == 0)).sum())
     assert num_touched > 60
+
+
+def test_shares_lie_about_the_middle_of_an_object(artwork: Artwork) -> None:
+    """The mean place of its shares is its middle: wherever that falls between cells, the same one thing is there."""
+    for seed in range(40):
+        scene = make_scene(seed, artwork, (168, 140), "single")
+        rows, columns = np.indices(scene.cell_shares.shape)
+        middle = [CELL * float((scene.cell_shares * (at + 0.5)).sum()) for at in (columns, rows)]
+        assert (scene.cell_shares > 0).sum() <= 4
+        assert middle == pytest.approx(scene.objects[0].centre, abs=0.01), seed
 
 
 @pytest.mark.parametrize("size", SIZES)
