@@ -133,7 +133,7 @@ def test_streamed_equals_not_streamed_and_usage_is_counted(client: openai.OpenAI
     # Not the whole objects: the second time the prompt comes out of the cache.
     for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
         assert getattr(streamed, name) == getattr(whole.usage, name)
-    assert whole.usage.prompt_tokens_details.model_extra["multimodal_tokens"] == 25
+    assert whole.usage.prompt_tokens_details.model_extra["multimodal_tokens"] == 36
 
 
 def test_the_real_engine_is_counted_by_the_step(client: openai.OpenAI, url: str) -> None:

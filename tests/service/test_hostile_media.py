@@ -230,7 +230,7 @@ def test_detail_sets_the_number_of_image_tokens(live: LiveServer) -> None:
         return usage["prompt_tokens_details"]["multimodal_tokens"]
 
     counts = {detail: tokens(detail=detail) for detail in ("low", "auto", "high")}
-    assert counts == {"low": 16, "auto": 25, "high": 25} and tokens() == 25
+    assert counts == {"low": 25, "auto": 36, "high": 36} and tokens() == 36
 
 
 def test_a_video_through_the_demo_model(live: LiveServer) -> None:
@@ -239,7 +239,7 @@ def test_a_video_through_the_demo_model(live: LiveServer) -> None:
     found = post(live, clip, part(frames[0])).json()
     assert len(found["fusion"]) == 2
     assert found["usage"]["prompt_tokens_details"]["multimodal_tokens"] == 2 * 25 + 25
-    assert post(live, clip | {"detail": "low"}).json()["usage"]["prompt_tokens_details"]["multimodal_tokens"] == 32
+    assert post(live, clip | {"detail": "low"}).json()["usage"]["prompt_tokens_details"]["multimodal_tokens"] == 50
     streamed = post(live, clip, stream=True)
     assert streamed.text.count('"fusion":[{') == 1 and streamed.text.endswith("data: [DONE]\n\n")
 

@@ -281,8 +281,11 @@ def test_a_supervisor_stops_resumes_and_hears_every_event(corpus: Path, tmp_path
     assert "resumed" in {event["kind"] for event in second}
     assert second[-1]["global_step"] == saved["global_step"] + 1
     os.write(control, b'{"command": "deadline", "seconds": 0.05}\n')
+    late = read_until(events, "never")
     assert exit_code(number) == 79
-    assert not list((tmp_path / "attempt-2").glob("step-*"))
+    reasons = {event["data"]["reason"] for event in late if event["kind"] == "checkpoint"}
+    assert reasons <= {"epoch", "stage"}, "an end that came before the deadline is saved; the deadline saves nothing"
+    assert not (tmp_path / "attempt-2" / "final").exists()
     os.close(control)
     os.close(events)
 

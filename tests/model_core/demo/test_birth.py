@@ -48,8 +48,8 @@ def test_two_births_of_one_seed_are_one(born: Any) -> None:
 
 
 def test_places_are_more_alike_the_nearer_they_are(born: Any) -> None:
-    places = sine_places(10, 192).view(10, 10, 192)
-    assert torch.equal(born.second.embeddings.position_embeddings[0, 1:].detach(), places.view(100, 192))
+    places = sine_places(12, 192).view(12, 12, 192)
+    assert torch.equal(born.second.embeddings.position_embeddings[0, 1:].detach(), places.view(144, 192))
     middle = (places * places[4, 4]).sum(-1)
     assert float(middle[4, 4]) == pytest.approx(96, rel=1e-4)
     assert middle[4, 4] > middle[4, 5] > middle[4, 6] > middle[4, 9]
