@@ -50,12 +50,15 @@ class EncodeStage:
 
         is_wanted: would it find a place next? Fused tokens take memory, and wait better as pixels.
         """
-        with_images = []
         for sequence in list(self._waiting.values()):
             if sequence.inputs.pixels is None:
                 yield from self._encode([sequence])
-            elif _is_next(sequence, is_wanted):
-                with_images.append(sequence)
+        # After all text, which takes places: judged between two texts, an image could pass one of better rank.
+        with_images = [
+            sequence
+            for sequence in self._waiting.values()
+            if sequence.inputs.pixels is not None and _is_next(sequence, is_wanted)
+        ]
         if with_images and self._is_window_over(with_images, others_run=others_run):
             yield from self._one_pass(sorted(with_images, key=lambda s: (s.priority, s.arrival)))
 

@@ -224,6 +224,16 @@ def test_the_kinds_are_told_apart() -> None:
     assert len({tokens_alone(kind)[:3] for kind in range(KINDS)}) == KINDS
 
 
+def test_a_picture_between_two_texts_does_not_pass_one_of_better_rank() -> None:
+    """Of a life that the machine found: there was a seat when the first picture was judged, none at the second."""
+    lives = Lives()
+    lives.begin("window")
+    for kind, priority in ((0, 0), (3, 1), (0, 0), (3, 0)):
+        lives.arrive(kind, 1, priority, None)
+    lives.step()
+    lives.teardown()
+
+
 TestLives = Lives.TestCase
 TestLives.settings = settings(
     max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
