@@ -49,7 +49,7 @@ def scaled(recipe: Mapping[str, Any], factor: float) -> dict[str, Any]:
     copy: dict[str, Any] = json.loads(json.dumps(recipe))
     per_epoch = copy["batch_source"]["options"]["steps_per_epoch"]
     for stage in copy["curriculum_training"]["stages"]:
-        stage["steps"] = max(1, round(stage["epochs"] * per_epoch * factor))
+        stage["steps"] = max(1, round(stage.get("steps", stage["epochs"] * per_epoch) * factor))
         stage["epochs"] = math.ceil(stage["steps"] / per_epoch)
     return copy
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from model_core.demo import spelling
 from model_core.demo.alignment import WordAlignment
@@ -145,5 +144,7 @@ def asked(pack: PackedBatch, image_token_id: int) -> Asked:
 
 
 def _padded(packed: Tensor, pack: PackedBatch, value: int = 0) -> Tensor:
-    """(S, ...) -> (B, T, ...)."""
-    return pad_sequence(list(packed.split(list(pack.sample_lengths))), batch_first=True, padding_value=value)
+    """(S, ...) -> (B, T, ...). Not torch's pad_sequence, whose gradient copies the whole result once a sample."""
+    longest, last = max(pack.sample_lengths), (0, 0) * (packed.ndim - 1)
+    rows = packed.split(list(pack.sample_lengths))
+    return torch.stack([F.pad(row, (*last, 0, longest - len(row)), value=value) for row in rows])

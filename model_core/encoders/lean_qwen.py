@@ -58,8 +58,8 @@ def find_layout(grids: tuple[Grid, ...], merge_size: int, window_size: int, patc
             order,
             get_vision_position_ids(grid, merge_size)[order],
             torch.argsort(index),
-            SegmentPlan.from_bounds(get_vision_cu_seqlens(grid).tolist()),
-            SegmentPlan.from_bounds(windows.tolist()),
+            SegmentPlan.from_bounds(get_vision_cu_seqlens(grid).tolist(), order.device),
+            SegmentPlan.from_bounds(windows.tolist(), order.device),
         )
 
 

@@ -58,6 +58,6 @@ class QwenEncoder(VisionEncoder):
 
 def _planned(cu_seqlens: Tensor, device: torch.device) -> Tensor:
     """Plan the groups once a forward, on the CPU, and let the plan ride on the tensor to every layer."""
-    plan, on_device = SegmentPlan.from_bounds(cu_seqlens.tolist()), cu_seqlens.to(device)
+    plan, on_device = SegmentPlan.from_bounds(cu_seqlens.tolist(), device), cu_seqlens.to(device)
     on_device.segment_plan = plan  # type: ignore[attr-defined]
     return on_device

@@ -19,21 +19,28 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 from transformers.utils.generic import is_flash_attention_requested
 
+from model_core.rows import Move
+
 
 @dataclass(frozen=True, slots=True)
 class SegmentPlan:
-    """How packed segments are grouped: their lengths in order, and the segment numbers of each length."""
+    """How packed segments are grouped: (how many, their length) each, and how their rows get there; None where all
+    have one length."""
 
-    lengths: list[int]
-    groups: dict[int, list[int]]
+    groups: list[tuple[int, int]]
+    move: Move | None
 
     @classmethod
-    def from_bounds(cls, bounds: list[int]) -> SegmentPlan:
+    def from_bounds(cls, bounds: list[int], device: torch.device) -> SegmentPlan:
+        """bounds: where segments begin and the last ends. device: where the rows are."""
         lengths = [end - start for start, end in pairwise(bounds)]
-        groups: dict[int, list[int]] = {}
+        numbers: dict[int, list[int]] = {}
         for number, length in enumerate(lengths):
-            groups.setdefault(length, []).append(number)
-        return cls(lengths, groups)
+            numbers.setdefault(length, []).append(number)
+        groups = [(len(members), length) for length, members in numbers.items()]
+        if len(groups) == 1:
+            return cls(groups, None)
+        return cls(groups, Move.pad(lengths, [(m, length) for length, m in numbers.items()], device))
 
 
 def attend_by_length(
@@ -43,21 +50,24 @@ def attend_by_length(
 
     attend: (n, size, H, dh) of each for n segments of one length -> (n, size, H, dh).
     """
-    rows = parts[0].shape[0]
-    if len(plan.groups) == 1:
-        return attend(*(x.unflatten(0, (-1, plan.lengths[0])) for x in parts)).reshape(rows, -1)
-    # split, stack and cat: their gradients are a cat and a split; an index's would be a scatter-add.
-    split = [x.split(plan.lengths) for x in parts]
-    done: list[Tensor | None] = [None] * len(plan.lengths)
-    for members in plan.groups.values():
-        out = attend(*(torch.stack([part[i] for i in members]) for part in split))
-        for number, part in zip(members, out.unbind(), strict=True):
-            done[number] = part
-    return torch.cat(done).reshape(rows, -1)
+    rows, move = parts[0].shape[0], plan.move
+    if move is None:
+        return attend(*(x.unflatten(0, plan.groups[0]) for x in parts)).reshape(rows, -1)
+    sizes = [count * length for count, length in plan.groups]
+    split = [move(x).split(sizes) for x in parts]
+    done = [
+        attend(*(x.unflatten(0, group) for x in own)).flatten(0, 1)
+        for group, own in zip(plan.groups, zip(*split, strict=True), strict=True)
+    ]
+    return move.undo(torch.cat(done)).reshape(rows, -1)
 
 
 class SegmentVisionAttention(Qwen2_5_VLVisionAttention):
     """Vision attention over packed segments, one batched call for each distinct segment length."""
+
+    rotate: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = staticmethod(
+        apply_rotary_pos_emb_vision
+    )
 
     def forward(
         self,
@@ -72,8 +82,9 @@ class SegmentVisionAttention(Qwen2_5_VLVisionAttention):
         length = hidden_states.shape[0]
         qkv = self.qkv(hidden_states).reshape(length, 3, self.num_heads, -1)
         query, key, value = qkv.permute(1, 0, 2, 3).unbind(0)  # each (S, H, dh)
-        query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
-        plan = getattr(cu_seqlens, "segment_plan", None) or SegmentPlan.from_bounds(cu_seqlens.tolist())
+        query, key = self.rotate(query, key, *position_embeddings)
+        plan = getattr(cu_seqlens, "segment_plan", None)
+        plan = plan or SegmentPlan.from_bounds(cu_seqlens.tolist(), hidden_states.device)
         return self.proj(attend_by_length((query, key, value), plan, self._attend))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ step; only attention tells them apart.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -19,6 +20,9 @@ from model_core.language import compiled
 from model_core.language.compiled import CompiledHead, CompiledLayers, KernelLoader
 from model_core.language.fused import FusedLayers, JoinedHead
 from model_core.language.kv_cache import Attend, CacheShape
+
+#: (S, H, dh), (S, K, dh) and cos, sin (1, S, dh) -> both turned
+Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Decoder:
@@ -144,13 +148,21 @@ class Decoder:
         return self._compiled_head.forward(hidden)
 
 
-def decode_layer(layer: nn.Module, number: int, hidden: Tensor, cos: Tensor, sin: Tensor, *, attend: Attend) -> Tensor:
+def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """transformers' rotary embedding of packed tokens (S, H, dh) and (S, K, dh); cos, sin: (1, S, dh)."""
+    query, key = apply_rotary_pos_emb(query[None], key[None], cos, sin, unsqueeze_dim=2)
+    return query[0], key[0]
+
+
+def decode_layer(
+    layer: nn.Module, number: int, hidden: Tensor, cos: Tensor, sin: Tensor, *, attend: Attend, rotate: Rotate = rotate
+) -> Tensor:
     """One decoder layer, module by module, over packed tokens (S, D); cos, sin: (1, S, dh)."""
     x, attention = layer.input_layernorm(hidden), layer.self_attn
     query, key, value = (
         proj(x).unflatten(-1, (-1, attention.head_dim))
         for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
     )  # (S, H or K, dh)
-    query, key = apply_rotary_pos_emb(query[None], key[None], cos, sin, unsqueeze_dim=2)
-    hidden = hidden + attention.o_proj(attend(number, query[0], key[0], value))
+    query, key = rotate(query, key, cos, sin)
+    hidden = hidden + attention.o_proj(attend(number, query, key, value))
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))

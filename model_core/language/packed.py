@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model_core.language.decoder import decode_layer
+from model_core.language.decoder import Rotate, decode_layer, rotate
 from model_core.language.varlen import FLASH_DTYPES, flash_varlen, torch_varlen
+from model_core.rows import Move
 
 #: Samples whose lengths round up to the same multiple share a call: 64 questions of 45 lengths were 45 calls a layer.
 _PADDED_TO = 32
@@ -39,6 +40,7 @@ def packed_hidden(
     watch: Watch | None = None,
     recompute: Callable[[], tuple[Any, Any]] | None = None,
     use_flash_attention: bool = False,
+    rotate: Rotate = rotate,
 ) -> Tensor:
     """Hidden states of samples that can't see each other.
 
@@ -47,6 +49,7 @@ def packed_hidden(
         blocks: (S,) within each sample: 0 is seen by all that follows, n > 0 by itself alone. Without it all is causal.
         recompute: activations inside a layer are computed again in the backward pass instead of kept, under the
             contexts that it gives for the first time and for the second.
+        rotate: how queries and keys get their positions.
     Returns:
         (S, D) after the final norm.
     """
@@ -60,7 +63,7 @@ def packed_hidden(
 
     hidden = embeds
     for number, layer in enumerate(language_model.layers):
-        run = partial(decode_layer, layer, number, attend=attend)
+        run = partial(decode_layer, layer, number, attend=attend, rotate=rotate)
         if recompute is not None and torch.is_grad_enabled():
             hidden = checkpoint(run, hidden, cos, sin, use_reentrant=False, context_fn=recompute)
         else:
@@ -92,29 +95,29 @@ def packed_attention(
 
 @dataclass(frozen=True, slots=True)
 class _Groups:
-    """Samples of about one length each time: their numbers, the length they are padded to, and (n, 1, T, T) what may be
-    seen; None is causal. Padding comes last, where no token looks."""
+    """Samples of about one length each time: how many, the length they are padded to, and (n, 1, T, T) what may be
+    seen; None is causal. Padding comes last, where no token looks. move: from end to end to group after group."""
 
-    lengths: list[int]
-    members: list[tuple[list[int], int, Tensor | None]]
+    members: list[tuple[int, int, Tensor | None]]
+    move: Move
 
 
 def _groups(lengths: Sequence[int], device: torch.device, blocks: Tensor | None) -> _Groups:
-    members: dict[int, list[int]] = {}
+    alike: dict[int, list[int]] = {}
     for number, length in enumerate(lengths):
-        members.setdefault(-(-length // _PADDED_TO), []).append(number)
+        alike.setdefault(-(-length // _PADDED_TO), []).append(number)
     own = None if blocks is None else blocks.to(device).split(list(lengths))
-    found = []
-    for each in members.values():
-        longest = max(lengths[i] for i in each)
-        mask = None if own is None else may_attend(_stacked([own[i] for i in each], longest, value=-1))
-        found.append((each, longest, mask))
-    return _Groups(list(lengths), found)
+    sized = [(numbers, max(lengths[i] for i in numbers)) for numbers in alike.values()]
+    masks = [
+        None if own is None else may_attend(_stacked([own[i] for i in numbers], longest)) for numbers, longest in sized
+    ]
+    members = [(len(numbers), longest, mask) for (numbers, longest), mask in zip(sized, masks, strict=True)]
+    return _Groups(members, Move.pad(lengths, sized, device))
 
 
-def _stacked(parts: Sequence[Tensor], length: int, value: int = 0) -> Tensor:
-    """(T_i, ...) each -> (n, length, ...)."""
-    return torch.stack([F.pad(x, (0, 0) * (x.ndim - 1) + (0, length - len(x)), value=value) for x in parts])
+def _stacked(blocks: Sequence[Tensor], length: int) -> Tensor:
+    """(T_i,) each -> (n, length); padding is a block of its own."""
+    return torch.stack([F.pad(x, (0, length - len(x)), value=-1) for x in blocks])
 
 
 def may_attend(blocks: Tensor) -> Tensor:
@@ -125,13 +128,13 @@ def may_attend(blocks: Tensor) -> Tensor:
 
 
 def _by_length(query: Tensor, key: Tensor, value: Tensor, *, groups: _Groups) -> Tensor:
-    """One call for each group. split, pad, stack and cat: no scatter-add in the gradient."""
-    parts = [x.split(groups.lengths) for x in (query, key, value)]
-    done: list[Any] = [None] * len(groups.lengths)
-    for numbers, length, mask in groups.members:
-        q, k, v = (_stacked([part[i] for i in numbers], length).transpose(1, 2) for part in parts)  # (n, H or K, T, dh)
+    """One call for each group."""
+    sizes = [count * length for count, length, _ in groups.members]
+    parts = [groups.move(x).split(sizes) for x in (query, key, value)]
+    done = []
+    for (count, length, mask), *group in zip(groups.members, *parts, strict=True):
+        q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in group)  # (n, H or K, T, dh)
         has_groups = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=has_groups)
-        for number, one in zip(numbers, out.transpose(1, 2).flatten(2).unbind(), strict=True):
-            done[number] = one[: groups.lengths[number]]
-    return torch.cat(done)
+        done.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
+    return groups.move.undo(torch.cat(done))

@@ -8,8 +8,9 @@ out: the same results to rounding. It knows no model.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,14 @@ from torch.overrides import TorchFunctionMode
 #: Longer sequences keep the fused kernel, which holds no scores: these would be (n, H, T, T).
 MAX_TOKENS = 512
 _FLOAT16S = (torch.bfloat16, torch.float16)
+
+
+def give_back_memory() -> None:
+    """Hand what the C library keeps of freed memory back to the system, where that library is glibc."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 class cpu_kernels(TorchFunctionMode):  # noqa: N801 - used as a context, like torch's own
@@ -36,11 +45,6 @@ class cpu_kernels(TorchFunctionMode):  # noqa: N801 - used as a context, like to
         else:
             return func(*args, **kwargs)
         return func(*args, **kwargs) if found is None else found
-
-
-def recompute_contexts(device: torch.device) -> tuple[Any, Any]:
-    """For torch's checkpoint: what runs a second time, in the backward pass, runs as it did the first."""
-    return nullcontext(), cpu_kernels() if device.type == "cpu" else nullcontext()
 
 
 def _attention(

@@ -8,21 +8,23 @@ steps nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
 
 from model_core.errors import ConfigError, InvalidRequestError
 from model_core.fusion.base import FusionOutput
+from model_core.language.decoder import rotate
 from model_core.language.packed import packed_hidden
 from model_core.processing.batch import normalise_pixels
 from model_core.processing.images import PatchSpec
 from model_core.training.auxiliary import PackView
-from model_core.training.cpu_kernels import cpu_kernels, recompute_contexts
+from model_core.training.cpu_kernels import cpu_kernels
+from model_core.training.cpu_passes import fewer_passes, rotate_tokens
 from model_core.training.data.packs import PackedBatch
 from model_core.training.freeze import FreezeTable
 from model_core.training.losses import sample_losses
@@ -61,6 +63,7 @@ class PackForward:
         self._trained_towers: tuple[str, ...] = ()
         self._recompute_llm = False
         self._has_gradients_before = True
+        self._narrow: list[tuple[nn.Module, dict[str, Tensor]]] = []
         self._flash = model.config._attn_implementation == "flash_attention_2"
 
     @property
@@ -94,7 +97,7 @@ class PackForward:
         towers = {"qwen_vision": (backbone.visual, {"qwen_vision", "merger"}), "dinov2": (backbone.second, {"dinov2"})}
         for name, (module, parts) in towers.items():
             if name in self._wanted and trained & parts:
-                options = {"use_reentrant": False, "context_fn": partial(recompute_contexts, self.device)}
+                options = {"use_reentrant": False, "context_fn": self._recompute_contexts}
                 module.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
             elif name in self._wanted:
                 module.activation_checkpointing_disable()
@@ -115,11 +118,11 @@ class PackForward:
             if pack.grids:
                 features, fused = self._embed_images(pack, removed, arm)
                 embeds = self._splice(ids, embeds, fused.tokens)
-            recompute = partial(recompute_contexts, self.device) if self._recompute_llm else None
+            recompute = self._recompute_contexts if self._recompute_llm else None
             hidden = packed_hidden(
                 self.model.model.language_model, embeds, pack.position_ids.to(self.device), pack.sample_lengths,
                 blocks=pack.blocks, watch=watch if self._watched else None, recompute=recompute,
-                use_flash_attention=self._flash,
+                use_flash_attention=self._flash, rotate=rotate_tokens if self.device.type == "cpu" else rotate,
             )  # fmt: skip
             if self._autocasts:
                 hidden = hidden.to(torch.bfloat16)  # the head is the largest product of all
@@ -164,9 +167,38 @@ class PackForward:
     @contextmanager
     def _precision(self) -> Iterator[None]:
         device: Any = self.device.type
-        kernels = cpu_kernels() if device == "cpu" else nullcontext()
-        with kernels, torch.autocast(device, dtype=torch.bfloat16, enabled=self._autocasts, cache_enabled=False):
+        self._narrow = self._narrowed() if self._autocasts and device == "cpu" else []
+        autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=self._autocasts, cache_enabled=False)
+        try:
+            with self._kernels(self._narrow), autocast:
+                yield
+        finally:
+            self._narrow = []
+
+    def _narrowed(self) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+        """The towers with bfloat16 copies of their weights, so that what lies between products has 16 bits as well.
+
+        On a CPU that is most of the time, and autocast alone widens it again at every norm and sum. Gradients come to
+        the weights themselves."""
+        backbone = self.model.model
+        return [
+            (module, {name: p.to(torch.bfloat16) for name, p in module.named_parameters()})
+            for module in (backbone.visual, backbone.second)
+        ]
+
+    @contextmanager
+    def _kernels(self, narrow: Sequence[tuple[nn.Module, dict[str, Tensor]]]) -> Iterator[None]:
+        if self.device.type != "cpu":
             yield
+            return
+        with cpu_kernels(), fewer_passes(self.model), ExitStack() as stack:
+            for module, copies in narrow:
+                stack.enter_context(_reparametrize_module(module, copies))
+            yield
+
+    def _recompute_contexts(self) -> tuple[Any, Any]:
+        """For torch's checkpoint: what runs a second time, in the backward pass, runs as it did the first."""
+        return nullcontext(), self._kernels(self._narrow)
 
 
 def resolve_precision(asked: str, model: nn.Module) -> str:

@@ -185,7 +185,7 @@ def test_products_are_in_bfloat16_where_a_processor_has_units_for_it(
 
 
 def test_scaling_shortens_every_stage_and_ends_where_it_says(tmp_path: Path) -> None:
-    assert [stage.steps for stage in small_recipe(tmp_path, scale=0.01).stages()] == [30, 24, 2, 8, 6]
+    assert [stage.steps for stage in small_recipe(tmp_path, scale=0.01).stages()] == [30, 24, 2, 8, 6, 10, 12, 8]
     with pytest.raises(ConfigError, match="can't be scaled"):
         scaled({}, 0.0)
 

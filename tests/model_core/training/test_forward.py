@@ -76,6 +76,26 @@ def test_a_pack_equals_its_samples(fusion: str) -> None:
             assert off <= 1e-5 * own or off <= 1e-7 * largest, (name, off, own, largest)
 
 
+@pytest.mark.parametrize("recompute", [(), ("qwen_vision", "dinov2")])
+def test_in_bfloat16_the_towers_hold_16_bits_for_a_pass_and_the_weights_get_the_gradients(
+    recompute: tuple[str, ...],
+) -> None:
+    model = tiny.trained_model()
+    wide = gradients(forward(model), [pack_of(SAMPLES)])[1]
+    run, seen = forward(model, precision="bfloat16", recompute=recompute), []
+    towers = (model.model.visual, model.model.second)
+    hooks = [tower.register_forward_hook(lambda module, *_: seen.append(module.dtype)) for tower in towers]
+    narrow = gradients(run, [pack_of(SAMPLES)])[1]
+    assert len(seen) >= 2 and set(seen) == {torch.bfloat16} and all(tower.dtype == torch.float32 for tower in towers)
+    assert narrow.keys() == wide.keys()
+    for name in (n for n in wide if "visual.blocks" in n or "dinov2" in n):
+        assert narrow[name].dtype == torch.float32
+    flat = [torch.cat([grads[name].flatten() for name in sorted(wide)]) for grads in (wide, narrow)]
+    assert float(torch.cosine_similarity(*flat, dim=0)) > 0.99
+    for hook in hooks:
+        hook.remove()
+
+
 def test_a_sample_never_sees_its_neighbour() -> None:
     """Another picture and another text beside it change nothing, to the bit, in a sample's loss."""
     run = forward(tiny.trained_model())

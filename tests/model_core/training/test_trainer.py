@@ -23,6 +23,7 @@ from model_core.errors import (
 )
 from model_core.manifest import verify_folder
 from model_core.model import DualVisionModel
+from model_core.training import step
 from model_core.training.config import TrainConfig
 from model_core.training.events import Event, read_events
 from model_core.training.forward import PackForward
@@ -351,3 +352,12 @@ def test_what_never_trained_has_neither_gradient_nor_state(tmp_path: Path) -> No
     trained = {key.rpartition("/")[0] for key in run.optimizer.state_tensors()}
     assert trained and all(".fusion." in name for name in trained)
     assert all(p.grad is None for name, p in run.model.named_parameters() if ".fusion." not in name)
+
+
+def test_freed_memory_goes_back_to_the_system_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(step, "_STEPS_BETWEEN_TRIMS", 2)
+    run = trainer(recipe(num_epochs=2, max_steps=5), write=False)
+    monkeypatch.setattr(step, "give_back_memory", lambda: given.append(run.position.global_step))
+    run.train()
+    assert given == [1, 3], "within the second and the fourth step"
