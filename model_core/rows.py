@@ -1,4 +1,4 @@
-"""Rows moved from one order to another, or into padding and out of it, by gathers both ways.
+"""Rows moved into padding and out of it, by gathers both ways.
 
 Where every row is taken at most once, the gradient of a gather is a gather too. torch can't know that: it adds rows up
 one after the other (index_select), or makes a tensor for each piece (split, pad, stack and cat: of 64 samples in 5
@@ -35,11 +35,6 @@ class Move:
 
     forth: Gather
     back: Gather
-
-    @classmethod
-    def reorder(cls, order: Tensor) -> Move:
-        """order: a permutation of the rows."""
-        return cls(Gather(order), Gather(order.argsort()))
 
     @classmethod
     def pad(cls, lengths: Sequence[int], groups: Sequence[tuple[Sequence[int], int]], device: torch.device) -> Move:

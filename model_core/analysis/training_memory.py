@@ -5,13 +5,14 @@ In: a trainer after a step; out: bytes. What is frozen and never trained must sh
 
 from __future__ import annotations
 
-import ctypes
 import gc
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from model_core.training.cpu_kernels import give_back_memory
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -58,9 +59,9 @@ def reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
         return
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # else what an earlier round freed would count
+        give_back_memory()  # else what an earlier round freed would count
         _CLEAR.write_text("5")
-    except (OSError, AttributeError):
+    except OSError:
         return
 
 

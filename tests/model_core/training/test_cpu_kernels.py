@@ -34,8 +34,10 @@ def _close(found: list[Tensor], wanted: list[Tensor], tolerance: float) -> None:
     ids=["conv2d", "conv3d"],
 )
 def test_a_patch_projection_is_the_product_that_it_is(
-    pixels: tuple[int, ...], weight: tuple[int, ...], *, bias: bool
+    monkeypatch: pytest.MonkeyPatch, pixels: tuple[int, ...], weight: tuple[int, ...], *, bias: bool
 ) -> None:
+    products, linear = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda *args: products.append(args) or linear(*args))
     torch.manual_seed(0)
     inputs = [torch.randn(pixels), torch.randn(weight), *([torch.randn(8)] if bias else [])]
     convolve: Any = F.conv2d if len(pixels) == 4 else F.conv3d
@@ -45,6 +47,7 @@ def test_a_patch_projection_is_the_product_that_it_is(
 
     with cpu_kernels():
         found = _with_gradients(run, inputs)
+    assert len(products) == 1, "it was a product"
     _close(found, _with_gradients(run, inputs), 1e-5)
 
 

@@ -84,9 +84,12 @@ def test_in_bfloat16_the_towers_hold_16_bits_for_a_pass_and_the_weights_get_the_
     wide = gradients(forward(model), [pack_of(SAMPLES)])[1]
     run, seen = forward(model, precision="bfloat16", recompute=recompute), []
     towers = (model.model.visual, model.model.second)
-    hooks = [tower.register_forward_hook(lambda module, *_: seen.append(module.dtype)) for tower in towers]
+    norm, stood_in = model.model.language_model.norm, []
+    hooks = [norm.register_forward_hook(lambda module, *_: stood_in.append("forward" in vars(module)))]
+    hooks += [tower.register_forward_hook(lambda module, *_: seen.append(module.dtype)) for tower in towers]
     narrow = gradients(run, [pack_of(SAMPLES)])[1]
     assert len(seen) >= 2 and set(seen) == {torch.bfloat16} and all(tower.dtype == torch.float32 for tower in towers)
+    assert stood_in == [True] and "forward" not in vars(norm), "norms run in fewer passes, and only within a pass"
     assert narrow.keys() == wide.keys()
     for name in (n for n in wide if "visual.blocks" in n or "dinov2" in n):
         assert narrow[name].dtype == torch.float32
