@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from model_core.errors import InvalidRequestError
 from model_core.vision_tokens import Grid
 
 TEXT, IMAGE, VIDEO = 0, 1, 2
+_TAKE_BOTH = "Take input_ids and the grids from one call of the processor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +49,12 @@ def mrope_positions(
         InvalidRequestError: placeholders and grids don't match.
     """
     images, videos = iter(image_grids), iter(zip(video_grids, seconds_per_grid, strict=True))
-    parts: list[Tensor] = []
+    parts: list[np.ndarray] = []  # numpy's small arrays cost a third of torch's
     position = index = 0
     for kind, run in groupby(token_types):
         length = sum(1 for _ in run)
         if kind == TEXT:
-            parts.append(torch.arange(position, position + length).expand(3, -1))
+            parts.append(np.broadcast_to(np.arange(position, position + length), (3, length)))
             position += length
         else:
             left = length
@@ -64,13 +66,17 @@ def mrope_positions(
                 position += max(grid[1], grid[2]) // layout.merge_size
             if left < 0:
                 raise InvalidRequestError(
-                    "image placeholders don't match the image grids", value=f"{length} placeholders at token {index}"
-                )
+                    "image placeholders don't match the image grids", value=f"{length} placeholders at token {index}",
+                    allowed="as many as the grids have tokens", fix=_TAKE_BOTH,
+                )  # fmt: skip
         index += length
     if next(images, None) is not None or next(videos, None) is not None:
-        raise InvalidRequestError("there are more images than placeholders", value=len(image_grids) + len(video_grids))
-    positions = torch.cat(parts, dim=1)
-    return positions, int(positions.max()) + 1 - index
+        raise InvalidRequestError(
+            "there are more images than placeholders", value=len(image_grids) + len(video_grids),
+            allowed="placeholders for every grid", fix=_TAKE_BOTH,
+        )  # fmt: skip
+    positions = np.concatenate(parts, axis=1)
+    return torch.from_numpy(positions), int(positions.max()) + 1 - index
 
 
 def _next_grid(
@@ -84,12 +90,17 @@ def _next_grid(
         pair = next(videos, None)
         if pair is not None:
             return pair[0], layout.tokens_per_second * pair[1]
-    raise InvalidRequestError("there are more image placeholders than images", value=f"token {index}")
+    raise InvalidRequestError(
+        "there are more image placeholders than images", value=f"token {index}",
+        allowed="a grid for every image and video", fix=_TAKE_BOTH,
+    )  # fmt: skip
 
 
-def _grid_positions(grid: Grid, interval: float, layout: MropeLayout) -> Tensor:
-    """(3, N * tokens_per_cell), relative to where the image starts."""
+def _grid_positions(grid: Grid, interval: float, layout: MropeLayout) -> np.ndarray:
+    """(3, N * tokens_per_cell), relative to where the image starts. Times are cut to whole steps from float32."""
     t, h, w = grid[0], grid[1] // layout.merge_size, grid[2] // layout.merge_size
-    time = (torch.arange(t) * interval).long()
-    axes = torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")
-    return torch.stack(axes).reshape(3, -1).repeat_interleave(layout.tokens_per_cell, dim=1)
+    found = np.empty((3, t, h, w, layout.tokens_per_cell), dtype=np.int64)
+    found[0] = (np.arange(t, dtype=np.float32) * np.float32(interval)).astype(np.int64)[:, None, None, None]
+    found[1] = np.arange(h)[:, None, None]
+    found[2] = np.arange(w)[:, None]
+    return found.reshape(3, -1)

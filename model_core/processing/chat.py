@@ -9,6 +9,7 @@ of every assistant answer is known exactly (for labels). Knows no image and no t
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from model_core.types import ChatMessage, ImagePart, TextPart, VideoPart
 
 # Private-use characters: no tokenizer's template changes them, and user text never reaches the template.
 _MARK = re.compile("\ue000(\\d+)\ue001")
+
+#: A role with the kinds of its parts: text, image, video.
+_Turn = tuple[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,10 @@ class SpecialIds:
         names = ("<|image_pad|>", "<|video_pad|>", "<|im_end|>")
         missing = [name for name in names if name not in found]
         if missing:
-            raise ConfigError("the tokenizer lacks Qwen's special tokens", value=missing, allowed=", ".join(names))
+            raise ConfigError(
+                "the tokenizer lacks Qwen's special tokens", value=missing, allowed=", ".join(names),
+                fix="Take the tokenizer's files from a Qwen2.5-VL checkpoint",
+            )  # fmt: skip
         return cls(*(found[name] for name in names))
 
 
@@ -58,23 +65,24 @@ def encode_chat(tokenizer: Any, messages: Sequence[ChatMessage], *, add_generati
         InvalidRequestError: no messages, a lone surrogate in a text, a template that refuses.
     """
     if not messages:
-        raise InvalidRequestError("there are no messages", value=[], allowed="at least one message", param="messages")
+        raise InvalidRequestError(
+            "there are no messages", value=[], allowed="at least one message",
+            fix="Send the question as a message of the user", param="messages",
+        )  # fmt: skip
     texts: list[tuple[str, int]] = []
     media: list[ImagePart | VideoPart] = []
-    turns = []
+    turns: list[_Turn] = []
     for index, message in enumerate(messages):
-        content = []
+        kinds = []
         for part in message.parts:
             if isinstance(part, TextPart):
-                content.append({"type": "text", "text": f"\ue000{len(texts)}\ue001"})
+                kinds.append("text")
                 texts.append((part.text, index))
             else:
-                content.append({"type": "image" if isinstance(part, ImagePart) else "video"})
+                kinds.append("image" if isinstance(part, ImagePart) else "video")
                 media.append(part)
-        # A lone text is passed as a string, as templates that predate content parts expect.
-        plain = len(content) == 1 and content[0]["type"] == "text"
-        turns.append({"role": message.role, "content": content[0]["text"] if plain else content})
-    rendered = _render(tokenizer, turns, add_generation_prompt)
+        turns.append((message.role, tuple(kinds)))
+    rendered = _render(tokenizer, tuple(turns), add_generation_prompt)
     ids: list[int] = []
     spans: list[tuple[int, int, int]] = []
     for i, piece in enumerate(_MARK.split(rendered)):
@@ -94,8 +102,9 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InvalidRequestError(
-            "a text is not valid Unicode", value=ascii(text[error.start : error.end]), allowed="no lone surrogates"
-        ) from error
+            "a text is not valid Unicode", value=ascii(text[error.start : error.end]), allowed="no lone surrogates",
+            fix="Write both surrogates of the character, or leave it out",
+        ) from error  # fmt: skip
     return _backends(tokenizer, len(tokenizer))[1].encode(text, add_special_tokens=False).ids if text else []
 
 
@@ -121,15 +130,39 @@ def _backends(tokenizer: Any, _: int) -> tuple[Tokenizer, Tokenizer]:
     return special, plain
 
 
-def _render(tokenizer: Any, turns: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-    if not tokenizer.chat_template:
-        raise ConfigError("the tokenizer has no chat template", allowed="a Qwen2.5-VL tokenizer folder")
+def _render(tokenizer: Any, turns: tuple[_Turn, ...], add_generation_prompt: bool) -> str:
+    """The template around numbered marks. It sees no text, so conversations of one form are rendered once."""
+    template = tokenizer.chat_template
+    if not template:
+        raise ConfigError(
+            "the tokenizer has no chat template", value=type(tokenizer).__name__,
+            allowed="a Qwen2.5-VL tokenizer folder", fix="Take the tokenizer's files from a Qwen2.5-VL checkpoint",
+        )  # fmt: skip
+    # A template may ask for today's date; several by name are a dict; and long conversations are seldom alike.
+    is_kept = isinstance(template, str) and "strftime" not in template and sum(1 + len(k) for _, k in turns) <= 32
+    return (_rendered if is_kept else _rendered.__wrapped__)(tokenizer, template, turns, add_generation_prompt)
+
+
+@functools.lru_cache(maxsize=256)
+def _rendered(tokenizer: Any, _: Any, turns: tuple[_Turn, ...], add_generation_prompt: bool) -> str:
     from jinja2 import TemplateError  # noqa: PLC0415  jinja2 comes with transformers' chat templates, loaded on first use
 
+    numbers = itertools.count()
+    said = []
+    for role, kinds in turns:
+        content = [
+            {"type": kind, "text": f"\ue000{next(numbers)}\ue001"} if kind == "text" else {"type": kind}
+            for kind in kinds
+        ]
+        # A lone text is passed as a string, as templates that predate content parts expect.
+        said.append({"role": role, "content": content[0]["text"] if kinds == ("text",) else content})
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
-        raise InvalidRequestError("the chat template refuses these messages", value=str(error)) from error
+        raise InvalidRequestError(
+            "the chat template refuses these messages", value=str(error), allowed="what the model's own template takes",
+            fix="Change the roles or the order of the messages as it says",
+        ) from error  # fmt: skip
 
 
 def expand_placeholders(ids: Sequence[int], counts: Sequence[int], special: SpecialIds) -> tuple[list[int], list[int]]:
@@ -141,14 +174,22 @@ def expand_placeholders(ids: Sequence[int], counts: Sequence[int], special: Spec
     out: list[int] = []
     types: list[int] = []
     remaining = iter(counts)
-    for token in ids:
-        kind = 1 if token == special.image else 2 if token == special.video else 0
-        n = next(remaining, None) if kind else 1
+    kinds = {special.image: 1, special.video: 2}
+    begin = 0
+    for place in [i for i, token in enumerate(ids) if token in kinds]:
+        n = next(remaining, None)
         if n is None:
-            raise InvalidRequestError("there are more image placeholders than images", value=len(counts))
-        out += [token] * n
-        types += [kind] * n
-    return out, types
+            raise InvalidRequestError(
+                "there are more image placeholders than images", value=len(counts),
+                allowed="one placeholder for each image or video", fix="Use Qwen2.5-VL's own chat template",
+            )  # fmt: skip
+        out += ids[begin:place]
+        out += [ids[place]] * n
+        types += [0] * (place - begin)
+        types += [kinds[ids[place]]] * n
+        begin = place + 1
+    out += ids[begin:]
+    return out, types + [0] * (len(ids) - begin)
 
 
 def answer_labels(chat: EncodedChat, roles: Sequence[str], special: SpecialIds) -> list[int]:

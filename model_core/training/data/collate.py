@@ -72,25 +72,29 @@ def check_length(chat: EncodedChat, labels: Sequence[int], counts: Sequence[int]
             fix="Raise max_tokens, split the conversation, or use smaller images",
         )  # fmt: skip
     if not count_labels(labels):
-        raise RecordError("no_label_tokens", "no token of the sample is a label", allowed="an answer with words")
+        raise RecordError(
+            "no_label_tokens", "no token of the sample is a label", value=f"0 of {length} tokens",
+            allowed="an answer with words", fix="Write the answer, or leave the row out",
+        )  # fmt: skip
     return length
 
 
 def count_labels(labels: Sequence[int]) -> int:
     """Labels that something predicts: all but one at the first place."""
-    return sum(label != IGNORED for label in labels[1:])
+    rest = list(labels[1:])
+    return len(rest) - rest.count(IGNORED)
 
 
 def expand_labels(labels: Sequence[int], ids: Sequence[int], counts: Sequence[int], special: SpecialIds) -> list[int]:
     """Labels (T,) for ids whose placeholders are repeated as often as their media have tokens."""
     out: list[int] = []
-    remaining = iter(counts)
-    for label, token in zip(labels, ids, strict=True):
-        if token in (special.image, special.video):
-            out += [IGNORED] * next(remaining)
-        else:
-            out.append(label)
-    return out
+    begin = 0
+    places = [i for i, token in enumerate(ids) if token in (special.image, special.video)]
+    for place, count in zip(places, counts, strict=True):
+        out += labels[begin:place]
+        out += [IGNORED] * count
+        begin = place + 1
+    return out + list(labels[begin:])
 
 
 def pack(refs: Sequence[SampleRef], samples: Sequence[EncodedSample]) -> PackedBatch:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model_core.errors import ImageNotFoundError, ImageTooLargeError, RecordError
-from model_core.processing.sources import LazyImage
+from model_core.processing.sources import SHRINK, LazyImage
 from model_core.training.data.archive import Archive
 
 
@@ -45,22 +45,26 @@ class FolderStore(Store):
     """Files below a folder. Links inside it may only lead to places inside it; the folder itself may be a link."""
 
     def __init__(self, root: Path) -> None:
-        self._resolved = Path(root).resolve()
+        # A string: Path takes longer to resolve a name than the system to open it.
+        self._root = os.path.realpath(root)
 
     def shown(self, name: str) -> str:
-        return str(self._resolved / name)
+        return str(Path(self._root) / name)
 
     def read(self, name: str, max_bytes: int) -> bytes:
         try:
-            found = (self._resolved / name).resolve()
-            if not found.is_relative_to(self._resolved):
+            found = os.path.realpath(os.path.join(self._root, name))
+            if os.path.commonpath((self._root, found)) != self._root:
                 raise _outside(name)
             # Without O_NONBLOCK a pipe that nobody writes to would be waited on for ever.
             handle = os.open(found, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             with open(handle, "rb") as file:
                 status = os.fstat(handle)
                 if not stat.S_ISREG(status.st_mode):
-                    raise ImageNotFoundError("this path is not a file", value=name, allowed="an ordinary file")
+                    raise ImageNotFoundError(
+                        "this path is not a file", value=name, allowed="an ordinary file",
+                        fix="Name the picture's file itself",
+                    )  # fmt: skip
                 if status.st_size > max_bytes:
                     raise _too_large(name, max_bytes)
                 return file.read(max_bytes)
@@ -100,4 +104,4 @@ def _outside(name: str) -> RecordError:
 
 
 def _too_large(name: str, max_bytes: int) -> ImageTooLargeError:
-    return ImageTooLargeError("the file is too large", value=name, allowed=f"{max_bytes} bytes")
+    return ImageTooLargeError("the file is too large", value=name, allowed=f"{max_bytes} bytes", fix=SHRINK)
