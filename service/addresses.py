@@ -145,6 +145,7 @@ def _entry(text: str) -> tuple[str, bool]:
             "allowed_media_domains holds something that is no host",
             value=text,
             allowed="example.com, *.example.com, * for any public host; http:// before one allows plain http",
+            fix="Name the host alone, without a port or a path",
         )
     return (f"*.{host}" if name.startswith("*.") else host), may_be_plain
 

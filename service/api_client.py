@@ -32,7 +32,8 @@ class ApiClient:
     def __init__(self, url: str, key: str | None) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InvalidRequestError("this is no URL of a server", value=url, allowed="http://HOST:PORT")
+            allowed, fix = "http://HOST:PORT", "Correct --url or DVE_URL"
+            raise InvalidRequestError("this is no URL of a server", value=url, allowed=allowed, fix=fix)
         self._url, self._parts = url, parts
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
 
@@ -62,13 +63,19 @@ class ApiClient:
                 if line.startswith(b"data: "):
                     event: dict[str, Any] = json.loads(line[6:])
                     if "error" in event and "object" not in event:
-                        raise NotReadyError(str(event["error"].get("message")))
+                        raise NotReadyError(
+                            str(event["error"].get("message")), value=self._url,
+                            fix="Run the command again in a moment; the server's log tells what was wrong",
+                        )  # fmt: skip
                     yield event
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise self._unreachable(error) from None
         finally:
             connection.close()
-        raise ServerUnreachableError("the stream broke off", value=self._url)
+        raise ServerUnreachableError(
+            "the stream broke off", value=self._url, allowed="a stream that ends with [DONE]",
+            fix="Run the command again; if it breaks off anew, look into the server's log",
+        )  # fmt: skip
 
     def _send(
         self, method: str, path: str, query: Mapping[str, object] | None
@@ -85,7 +92,7 @@ class ApiClient:
             connection.close()
             raise self._unreachable(error) from None
         connection.close()
-        raise InvalidBodyError(_message(response.status, body))
+        raise self._refused(response.status, body)
 
     def _connect(self) -> http.client.HTTPConnection:
         host, port = self._parts.hostname or "", self._parts.port
@@ -99,9 +106,11 @@ class ApiClient:
             fix="Start it with `dve serve`, or name it with --url",
         )  # fmt: skip
 
-
-def _message(status: int, body: bytes) -> str:
-    try:
-        return str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"the server answered {status}"
+    def _refused(self, status: int, body: bytes) -> InvalidBodyError:
+        try:
+            return InvalidBodyError(str(json.loads(body)["error"]["message"]))  # it says itself what to do
+        except (ValueError, KeyError, TypeError):
+            return InvalidBodyError(
+                f"the server answered {status}", value=self._url, allowed="an answer of `dve serve`",
+                fix="Name the server itself with --url, or look into the log of what answers there",
+            )  # fmt: skip

@@ -176,9 +176,14 @@ async def _on_http_exception(routes: Sequence[BaseRoute], request: Request, erro
     elif status == 405:
         allow = ", ".join(_methods_of(request, routes))
         headers = {**(headers or {}), "Allow": allow}
-        shaped = MethodNotAllowedError("this path has another method", value=where, allowed=allow)
+        shaped = MethodNotAllowedError(
+            "this path has another method", value=where, allowed=allow, fix="Use one of them"
+        )
     else:
-        shaped = InvalidBodyError("the form can't be read", allowed="one file and the fields question and model")
+        shaped = InvalidBodyError(
+            "the form can't be read", allowed="one file and the fields question and model",
+            fix="Let the HTTP client write the form, as curl -F file=@PICTURE does",
+        )  # fmt: skip
     return error_response(shaped, request_id_var.get(), headers)
 
 
@@ -194,7 +199,8 @@ def _methods_of(request: Request, routes: Sequence[BaseRoute]) -> list[str]:
 async def _on_invalid_query(_: Request, error: Exception) -> Response:
     first: Mapping[str, Any] = error.errors()[0] if isinstance(error, RequestValidationError) else {}
     param = str(first.get("loc", ("",))[-1])
-    shaped = InvalidBodyError(f"'{param}': {first.get('msg', 'invalid')}", value=first.get("input"), param=param)
+    what, fix = f"'{param}': {first.get('msg', 'invalid')}", "Correct it or leave it out"
+    shaped = InvalidBodyError(what, value=first.get("input"), fix=fix, param=param)
     return error_response(shaped, request_id_var.get())
 
 

@@ -90,7 +90,10 @@ async def _measure(args: argparse.Namespace, load: Workload) -> tuple[list[Endpo
 def _base(url: str) -> str:
     """Raises ConfigError: this is no address."""
     if not url.startswith(("http://", "https://")):
-        raise ConfigError("this is no address of a server", value=url, allowed="http://HOST:PORT or https://HOST")
+        raise ConfigError(
+            "this is no address of a server", value=url, allowed="http://HOST:PORT or https://HOST",
+            fix="Put http:// or https:// before it",
+        )  # fmt: skip
     return url.rstrip("/").removesuffix("/v1")
 
 

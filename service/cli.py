@@ -24,7 +24,7 @@ MOUNTED: Mapping[str, tuple[str, str]] = {
     "checkpoints": ("model_core.cli.checkpoints", "list, inspect and prune the steps of a run"),
     "config": ("model_core.cli.configs", "check a training recipe: config validate FILE"),
     "data": ("model_core.cli.data", "check training data: data validate FILE"),
-    "configs": ("model_core.cli.configs", "write the shipped training recipes: configs create"),
+    "configs": ("model_core.cli.configs", "write the shipped training recipes (create), or list every key (keys)"),
     "demo": ("model_core.cli.demo", "build or evaluate the demo model"),
     "jobs": ("service.job_commands", "training jobs of a server: list, show, watch, cancel, pause, resume"),
     "fit": ("model_core.cli.fit", "say whether serving and each training mode fit the memory"),

@@ -79,4 +79,5 @@ class Deadline:
 
 
 def late() -> RequestTimeoutError:
-    return RequestTimeoutError("the request's time is over")
+    fix = "Ask for fewer tokens or send fewer pictures; whoever runs the server may raise --request_timeout_seconds"
+    return RequestTimeoutError("the request's time is over", fix=fix)

@@ -241,9 +241,9 @@ class EdgeProtocol(HttpToolsProtocol):
         elif not self._has_begun:
             self._close()
         else:
-            self._refuse(
-                SlowClientError("the request's headers did not come in time", allowed=f"{self._limits.head_seconds} s")
-            )
+            allowed = f"{self._limits.head_seconds} s"
+            what = "the request's headers did not come in time"
+            self._refuse(SlowClientError(what, allowed=allowed, fix="Send them at once"))
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -274,4 +274,5 @@ def _invalid(what: str) -> InvalidHttpError:
 
 
 def _too_large(limits: EdgeLimits) -> HeadersTooLargeError:
-    return HeadersTooLargeError("the request's headers are too large", allowed=f"{limits.head_bytes} bytes in all")
+    allowed, fix = f"{limits.head_bytes} bytes in all", "Send fewer or shorter headers"
+    return HeadersTooLargeError("the request's headers are too large", allowed=allowed, fix=fix)

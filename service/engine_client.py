@@ -48,6 +48,9 @@ _ARRIVAL_SECONDS = 0.25
 _LAST_WORDS_SECONDS = 0.3
 _JOIN_SECONDS = 1.0
 
+_WHEN_READY = "Retry when GET /health/ready answers 200"
+_RESTART = "Look into the server's log for the cause, and restart it"
+
 #: Tokens whose text is remembered: with log-probabilities every step asks for the same few again and again.
 _NUM_TOKEN_TEXTS = 65_536
 
@@ -181,15 +184,19 @@ class EngineClient:
     def check_ready(self) -> None:
         """Raises NotReadyError, EngineDeadError or DrainingError."""
         if self._is_draining and self._state != "dead":
-            raise DrainingError("the server is shutting down")
+            raise DrainingError("the server is shutting down", value="draining", allowed="ready", fix=_WHEN_READY)
         self.ready_engine()
 
     def check_live(self) -> None:
         """Raises EngineDeadError, or StalledError when work waits and nothing moves. Loading is alive."""
         if self._state in ("dead", "failed"):
-            raise EngineDeadError("the engine has stopped", value=self._state)
+            allowed = "loading or ready"
+            raise EngineDeadError("the engine has stopped", value=self._state, allowed=allowed, fix=_RESTART)
         if self.stalled_seconds > self._limits.stall_timeout_seconds:
-            raise StalledError("work waits and the engine does not move", value=f"{self.stalled_seconds:.0f} s")
+            raise StalledError(
+                "work waits and the engine does not move", value=f"{self.stalled_seconds:.0f} s",
+                allowed=f"{self._limits.stall_timeout_seconds:g} s", fix="Keep the server's log, then restart it",
+            )  # fmt: skip
 
     @property
     def stalled_seconds(self) -> float:
@@ -210,14 +217,14 @@ class EngineClient:
     def token_text(self, token_id: int) -> tuple[str, list[int]]:
         """A token's text and bytes. The list is shared: do not change it."""
         if self._token_text is None:
-            raise NotReadyError("the model is not loaded", value=self._state)
+            raise NotReadyError("the model is not loaded", value=self._state, allowed="ready", fix=_WHEN_READY)
         return self._token_text(token_id)
 
     def ready_engine(self) -> Fleet:
         if self._state == "dead":
-            raise EngineDeadError("the engine has stopped")
+            raise EngineDeadError("the engine has stopped", value=self._state, allowed="ready", fix=_RESTART)
         if self._engine is None or self._state != "ready":
-            raise NotReadyError("the model is not loaded", value=self._state)
+            raise NotReadyError("the model is not loaded", value=self._state, allowed="ready", fix=_WHEN_READY)
         return self._engine
 
     # Work
@@ -230,11 +237,14 @@ class EngineClient:
             if num_places > capacity:
                 raise InvalidRequestError(
                     "this server can't hold so many answers at once", value=num_places, allowed=f"at most {capacity}",
-                    param="n",
+                    fix="Lower 'n', or ask in several requests", param="n",
                 )  # fmt: skip
             num_taken = self._num_admitted + len(self._arrivals)
             if num_taken + num_places > capacity:
-                raise OverloadedError("the queue is full", value=num_taken, allowed=f"{capacity} requests")
+                raise OverloadedError(
+                    "the queue is full", value=num_taken, allowed=f"{capacity} requests",
+                    fix="Retry shortly with fewer requests at once, or raise --max_waiting",
+                )  # fmt: skip
         except EngineError as error:
             self.metrics.admission_rejections.labels(error.code).inc()
             raise
@@ -379,10 +389,11 @@ class EngineClient:
 
     def _end_admitted(self) -> None:
         for deadline in self._deadlines:
-            deadline.end(partial(DrainingError, "the server is shutting down"))
+            deadline.end(partial(DrainingError, "the server is shutting down", fix=_WHEN_READY))
 
     def _end_all(self, kind: type[DualVisionError]) -> None:
         for request_id in list(self._streams):
             # One error object each: raising one in many tasks would grow its traceback.
-            self._streams.pop(request_id).put(TokenEvent(request_id, error=kind("the engine has stopped")))
+            error = kind("the engine has stopped", fix=_RESTART)
+            self._streams.pop(request_id).put(TokenEvent(request_id, error=error))
             self._thread.commands.put(Abort(request_id))

@@ -79,7 +79,7 @@ class Fleet:
     def add_request(self, prepared: Routed) -> None:
         member, request_id = prepared.member, prepared.request_id
         if member.is_broken:
-            raise RequestFailedError("the model broke", value=member.info.model_id)
+            raise _broke(member)
         member.engine.add_request(prepared.prepared)
         member._ids.add(request_id)
         self._member_of[request_id] = member
@@ -107,7 +107,7 @@ class Fleet:
                 raise
             log_failure("a variant's engine broke", error)
             member.is_broken = True
-            failed = RequestFailedError("the model broke", value=member.info.model_id)
+            failed = _broke(member)
             events = [TokenEvent(request_id, error=failed) for request_id in sorted(member._ids)]
         for event in events:
             if event.is_terminal:
@@ -159,6 +159,13 @@ def _grown(total: EngineStats, now: EngineStats, before: EngineStats) -> EngineS
         total,
         **{name: _plus(getattr(total, name), getattr(now, name), getattr(before, name)) for name in _COUNTERS},
     )
+
+
+def _broke(member: Member) -> RequestFailedError:
+    return RequestFailedError(
+        "the model broke", value=member.info.model_id, allowed="a model whose engine runs",
+        fix="POST /v1/models/{id}/load loads it again, .../rollback goes to the version before",
+    )  # fmt: skip
 
 
 def _plus(total: Any, now: Any, before: Any) -> Any:

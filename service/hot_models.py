@@ -183,6 +183,7 @@ class HotModels:
         """
         known = self._models.setdefault(model.id, _Model())
         known.is_deleted = False  # the registry has just given it
+        self._drop_broken(known)  # that of a version which broke a moment ago is not what is asked for
         if again:
             known.failed.pop(model.version, None)
         if model.version not in known.versions:
@@ -254,8 +255,9 @@ class HotModels:
             )  # fmt: skip
         if not self._evict(budget - num_bytes):
             raise OverloadedError(
-                "models in use leave no room for another one", value=model.id, allowed=f"{budget} bytes"
-            )
+                "models in use leave no room for another one", value=model.id, allowed=f"{budget} bytes",
+                fix="Retry when requests to them have ended, or raise --variant_memory_bytes",
+            )  # fmt: skip
 
     def _evict(self, max_bytes: int, keep: _Hot | None = None) -> bool:
         """Until what is in memory fits. False: what is left is in use."""
@@ -314,7 +316,7 @@ class HotModels:
         if model is None or model.id != name:
             raise InvalidRequestError(
                 "the base and its arms can't be deleted", value=name, allowed="a fine-tuned model's own id",
-                param="model",
+                fix="Name a fine-tuned model without an arm; GET /v1/models lists them", param="model",
             )  # fmt: skip
         self._registry.delete(model.id)
         known = self._models.setdefault(model.id, _Model())

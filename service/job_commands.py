@@ -68,7 +68,10 @@ def _read_key(path: Path) -> str:
     try:
         return path.read_text(encoding="ascii").strip()
     except (OSError, ValueError) as error:
-        raise ConfigError("the key file can't be read", value=str(path), allowed=f"a key in ASCII ({error})") from None
+        raise ConfigError(
+            "the key file can't be read", value=str(path), allowed=f"a key in ASCII ({error})",
+            fix="Correct --key-file or what it names, or leave it out and set DVE_API_KEY",
+        ) from None  # fmt: skip
 
 
 def _path(job: str, rest: str = "") -> str:

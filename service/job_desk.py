@@ -172,7 +172,8 @@ class JobDesk:
         if record.purpose != "fine-tune" or record.status == "error":
             raise InvalidBodyError(
                 "this file can't be trained on", value=f"{record.purpose}, {record.status}",
-                allowed="a file of the purpose fine-tune that was read without an error", param=place,
+                allowed="a file of the purpose fine-tune that was read without an error",
+                fix="Upload a training file with the purpose fine-tune, and name its id", param=place,
             )  # fmt: skip
         return record
 
@@ -183,13 +184,15 @@ class JobDesk:
         if checkpoint is None:
             raise InvalidBodyError(
                 "there is no such checkpoint", value=fusion.resume_from,
-                allowed="an id of GET /v1/fine_tuning/jobs/{id}/checkpoints", param="fusion.resume_from",
+                allowed="an id of GET /v1/fine_tuning/jobs/{id}/checkpoints",
+                fix="Name one of these, or leave 'fusion.resume_from' out", param="fusion.resume_from",
             )  # fmt: skip
         job = self.store.jobs.get(checkpoint.job_id)
         if job.model != source.model_id:
             raise InvalidBodyError(
-                "the checkpoint was trained from another model", value=source.model_id, allowed=job.model, param="model"
-            )
+                "the checkpoint was trained from another model", value=source.model_id, allowed=job.model,
+                fix="Name that model, or leave 'fusion.resume_from' out", param="model",
+            )  # fmt: skip
         return job
 
     def _find(self, name: str, info: ModelInfo) -> _Found:
@@ -211,7 +214,8 @@ class JobDesk:
             return ModelSource(found.name, {**base, "start_from": checkpoint.path})
         raise found.error or ModelNotFoundError(
             "there is no such model to train", value=found.name,
-            allowed="the model that is served, a fine-tuned one or a checkpoint of one", param="model",
+            allowed="the model that is served, a fine-tuned one or a checkpoint of one",
+            fix="GET /v1/models lists the models, .../checkpoints those of a job", param="model",
         )  # fmt: skip
 
 

@@ -105,13 +105,19 @@ def parse_keys(text: str, source: str) -> KeyRing:
                 )
             digest = bytes.fromhex(found[2])
             if digest in scopes:
-                raise ConfigError("an API key is listed twice", value=f"line {number} of {source}", allowed="once")
+                raise ConfigError(
+                    "an API key is listed twice",
+                    value=f"line {number} of {source}",
+                    allowed="once",
+                    fix="Delete one of the two",
+                )
             scopes[digest] = "training" if found[1] == "training" else "inference"
     if not 0 < len(scopes) <= _MAX_KEYS:
         raise ConfigError(
             "API keys are configured, but not in a number that works",
             value=f"{len(scopes)} in {source}",
             allowed=f"1 to {_MAX_KEYS}; without the setting a server on loopback is open",
+            fix="Delete those that nobody uses" if scopes else "`dve keys create --scope inference` makes one",
         )
     return KeyRing(scopes)
 
@@ -219,4 +225,9 @@ def append_key(path: Path, line: str) -> None:
             text = file.read()
             file.write(line + "\n" if text.endswith("\n") or not text else f"\n{line}\n")
     except OSError as error:
-        raise ConfigError(f"the file can't be written: {error.strerror or error}", value=path) from None
+        raise ConfigError(
+            f"the file can't be written: {error.strerror or error}",
+            value=path,
+            allowed="a file that this user may write, in a folder that is there",
+            fix="Make its folder, or name another one with --out",
+        ) from None

@@ -112,7 +112,10 @@ class ModelLoader:
         try:
             made = encoder.beside(folder, model_id, sizes)
         except torch.OutOfMemoryError:
-            raise ModelTooLargeError("the model does not fit the device's memory", value=model_id) from None
+            raise ModelTooLargeError(
+                "the model does not fit the device's memory", value=model_id,
+                fix="Unload another model or lower --kv_cache_bytes, then POST /v1/models/{id}/load",
+            ) from None  # fmt: skip
         return LoadedEngine(made.engine, made.bytes_beside(encoder))
 
 

@@ -189,6 +189,7 @@ class BodyLimit:
                 raise SlowClientError(
                     "the request body did not come in time", value=f"{received} bytes",
                     allowed=f"{self._body_seconds} s, and 1 s more for each {_LEAST_BYTES_PER_SECOND} bytes",
+                    fix="Send it again without pauses, and smaller where the connection is slow",
                 ) from None  # fmt: skip
             is_whole = not message.get("more_body", False)
             num_bytes = len(message.get("body", b""))
@@ -215,4 +216,7 @@ class BodyLimit:
 
 def _check_size(num_bytes: int, limit: int, seen: str) -> None:
     if num_bytes > limit:
-        raise RequestTooLargeError("the request body is too large", value=seen, allowed=f"at most {limit} bytes")
+        raise RequestTooLargeError(
+            "the request body is too large", value=seen, allowed=f"at most {limit} bytes",
+            fix="Send fewer or smaller pictures, or a smaller file",
+        )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 
 from model_core.errors import ConfigError, InvalidRequestError
 from model_core.training.config import DEFAULT_LEARNING_RATES, TrainConfig, parse_config
-from service.protocol.fine_tuning import CreateJobRequest, FreezeRequest, Hyperparameters, JobFusion
+from service.protocol.fine_tuning import CreateJobRequest, FreezeRequest, Hyperparameters, JobFusion, Resources
 
 DEMO = "dve-demo"
 
@@ -102,49 +102,56 @@ def files_of(body: CreateJobRequest) -> dict[str, str]:
 
 
 def _check_contradictions(body: CreateJobRequest, fusion: JobFusion, hyperparameters: Hyperparameters) -> None:
-    resources = fusion.resources
-    wrong: list[tuple[bool, str, str, str]] = [
+    resources, trained_on = fusion.resources or Resources(), _training_files(body, fusion)
+    has_stages = fusion.curriculum is not None
+    # Of each: whether it is so; what, value, allowed and fix of its message; where it stands.
+    wrong: list[tuple[bool, str, object, str, str, str]] = [
         (
-            fusion.curriculum is not None and fusion.freeze is not None,
-            "a curriculum's stages say what trains, and so does 'fusion.freeze'", "one of the two", "fusion.freeze",
+            has_stages and fusion.freeze is not None,
+            "a curriculum's stages say what trains, and so does 'fusion.freeze'", "both", "one of the two",
+            "Move it into the stages' own 'freeze'", "fusion.freeze",
         ),
         (
-            fusion.curriculum is not None and hyperparameters.n_epochs != "auto",
-            "a curriculum's stages have epochs of their own", "'auto', or no curriculum", "hyperparameters.n_epochs",
+            has_stages and hyperparameters.n_epochs != "auto",
+            "a curriculum's stages have epochs of their own", hyperparameters.n_epochs, "'auto', or no curriculum",
+            "Leave it out, and set the stages' 'epochs'", "hyperparameters.n_epochs",
         ),
         (
             fusion.early_stopping is not None and body.validation_file is None,
-            "early stopping looks at the validation file, and there is none", "a 'validation_file'",
-            "fusion.early_stopping",
+            "early stopping looks at the validation file, and there is none", "none", "a 'validation_file'",
+            "Name a 'validation_file', or leave early stopping out", "fusion.early_stopping",
         ),
         (
-            resources is not None and resources.device == "cpu" and resources.num_gpus > 0,
-            "the job is to run on the CPU and to have GPUs", "one of the two", "fusion.resources",
+            resources.device == "cpu" and resources.num_gpus > 0,
+            "the job is to run on the CPU and to have GPUs", f"cpu and {resources.num_gpus} GPUs", "one of the two",
+            "Set 'device' to cuda, or leave 'num_gpus' out", "fusion.resources",
         ),
         (
-            resources is not None and resources.num_gpus > 1,
-            "one process trains a job, on one GPU", "0 or 1", "fusion.resources.num_gpus",
+            resources.num_gpus > 1,
+            "one process trains a job, on one GPU", resources.num_gpus, "0 or 1",
+            "Set it to 1", "fusion.resources.num_gpus",
         ),
         (
-            body.validation_file is not None and body.validation_file in _training_files(body, fusion),
-            "the validation file is a training file as well", "a file of its own", "validation_file",
+            body.validation_file in trained_on,
+            "the validation file is a training file as well", body.validation_file, "a file of its own",
+            "Upload held-out rows as a file of their own, or leave it out", "validation_file",
         ),
         (
-            fusion.datasets is not None and body.training_file not in _training_files(body, fusion),
-            "'training_file' is not among 'fusion.datasets'", "one of their files", "training_file",
+            fusion.datasets is not None and body.training_file not in trained_on,
+            "'training_file' is not among 'fusion.datasets'", body.training_file, "one of their files",
+            "Add it to 'fusion.datasets', or name one of those", "training_file",
         ),
     ]  # fmt: skip
-    wrong += [
-        (
-            not set(stage.dataset_weights or ()) <= set(_training_files(body, fusion)),
-            "a stage weighs a file that the job does not train on", "files of 'fusion.datasets'",
-            f"fusion.curriculum[{index}].dataset_weights",
-        )
-        for index, stage in enumerate(fusion.curriculum or ())
-    ]  # fmt: skip
-    for is_wrong, what, allowed, param in wrong:
+    for index, stage in enumerate(fusion.curriculum or ()):
+        others = sorted(set(stage.dataset_weights or ()) - set(trained_on))
+        wrong.append((
+            bool(others),
+            "a stage weighs a file that the job does not train on", ", ".join(others), "files of 'fusion.datasets'",
+            "Leave it out, or add it to 'fusion.datasets'", f"fusion.curriculum[{index}].dataset_weights",
+        ))  # fmt: skip
+    for is_wrong, what, value, allowed, fix, param in wrong:
         if is_wrong:
-            raise InvalidRequestError(what, allowed=allowed, param=param)
+            raise InvalidRequestError(what, value=value, allowed=allowed, fix=fix, param=param)
 
 
 def _training_files(body: CreateJobRequest, fusion: JobFusion) -> list[str]:

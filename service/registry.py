@@ -167,5 +167,6 @@ class FolderRegistry:
 
 def _unknown(model_id: str) -> ModelNotFoundError:
     return ModelNotFoundError(
-        "there is no such model", value=model_id, allowed="GET /v1/models lists them", param="model"
-    )
+        "there is no such model", value=model_id, allowed="a fine-tuned model of this server",
+        fix="GET /v1/models lists them", param="model",
+    )  # fmt: skip

@@ -116,7 +116,7 @@ class Settings(BaseSettings):
     public_paths: str = Field(
         "/metrics,/openapi.json",
         pattern=r"^(|(/metrics|/openapi\.json)(,(/metrics|/openapi\.json))*)$",
-        description="of /metrics and /openapi.json, those that take no key; the probes and /ui never do",
+        description="of /metrics and /openapi.json, those that take no key; the probes never do",
     )
     key_requests_per_minute: int = Field(
         0, ge=0, le=1_000_000, description="requests a minute of one key; one more is refused (429); 0: no limit"
@@ -230,7 +230,11 @@ def _read(role: type[_Role], given: Mapping[str, object]) -> _Role:
     try:
         return role(**{name: value for name, value in given.items() if name in role.model_fields})  # type: ignore[arg-type]
     except ValidationError as error:
-        raise ConfigError("; ".join(_line(e["loc"], e["msg"], e["input"]) for e in error.errors())) from None
+        raise ConfigError(
+            "; ".join(_line(e["loc"], e["msg"], e["input"]) for e in error.errors()),
+            fix="Change it in the environment or on the command line; `dve serve --help` and `dve worker --help` tell "
+            "what each setting takes",
+        ) from None
 
 
 def load_all_settings(assignments: Sequence[str] = ()) -> tuple[Settings, JobSettings, WorkerSettings]:
@@ -294,6 +298,7 @@ def _given(flags: Mapping[str, object], assignments: Sequence[str], names: Seque
                 f"the setting {name} is given twice",
                 value=f"{_shown(name, given[name])} and {_shown(name, value)}",
                 allowed="once on the command line",
+                fix="Leave one of the two out",
             )
         given[name] = value
     return given

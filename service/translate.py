@@ -72,8 +72,9 @@ def resolve_model(info: ModelInfo, name: str | None) -> tuple[str, Arm]:
         if name == f"{info.model_id}@{arm}":
             return name, arm
     raise ModelNotFoundError(
-        "there is no such model", value=name, allowed=", ".join(card.id for card in model_cards(info)), param="model"
-    )
+        "there is no such model", value=name, allowed=", ".join(card.id for card in model_cards(info)),
+        fix="GET /v1/models lists all", param="model",
+    )  # fmt: skip
 
 
 def plan_chat(body: ChatCompletionRequest, info: ModelInfo) -> ChatPlan:
@@ -86,6 +87,7 @@ def plan_chat(body: ChatCompletionRequest, info: ModelInfo) -> ChatPlan:
             "'fusion.arm' and 'model' name two arms",
             value=f"{asked} and {arm}",
             allowed="one of them, or the same arm",
+            fix="Leave 'fusion.arm' out, or the @ and what follows it in 'model'",
             param="fusion.arm",
         )
     return ChatPlan(
@@ -137,8 +139,9 @@ def _to_format(asked: protocol.ResponseFormat | None) -> ResponseFormat | None:
         return ResponseFormat(json.dumps(schema, allow_nan=False))
     except ValueError:
         raise InvalidSchemaError(
-            "the JSON schema holds a number that is not finite", allowed="finite numbers", param="response_format"
-        ) from None
+            "the JSON schema holds a number that is not finite", value="NaN or an infinity", allowed="finite numbers",
+            fix="Put a finite number there, or leave that keyword out", param="response_format",
+        ) from None  # fmt: skip
 
 
 def to_requests(plan: ChatPlan, messages: tuple[ChatMessage, ...], completion_id: str) -> tuple[GenerationRequest, ...]:

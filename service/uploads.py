@@ -63,6 +63,7 @@ class UploadStore:
                 "the file is larger than all room for uploads",
                 value=f"{len(data)} bytes",
                 allowed=f"{self._max_bytes} bytes",
+                fix="Scale it down or compress it",
             )
         now = self._now()
         name = filename[:_MAX_NAME_CHARACTERS]

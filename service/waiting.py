@@ -24,6 +24,7 @@ class WaitingBytes:
                 "the bodies of waiting requests fill their room",
                 value=f"{self.num_bytes} bytes and {num_more} more",
                 allowed=f"{self._max_bytes} bytes",
+                fix="Retry shortly, or send fewer or smaller pictures",
             )
 
 

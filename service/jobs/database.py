@@ -105,7 +105,10 @@ class Database:
             has_turn = self._own_turn.acquire(timeout=max(give_up_at - time.monotonic(), 0.0))
             self._next.release()
         if not has_turn:
-            raise StoreUnavailableError("the database does not answer (another write does not end)")
+            raise StoreUnavailableError(
+                "the database does not answer (another write does not end)", value=f"{_BUSY_SECONDS:g} s of waiting",
+                fix=f"Retry in a few seconds; if it stays so, look for what holds {SQLITE_NAME}, or a disk that hangs",
+            )  # fmt: skip
         try:
             yield
         finally:
@@ -186,7 +189,11 @@ def _postgresql(url: str) -> URL:
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
-        raise ConfigError("DVE_DATABASE_URL is no URL", allowed=allowed, param="database_url") from None
+        raise ConfigError(
+            "DVE_DATABASE_URL is no URL", value="(not shown)", allowed=allowed,
+            fix="Percent-encode what is special in its password, or leave it out for SQLite in the data folder",
+            param="database_url",
+        ) from None  # fmt: skip
     if parsed.drivername not in ("postgresql", "postgres", "postgresql+psycopg"):
         raise ConfigError(
             "DVE_DATABASE_URL names a database that is not supported", value=parsed.drivername, allowed=allowed,
@@ -246,13 +253,21 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except DataError as error:  # PostgreSQL's; what a client can put into a text and SQLite would take
-        raise InvalidBodyError("a text can't be stored", allowed="text without NUL and lone surrogates") from error
+        raise InvalidBodyError(
+            "a text can't be stored", allowed="text without NUL and lone surrogates", fix="Remove these characters"
+        ) from error
     except UnicodeEncodeError as error:
-        raise InvalidBodyError("a text can't be stored", allowed="text without lone surrogates") from error
+        raise InvalidBodyError(
+            "a text can't be stored", value=ascii(error.object[error.start : error.end]),
+            allowed="text without lone surrogates", fix="Remove these characters",
+        ) from error  # fmt: skip
     except (OperationalError, DBAPIError) as error:
         cause = str(error.orig).lower()
         if any(words in cause for words in _FULL):
             raise StorageFullError("the disk is full", fix="Free some room") from error
         if isinstance(error, OperationalError) or error.connection_invalidated:
-            raise StoreUnavailableError(f"the database does not answer ({type(error.orig).__name__})") from error
+            raise StoreUnavailableError(
+                f"the database does not answer ({type(error.orig).__name__})",
+                fix="Retry in a few seconds; if it stays so, `dve doctor` tells how the database is",
+            ) from error
         raise

@@ -26,6 +26,7 @@ _TAIL_BYTES = 22 + 65_535
 _END_OF_DIRECTORY = b"PK\x05\x06"
 _ARCHIVES = (".zip", ".tar", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst", ".tgz")
 _ROWS = (".json", ".jsonl")
+_FIX = "Correct the file, and upload it again"
 _ALLOWED = 'JSONL with {"messages": [...]} on each line, or a zip of JSON or JSONL and images'
 
 
@@ -130,15 +131,15 @@ def _start(line: bytes) -> str:
 
 
 def _refused(what: str, value: object, allowed: str) -> InvalidTrainingFileError:
-    return InvalidTrainingFileError(what, value=value, allowed=allowed, param="file")
+    return InvalidTrainingFileError(what, value=value, allowed=allowed, fix=_FIX, param="file")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints {"ok": ...} or {"error": {what, value, allowed}}."""
+    """Prints {"ok": ...} or {"error": {what, value, allowed, fix}}."""
     try:
         report: dict[str, Any] = {"ok": check_dataset_file(Path(argv[0]))}
     except InvalidTrainingFileError as error:
-        report = {"error": {"what": error.what, "value": str(error.value), "allowed": error.allowed}}
+        report = {"error": {"what": error.what, "value": str(error.value), "allowed": error.allowed, "fix": error.fix}}
     sys.stdout.write(json.dumps(report))
     return 0
 

@@ -102,7 +102,8 @@ class IncomingFile:
         if self.num_bytes > self._max_bytes:
             raise RequestTooLargeError(
                 "the file is too large", value=f"more than {self._max_bytes} bytes",
-                allowed=f"at most {self._max_bytes} bytes", param="file",
+                allowed=f"at most {self._max_bytes} bytes",
+                fix="Send a smaller one; rows may lie in several files of 'fusion.datasets'", param="file",
             )  # fmt: skip
         with storage_errors():
             self._file.write(data)

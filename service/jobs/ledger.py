@@ -334,11 +334,15 @@ def _no_job(job_id: str) -> JobNotFoundError:
 
 def _refuse_if_ended(job: Job, verb: str) -> None:
     if job.is_terminal:
-        raise JobFinishedError(f"can't {verb} a job that has ended", value=job.status, allowed="a job that has not")
+        raise JobFinishedError(
+            f"can't {verb} a job that has ended", value=job.status, allowed="a job that has not",
+            fix="To train on, create a job with 'fusion.resume_from' a checkpoint of this one",
+        )  # fmt: skip
 
 
 def _ending(verb: str) -> JobStateError:
-    return JobStateError(f"can't {verb} a job that is being cancelled", allowed="wait until it is cancelled")
+    what = f"can't {verb} a job that is being cancelled"
+    return JobStateError(what, allowed="a job that goes on", fix="Create another")
 
 
 def _has_expired(connection: Connection, job: Job) -> bool:
@@ -357,8 +361,9 @@ def _by_key(connection: Connection, owner: str, body_hash: str, key: str) -> Job
         return None
     if row.body_hash != body_hash:
         raise IdempotencyConflictError(
-            "this Idempotency-Key was used for another request", value=key, allowed="the same body again, or a new key"
-        )
+            "this Idempotency-Key was used for another request", value=key, allowed="the same body again, or a new key",
+            fix="Choose a new key for this body",
+        )  # fmt: skip
     return _get(connection, row.job_id)
 
 
@@ -367,7 +372,8 @@ def _check_files(connection: Connection, new: NewJob) -> None:
     for file_id in sorted(set(new.files)):
         row = connection.execute(select(files.c.id).where(files.c.id == file_id).with_for_update(read=True)).first()
         if row is None:
-            raise InvalidBodyError("there is no such file", value=file_id, allowed="the id of an uploaded file")
+            allowed, fix = "the id of an uploaded file", "Upload it again"
+            raise InvalidBodyError("there is no such file", value=file_id, allowed=allowed, fix=fix)
 
 
 def _insert_beside(connection: Connection, job_id: str, new: NewJob) -> None:
@@ -388,5 +394,6 @@ def _after(connection: Connection, statement: Select[Any], table: Table, after: 
 def _seq_of(connection: Connection, table: Table, after: str) -> int:
     seq = connection.execute(select(table.c.seq).where(table.c.id == after)).scalar_one_or_none()
     if seq is None:
-        raise InvalidBodyError("'after' names nothing", value=after, allowed="an id of the page before", param="after")
+        allowed, fix = "an id of the page before", "Take that page's last_id, or leave 'after' out"
+        raise InvalidBodyError("'after' names nothing", value=after, allowed=allowed, fix=fix, param="after")
     return int(seq)

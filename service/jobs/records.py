@@ -93,8 +93,10 @@ class FileRows:
             if after is not None:
                 seq = connection.execute(select(files.c.seq).where(files.c.id == after)).scalar_one_or_none()
                 if seq is None:
-                    allowed = "an id of the page before"
-                    raise InvalidBodyError("'after' names nothing", value=after, allowed=allowed, param="after")
+                    raise InvalidBodyError(
+                        "'after' names nothing", value=after, allowed="an id of the page before",
+                        fix="Take that page's last_id, or leave 'after' out", param="after",
+                    )  # fmt: skip
                 statement = statement.where(files.c.seq > seq if is_ascending else files.c.seq < seq)
             found = [to_record(FileRecord, row) for row in connection.execute(statement).mappings()]
         return found[:limit], len(found) > limit

@@ -170,30 +170,36 @@ def _check_combinations(body: ChatCompletionRequest) -> None:
             "'response_format.json_schema' and the type 'json_schema' belong together",
             value=form.type,
             allowed='{"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}',
+            fix="Give both, or for any object the type json_object alone",
             param="response_format",
         )
     if body.stream_options is not None and not body.stream:
         raise InvalidBodyError(
-            "'stream_options' needs a stream", value="stream: false", allowed="stream: true", param="stream_options"
-        )
+            "'stream_options' needs a stream", value="stream: false", allowed="stream: true",
+            fix="Set 'stream' to true, or leave 'stream_options' out", param="stream_options",
+        )  # fmt: skip
     if body.top_logprobs and not body.logprobs:
         raise InvalidBodyError(
-            "'top_logprobs' needs 'logprobs'", value="logprobs: false", allowed="logprobs: true", param="top_logprobs"
-        )
+            "'top_logprobs' needs 'logprobs'", value="logprobs: false", allowed="logprobs: true",
+            fix="Set 'logprobs' to true, or leave 'top_logprobs' out", param="top_logprobs",
+        )  # fmt: skip
     limits = {body.max_tokens, body.max_completion_tokens} - {None}
     if len(limits) > 1:
         raise InvalidBodyError(
             "'max_tokens' and 'max_completion_tokens' contradict each other",
             value=f"{body.max_tokens} and {body.max_completion_tokens}",
             allowed="one of them, or the same number",
+            fix="Leave one of the two out",
             param="max_tokens",
         )
 
 
 def _check_message(where: str, message: Message) -> list[str]:
     for name in ("tool_calls", "function_call", "audio"):
-        if (message.model_extra or {}).get(name) not in (None, []):
+        found = (message.model_extra or {}).get(name)
+        if found not in (None, []):
             raise UnsupportedParameterError(
-                f"'{name}' in a message is not supported by this server", param=f"{where}.{name}"
-            )
+                f"'{name}' in a message is not supported by this server", value=type(found).__name__,
+                allowed="null or []", fix="Leave it out", param=f"{where}.{name}",
+            )  # fmt: skip
     return [*extra_names(where, message), *content_extras(where, message.content)]

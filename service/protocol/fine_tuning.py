@@ -169,7 +169,8 @@ class CreateJobRequest(BaseModel):
         newer = supervised.hyperparameters if supervised else None
         if newer is not None and self.hyperparameters is not None:
             raise InvalidBodyError(
-                "'hyperparameters' stand in two places", allowed="method.supervised.hyperparameters alone",
+                "'hyperparameters' stand in two places", value="both",
+                allowed="method.supervised.hyperparameters alone", fix="Move all of them there",
                 param="hyperparameters",
             )  # fmt: skip
         return newer or self.hyperparameters or Hyperparameters()
@@ -190,8 +191,9 @@ def check_supported(body: CreateJobRequest) -> None:
     method = body.method or Method()
     if method.type != "supervised":
         raise UnsupportedParameterError(
-            "this fine-tuning method is not supported", value=method.type, allowed="supervised", param="method.type"
-        )
+            "this fine-tuning method is not supported", value=method.type, allowed="supervised",
+            fix="Set it to supervised, or leave 'method' out", param="method.type",
+        )  # fmt: skip
     for name in ("dpo", "reinforcement"):
         if getattr(method, name) is not None:
             raise UnsupportedParameterError(

@@ -75,13 +75,15 @@ def _purpose(fields: Mapping[str, str]) -> FilePurpose:
     for name in fields:
         if name not in _FIELDS:
             raise InvalidBodyError(
-                "unknown form field", value=name, allowed=f"file, {', '.join(_FIELDS)}", param=name[:64]
-            )
+                "unknown form field", value=name, allowed=f"file, {', '.join(_FIELDS)}",
+                fix="Leave it out, or correct its name", param=name[:64],
+            )  # fmt: skip
     given = fields.get("purpose")
     if given is None or given not in _UPLOAD_PURPOSES:
         raise InvalidBodyError(
             "this purpose is not served" if given else "the form names no purpose", value=given,
             allowed=", ".join(_UPLOAD_PURPOSES), param="purpose",
+            fix="Set 'purpose' to fine-tune for training data, to vision for a picture",
         )  # fmt: skip
     return _UPLOAD_PURPOSES[given]
 
@@ -93,13 +95,14 @@ def _expiry(fields: Mapping[str, str]) -> float | None:
     if anchor != "created_at":
         raise InvalidBodyError(
             "files expire counted from their creation alone", value=anchor, allowed="created_at",
-            param="expires_after.anchor",
+            fix="Set expires_after[anchor] to created_at", param="expires_after.anchor",
         )  # fmt: skip
     is_number = seconds is not None and seconds.isascii() and seconds.isdecimal() and len(seconds) <= 10
     if not is_number or not _MIN_EXPIRY_SECONDS <= int(seconds or 0) <= _MAX_EXPIRY_SECONDS:
         raise InvalidBodyError(
             "this is no life of a file", value=seconds, param="expires_after.seconds",
             allowed=f"{_MIN_EXPIRY_SECONDS} to {_MAX_EXPIRY_SECONDS} seconds",
+            fix="Set expires_after[seconds] to a whole number in that range",
         )  # fmt: skip
     return float(seconds or 0)
 
@@ -118,11 +121,13 @@ async def _check(incoming: IncomingFile, purpose: FilePurpose, limits: MediaLimi
 def _check_picture(path: Path) -> None:
     data = path.read_bytes()
     if not data:
-        raise EmptyImageError("the image is empty", value="0 bytes", allowed="an encoded image", param="file")
+        fix = "Check that the file was written and sent whole"
+        raise EmptyImageError("the image is empty", value="0 bytes", allowed="an encoded image", fix=fix, param="file")
     if (found := sniff(data)) not in _PICTURES:
         raise UnsupportedImageError(
-            "this is no picture that is read here", value=found, allowed=", ".join(_PICTURES), param="file"
-        )
+            "this is no picture that is read here", value=found or "bytes of no known format",
+            allowed=", ".join(_PICTURES), fix="Convert it to PNG or JPEG", param="file",
+        )  # fmt: skip
 
 
 async def _check_elsewhere(path: Path) -> None:
@@ -139,7 +144,7 @@ async def _check_elsewhere(path: Path) -> None:
         error = report.get("error", {})
         raise InvalidTrainingFileError(
             error.get("what", "the file can't be read"), value=error.get("value"), allowed=error.get("allowed", ""),
-            param="file",
+            fix=error.get("fix", "Upload it again"), param="file",
         )  # fmt: skip
 
 
@@ -171,7 +176,10 @@ async def get_file_content(file_id: str, parts: Parts, caller: CallerOf) -> Resp
     record = await asyncio.to_thread(_visible, parts.desk, file_id, caller)
     path = parts.desk.folder.path(record.path)
     if not await asyncio.to_thread(path.is_file):
-        raise UploadNotFoundError("the file's bytes are gone", value=file_id, param="file_id")
+        raise UploadNotFoundError(
+            "the file's bytes are gone", value=file_id, allowed="a file whose bytes are on the server's disk",
+            fix="Upload it again, or ask whoever runs the server to restore it", param="file_id",
+        )  # fmt: skip
     # Never shown by a browser, whatever is in it.
     disposition = f"attachment; filename*=utf-8''{quote(record.name, safe='')}"
     return FileResponse(path, media_type="application/octet-stream", headers={"content-disposition": disposition})
@@ -196,5 +204,6 @@ def _visible(desk: JobDesk, file_id: str, caller: Caller) -> FileRecord:
     if is_own if record.purpose == "vision" else caller.scope == "training":
         return record
     raise UploadNotFoundError(
-        "there is no such file, or not any more", value=file_id, allowed="the id of an uploaded file", param="file_id"
-    )
+        "there is no such file, or not any more", value=file_id, allowed="the id of an uploaded file",
+        fix="Upload it again", param="file_id",
+    )  # fmt: skip

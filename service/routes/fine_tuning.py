@@ -34,7 +34,8 @@ async def create_fine_tuning_job(request: Request, parts: Parts, caller: CallerO
     if key is not None and not 0 < len(key) <= _MAX_KEY_CHARACTERS:
         raise InvalidBodyError(
             "the Idempotency-Key can't be kept", value=f"{len(key)} characters",
-            allowed=f"1 to {_MAX_KEY_CHARACTERS} characters", param="Idempotency-Key",
+            allowed=f"1 to {_MAX_KEY_CHARACTERS} characters", fix="Send a UUID, or leave the header out",
+            param="Idempotency-Key",
         )  # fmt: skip
     retries = request.headers.get("x-stainless-retry-count", "0")
     asking = Asking(
@@ -77,6 +78,7 @@ async def list_fine_tuning_jobs(
         raise InvalidBodyError(
             "this filter by metadata can't be read", value=without, param="metadata",
             allowed=f"up to {_MAX_FILTERS} metadata[key]=value, or metadata=null",
+            fix="Filter by so many keys at most, or by metadata=null alone",
         )  # fmt: skip
     jobs, has_more = await asyncio.to_thread(
         parts.desk.store.jobs.page, after=after, limit=limit, metadata=wanted, has_no_metadata=without is not None

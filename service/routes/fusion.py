@@ -65,8 +65,9 @@ async def get_fusion_weights(
     if request_id is not None:
         if file_id is not None:
             raise InvalidBodyError(
-                "'request_id' and 'file_id' ask for two things", allowed="one of them", param="file_id"
-            )
+                "'request_id' and 'file_id' ask for two things", value=f"{request_id} and {file_id}",
+                allowed="one of them", fix="Ask for each in a request of its own", param="file_id",
+            )  # fmt: skip
         return _one_request(parts, caller, request_id)
     if file_id is not None:
         record, data = parts.media.uploads.get(file_id, caller.key_id)
@@ -94,6 +95,7 @@ def _one_request(parts: AppParts, caller: Caller, request_id: str) -> dict[str, 
             "no served request of this id is remembered",
             value=request_id,
             allowed="the x-request-id header or the id of a recent chat completion",
+            fix="Ask with the key that sent the chat, or send it again",
             param="request_id",
         )
     encoders = parts.client.info.encoders
@@ -184,13 +186,21 @@ async def _read_form(request: Request, parts: AppParts, caller: Caller) -> _Uplo
         for name in form:
             if name not in ("file", "question", "model"):
                 raise InvalidBodyError(
-                    "unknown form field", value=name, allowed="file, question, model", param=name[:64]
-                )
+                    "unknown form field", value=name, allowed="file, question, model",
+                    fix="Leave it out, or correct its name", param=name[:64],
+                )  # fmt: skip
         file, question, model = form.get("file"), form.get("question", _DEFAULT_QUESTION), form.get("model")
         if not isinstance(file, UploadFile):
-            raise InvalidBodyError("the form holds no file", allowed="a field 'file' with a filename", param="file")
+            raise InvalidBodyError(
+                "the form holds no file", value="nothing" if file is None else "a text without a filename",
+                allowed="a field 'file' with a filename", fix="Add the picture, as curl -F file=@PICTURE does",
+                param="file",
+            )  # fmt: skip
         if isinstance(question, UploadFile) or isinstance(model, UploadFile):
-            raise InvalidBodyError("a text field holds a file", allowed="only 'file' is a file", param="question")
+            raise InvalidBodyError(
+                "a text field holds a file", value="question" if isinstance(question, UploadFile) else "model",
+                allowed="only 'file' is a file", fix="Send it as a text, without a filename", param="question",
+            )  # fmt: skip
         check_image_bytes(file.size or 0, limits, "file")
         data = check_image_data(await file.read(), limits, "file")
         record = parts.media.uploads.put(data, file.filename or "", caller.key_id)
@@ -218,6 +228,7 @@ async def compare_encoders(request: Request, parts: Parts, caller: CallerOf) -> 
             "a comparison runs every arm by itself",
             value=model,
             allowed=f"'{member.info.model_id}', or no model",
+            fix="Leave the @ and what follows it out",
             param="model",
         )
     if isinstance(given, _Body):

@@ -76,8 +76,9 @@ def _fine_tuned(parts: AppParts, model_id: str) -> PublishedModel:
     model = parts.models.published_as(model_id)
     if model is None:
         raise InvalidRequestError(
-            "the base is always in memory, in one version", value=model_id, allowed="a fine-tuned model", param="model"
-        )
+            "the base is always in memory, in one version", value=model_id, allowed="a fine-tuned model",
+            fix="Name a fine-tuned one; GET /v1/models lists them", param="model",
+        )  # fmt: skip
     return model
 
 

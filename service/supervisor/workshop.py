@@ -98,7 +98,10 @@ class Workshop:
         """The result file, then the model: a job has succeeded only when both are there."""
         final = attempt_folder / FINAL
         if await asyncio.to_thread(verify_folder, final, deep=True) is None:
-            raise CheckpointIncompleteError("the trainer left no complete result", value=FINAL)
+            raise CheckpointIncompleteError(
+                "the trainer left no complete result", value=FINAL, allowed="a folder with its manifest",
+                fix="Create the job again, with 'fusion.resume_from' its last checkpoint",
+            )  # fmt: skip
         results = await self._keep_results(job, folder)
         await self._publish_model(job, lease, final)
         return Published(job.fine_tuned_name, (results,))

@@ -109,6 +109,7 @@ def test_rules_ask_for_declared_metrics_and_every_alert_is_tested_and_explained(
         assert len(re.findall(rf"alertname: {alert}\b", tests)) >= 3, alert
         assert re.search(rf"alertname: {alert}\n\s+exp_alerts", tests), alert
     assert re.findall(r"\n## (\w+)\n", runbook) == alerts, "the runbook's order is the rules'"
+    assert f"each of {len(alerts)} alerts" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.skipif(

@@ -325,6 +325,14 @@ def test_a_variant_whose_engine_breaks_takes_nobody_with_it(serving: Serving):
         lines.close()
 
 
+def test_a_broken_variant_is_loaded_again_by_the_first_request_after_it(serving: Serving):
+    """Fault: nobody had asked for the model since, so that it was still taken for loaded; a KeyError, 500."""
+    serving.publish(RED, "one")
+    check(serving.chat(RED, "die"), 500, "request_failed")
+    assert serving.live.http.post(f"/v1/models/{RED}/load").json()["status"] == "loaded"
+    assert serving.version_of(RED) == "one"
+
+
 def test_another_process_promotes_and_deletes(serving: Serving):
     """Models in memory follow the registry without being asked for."""
     serving.publish(RED, "one")
