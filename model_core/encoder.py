@@ -7,7 +7,6 @@ Messages are Qwen's: {"role", "content": text or parts}, images as paths, PIL im
 from __future__ import annotations
 
 import itertools
-import tempfile
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import HfApi
 from PIL import Image
 
 from model_core.analysis import compare
@@ -24,15 +22,16 @@ from model_core.analysis.benchmark import Benchmark, run_benchmark
 from model_core.checkpoint import Loaded, LoadOptions, combine_checkpoints, load_checkpoint, save_checkpoint
 from model_core.config import check_dropout
 from model_core.demo_model import demo_folder
-from model_core.encoders.base import PixelSpec
 from model_core.engine.build import build_engine
 from model_core.engine.config import EngineConfig
 from model_core.engine.engine import ContinuousEngine
 from model_core.engine.weight_watch import WeightWatch
 from model_core.errors import ConfigError, InvalidRequestError
 from model_core.fusion.attribution import summarise_weights
+from model_core.hub import LOADING, SAVING, UPLOADING, check_options, upload
 from model_core.processing.batch import InputFormat
-from model_core.processing.images import ImageLimits, PatchSpec
+from model_core.processing.fetching import FetchImage, check_fetch, with_fetched
+from model_core.processing.images import ImageLimits
 from model_core.types import (
     Arm,
     ChatMessage,
@@ -46,8 +45,9 @@ from model_core.types import (
 )
 from model_core.variant import load_variant, own_bytes
 
-_SAVING = ("max_shard_size", "push_to_hub")
-_UPLOADING = ("private", "token", "commit_message", "revision", "create_pr")
+#: Of `from_pretrained`.
+_OPTIONS = ("device", "dtype", "use_flash_attention", "engine_config", "model_id", "fetch_image", *LOADING)
+_UPLOADS_ONLY = "Leave it out; what belongs to an upload needs push_to_hub=True"
 
 Key = TypeVar("Key")
 Messages = Sequence[Any]  # of dictionaries in Qwen's format, or of ChatMessage
@@ -66,12 +66,16 @@ class DualVisionEncoder:
         device: None or "auto" picks CUDA if there is one.
         dtype: None is the checkpoint's own.
         engine_config: sizes of the batch and of the caches.
+        fetch_image: your function from an http(s) URL to the bytes there; without it URLs are refused. Nothing is
+            downloaded but by it; its bytes have the limits of any other picture's, and what it raises comes through.
         settings: further fields of DualVisionConfig (encoder, static_weights, dinov2_max_patches).
     Raises:
         CheckpointError, HubUnreachableError, ConfigError: see model_core.errors.
     """
 
-    def __init__(
+    fetch_image: FetchImage | None = None
+
+    def __init__(  # noqa: PLR0913  a public constructor, by keywords
         self,
         qwen_model_name: str | Path | None = None,
         dinov2_model_name: str | Path | None = None,
@@ -84,8 +88,10 @@ class DualVisionEncoder:
         dtype: torch.dtype | str | None = None,
         engine_config: EngineConfig | None = None,
         model_id: str | None = None,
+        fetch_image: FetchImage | None = None,
         **settings: Any,
     ) -> None:
+        self.fetch_image = check_fetch(fetch_image)
         options = LoadOptions(device or "auto", dtype, use_flash_attention)
         if (qwen_model_name is None) != (dinov2_model_name is None):
             raise ConfigError(
@@ -100,7 +106,7 @@ class DualVisionEncoder:
             if wrong:
                 raise ConfigError(
                     "the demo model is already built, its architecture can't be changed", value=", ".join(wrong),
-                    allowed="dropout, device, dtype, use_flash_attention, engine_config, model_id",
+                    allowed="dropout, device, dtype, use_flash_attention, engine_config, model_id, fetch_image",
                     fix="Name two checkpoints to build a model of your own",
                 )  # fmt: skip
             check_dropout(dropout)
@@ -122,10 +128,17 @@ class DualVisionEncoder:
         use_flash_attention: bool | None = None,
         engine_config: EngineConfig | None = None,
         model_id: str | None = None,
+        fetch_image: FetchImage | None = None,
         **hub: Any,
     ) -> DualVisionEncoder:
-        """A saved dual checkpoint, folder or hub id. `hub`: revision, token, cache_dir, local_files_only."""
+        """A saved dual checkpoint, folder or hub id. `hub`: revision, token, cache_dir, local_files_only.
+
+        Raises:
+            ConfigError: an option that this call does not have. CheckpointError, HubUnreachableError: as the class's.
+        """
+        check_options(hub, _OPTIONS)
         self = cls.__new__(cls)
+        self.fetch_image = check_fetch(fetch_image)
         loaded = load_checkpoint(name, LoadOptions(device or "auto", dtype, use_flash_attention), **hub)
         self._set_up(loaded, model_id or Path(str(name)).resolve().name, engine_config)
         return self
@@ -150,6 +163,7 @@ class DualVisionEncoder:
         made = type(self).__new__(type(self))
         made._set_up(loaded, model_id, engine_config, beside=self.engine)
         made.configure(self.format.limits)
+        made.fetch_image = self.fetch_image
         return made
 
     def bytes_beside(self, base: DualVisionEncoder) -> int:
@@ -170,7 +184,7 @@ class DualVisionEncoder:
     ) -> None:
         self.model, self.processor = loaded.model.eval(), loaded.processor
         processor, config = loaded.processor, loaded.model.config
-        _check_pixels(processor.patch_spec, PixelSpec.from_config(config))
+        processor.check_patches(config)
         self.format = InputFormat.of(processor, loaded.model.model.mrope_layout)
         info = ModelInfo(
             model_id=model_id,
@@ -202,7 +216,8 @@ class DualVisionEncoder:
         Raises:
             ConfigError: an option that this call does not have; nothing is written.
         """
-        _check_names(hub, (*_SAVING, "repo_id", *_UPLOADING) if push_to_hub else _SAVING)
+        known = (*SAVING, "repo_id", *UPLOADING) if push_to_hub else SAVING
+        check_options(hub, known, otherwise=_UPLOADS_ONLY)
         save_checkpoint(self.model, self.processor, folder, max_shard_size=max_shard_size)
         if push_to_hub:
             repo_id = hub.pop("repo_id", Path(folder).name)
@@ -217,13 +232,9 @@ class DualVisionEncoder:
         Raises:
             ConfigError: an unknown option; nothing is created.
         """
-        _check_names(commit, _UPLOADING)
-        api = HfApi(token=token)
-        repository = api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "checkpoint"
-            save_checkpoint(self.model, self.processor, folder, max_shard_size=max_shard_size)
-            return api.upload_folder(repo_id=repository.repo_id, folder_path=folder, **commit)
+        check_options(commit, UPLOADING)
+        options: dict[str, Any] = {"private": private, "token": token, "max_shard_size": max_shard_size}
+        return upload(self.model, self.processor, repo_id, commit=commit, **options)
 
     def chat(
         self,
@@ -238,7 +249,7 @@ class DualVisionEncoder:
         """The assistant's answer.
 
         Args:
-            messages: Qwen's message format; images as path, PIL image, bytes or data URL.
+            messages: Qwen's message format; images as path, PIL image, bytes, data URL, or a URL for `fetch_image`.
             temperature: 0 is greedy. sampling: top_p, top_k, min_p, stop.
             arm: which eyes are open; see model_core.types.ARMS.
         Raises:
@@ -339,7 +350,8 @@ class DualVisionEncoder:
 
     def _messages(self, messages: Messages) -> tuple[ChatMessage, ...]:
         given = tuple(m for m in messages if isinstance(m, ChatMessage))
-        return given if given and len(given) == len(messages) else messages_from_dicts(messages)
+        parsed = given if given and len(given) == len(messages) else messages_from_dicts(messages)
+        return with_fetched(parsed, self.fetch_image)
 
     def _run(self, request: GenerationRequest) -> Iterator[TokenEvent]:
         return self._events(self._prepare(request))
@@ -380,21 +392,3 @@ class DualVisionEncoder:
 
     def _next_id(self) -> str:
         return f"local-{next(self._ids)}"
-
-
-def _check_names(given: Mapping[str, Any], known: Sequence[str]) -> None:
-    if unknown := sorted(set(given) - set(known)):
-        fix = "Leave it out; what belongs to an upload needs push_to_hub=True"
-        raise ConfigError("unknown option", value=", ".join(unknown), allowed=", ".join(known), fix=fix)
-
-
-def _check_pixels(given: PatchSpec, expected: PixelSpec) -> None:
-    """DINOv2's pixels are recovered from Qwen's, so both sides must mean the same patches."""
-    for name in ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std"):
-        if getattr(given, name) != getattr(expected, name):
-            raise ConfigError(
-                f"the preprocessor's {name} is not the model's",
-                value=getattr(given, name),
-                allowed=str(getattr(expected, name)),
-                fix="Take preprocessor_config.json and config.json from one checkpoint",
-            )

@@ -204,13 +204,17 @@ def _hash_files(folder: Path) -> dict[str, FileEntry]:
     for name, file in _files(folder):
         if name == MANIFEST_NAME or file.is_symlink() or not file.is_file():
             raise CheckpointError(
-                "a checkpoint is made of plain files", value=name, allowed="no link, no manifest.json"
-            )
+                "a checkpoint is made of plain files", value=name, allowed="no link, no manifest.json",
+                fix="Write the file itself, under another name than manifest.json",
+            )  # fmt: skip
         _refuse_pickle(name, file)
         entries[name] = FileEntry(_sha256(file), file.stat().st_size)
         _fsync(file)
     if not entries:
-        raise CheckpointError("nothing was written into the checkpoint", value=str(folder))
+        raise CheckpointError(
+            "nothing was written into the checkpoint", value=str(folder), allowed="at least one file",
+            fix="Let `write` fill the folder that it is given",
+        )  # fmt: skip
     return entries
 
 
@@ -246,20 +250,26 @@ def _read_manifest(path: Path) -> Manifest | None:
         if content["format"] != FORMAT:
             raise ValueError("another format")
         if content["version"] != VERSION:
-            allowed = f"version {VERSION}"
-            raise CheckpointError("this checkpoint has another version", value=content["version"], allowed=allowed)
+            allowed, fix = f"version {VERSION}", "Read it with the program that wrote it, or use another checkpoint"
+            raise CheckpointError(
+                "this checkpoint has another version", value=content["version"], allowed=allowed, fix=fix
+            )
         files = {n: FileEntry(str(e["sha256"]), int(e["size_bytes"])) for n, e in content["files"].items()}
         extra = dict(content["extra"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         fix = "Use another checkpoint; if this is a plain Hugging Face folder, remove the file"
+        allowed = f"JSON of the format {FORMAT}, version {VERSION}"
         raise CheckpointIncompleteError(
-            f"{MANIFEST_NAME} is not a readable manifest", value=str(path), fix=fix
+            f"{MANIFEST_NAME} is not a readable manifest", value=str(path), allowed=allowed, fix=fix
         ) from error
     for name in files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise CheckpointError("the manifest names a file outside of its folder", value=name)
+            raise CheckpointError(
+                "the manifest names a file outside of its folder", value=name, allowed="names within the folder",
+                fix="Use another checkpoint: this program writes no such manifest",
+            )  # fmt: skip
     return Manifest(files, extra)
 
 
@@ -292,7 +302,10 @@ def _check_shards(index: Path) -> None:
 
 def _refuse_foreign(target: Path) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise CheckpointError("the checkpoint's place is taken", value=str(target), allowed="a folder, or nothing")
+        raise CheckpointError(
+            "the checkpoint's place is taken", value=str(target), allowed="a folder, or nothing",
+            fix="Choose another place, or move what is there away",
+        )  # fmt: skip
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not (target / MANIFEST_NAME).is_file() or _read_manifest(target) is None:

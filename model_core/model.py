@@ -1,7 +1,7 @@
 """DualVisionModel: Qwen2.5-VL whose image features are fused with a second encoder's.
 
 It IS a `Qwen2_5_VLForConditionalGeneration`: only the features that its base model splices at the
-image placeholders differ, so `generate`, PEFT, FSDP and other engines work as they do for Qwen.
+image placeholders differ, so `generate`, PEFT, device maps, FSDP and other engines work as they do for Qwen.
 Pixels become language-model tokens by `encode_images`, then `fuse`; `embed_images` is both. The engine keeps features
 between the two, and has them from `infer_images`, the same encoders without gradients; training calls the two itself.
 """
@@ -180,7 +180,11 @@ def _take(grids: Any, num_tokens: int, merge_size: int, tokens_per_cell: int) ->
     while num_tokens > 0:
         grid = next(grids, None)
         if grid is None:
-            raise InvalidRequestError("there are more image placeholders than images", value=f"{num_tokens} left over")
+            raise InvalidRequestError(
+                "there are more image placeholders than images", value=f"{num_tokens} left over",
+                allowed="a grid for every image and video in input_ids",
+                fix="Take input_ids and the grids from one call of the processor",
+            )  # fmt: skip
         taken.append(grid)
         num_tokens -= grid[0] * grid[1] * grid[2] // merge_size**2 * tokens_per_cell
     return taken
@@ -199,6 +203,7 @@ class DualVisionModel(Qwen2_5_VLForConditionalGeneration):
                 "the vision tower's output is not as wide as the language model",
                 value=config.vision_config.out_hidden_size,
                 allowed=str(config.llm_dim),
+                fix="Take config.json from one checkpoint, or set vision_config.out_hidden_size to this",
             )
         super(Qwen2_5_VLForConditionalGeneration, self).__init__(config)
         self.loss_type = "ForConditionalGeneration"  # transformers looks it up by class name, and knows not ours
@@ -228,7 +233,10 @@ class DualVisionModel(Qwen2_5_VLForConditionalGeneration):
         """
         count = self.fusion.means.set_from(self._project(*batch) for batch in batches)
         if not count:
-            raise InvalidRequestError("calibrate was given no images", value=0, allowed="at least one batch")
+            raise InvalidRequestError(
+                "calibrate was given no images", value=0, allowed="at least one batch",
+                fix="Give batches of (pixel_values, grid_thw); an iterator gives them only once",
+            )  # fmt: skip
         return count
 
     def _project(self, pixel_values: Tensor, grid_thw: Tensor) -> dict[str, Tensor]:

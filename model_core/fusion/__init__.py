@@ -52,7 +52,10 @@ def build_fusion(config: DualVisionConfig, dims: Mapping[str, int]) -> FusionStr
     extra: dict[str, object] = {}
     if config.static_weights is not None:
         if not issubclass(cls, StaticFusion):
-            raise ConfigError("static_weights need fusion='static'", value=config.fusion, allowed="static")
+            raise ConfigError(
+                "static_weights need fusion='static'", value=config.fusion, allowed="static",
+                fix="Leave static_weights out, or name that fusion",
+            )  # fmt: skip
         extra["weights"] = config.static_weights
     if issubclass(cls, CrossAttentionFusion):
         extra["merge_size"] = config.merge_size

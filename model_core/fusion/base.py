@@ -132,9 +132,10 @@ class FusionStrategy(nn.Module, ABC):
 
     @property
     def is_trained(self) -> bool:
-        """False while the second encoder provably changes nothing (a fresh model)."""
+        """False while the second encoder provably changes nothing (a fresh model). Weights that a device map keeps
+        elsewhere until their module runs can't be looked at, and prove nothing."""
         silent = self.silent_parameters()
-        return not silent or any(bool(p.count_nonzero()) for p in silent)
+        return not silent or any(p.is_meta or bool(p.count_nonzero()) for p in silent)
 
     def project(self, features: Mapping[str, Tensor | None], rows: int) -> dict[str, Tensor]:
         """Features as z: Qwen's as they are, others normalised; a missing encoder is its mean everywhere."""

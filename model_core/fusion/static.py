@@ -21,8 +21,9 @@ class StaticFusion(WeightedFusion):
         chosen = list(weights) if weights is not None else [1.0 / len(dims)] * len(dims)
         if len(chosen) != len(dims) or min(chosen) < 0 or abs(sum(chosen) - 1.0) > 1e-6:
             raise ConfigError(
-                "static_weights don't fit", value=chosen, allowed=f"{len(dims)} numbers from 0 to 1 that sum to 1"
-            )
+                "static_weights don't fit", value=chosen, allowed=f"{len(dims)} numbers from 0 to 1 that sum to 1",
+                fix="Give each encoder its share, or leave them out for equal ones",
+            )  # fmt: skip
         self.static_weights = tuple(chosen)
 
     def fuse(self, inputs: FusionInputs) -> FusionOutput:

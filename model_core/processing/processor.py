@@ -18,7 +18,8 @@ from transformers import AutoProcessor, AutoTokenizer, BatchFeature, ProcessorMi
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from model_core.config import DualVisionConfig
-from model_core.errors import InvalidRequestError
+from model_core.encoders.base import PixelSpec
+from model_core.errors import ConfigError, InvalidRequestError
 from model_core.fusion import strategy_class
 from model_core.processing.chat import SpecialIds
 from model_core.processing.images import Patches, PatchSpec, frames_to_patches, normalise, open_image
@@ -75,6 +76,18 @@ class DualVisionProcessor(ProcessorMixin):
             image_std=tuple(p.image_std),
         )
 
+    def check_patches(self, config: DualVisionConfig) -> None:
+        """DINOv2's pixels are recovered from Qwen's, so both sides must mean the same patches. Raises ConfigError."""
+        given, expected = self.patch_spec, PixelSpec.from_config(config)
+        for name in ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std"):
+            if getattr(given, name) != getattr(expected, name):
+                raise ConfigError(
+                    f"the preprocessor's {name} is not the model's",
+                    value=getattr(given, name),
+                    allowed=str(getattr(expected, name)),
+                    fix="Take preprocessor_config.json and config.json from one checkpoint",
+                )
+
     def __call__(
         self,
         images: Any = None,
@@ -97,7 +110,10 @@ class DualVisionProcessor(ProcessorMixin):
             image_grid_thw (I, 3); likewise for videos, with second_per_grid_ts.
         """
         if return_tensors != "pt":
-            raise InvalidRequestError("only PyTorch tensors are made", value=return_tensors, allowed="pt")
+            raise InvalidRequestError(
+                "only PyTorch tensors are made", value=return_tensors, allowed="pt",
+                fix="Leave return_tensors out, and convert the tensors afterwards",
+            )  # fmt: skip
         texts = [text] if isinstance(text, str) else list(text or [])
         stills = [] if images is None else [images] if isinstance(images, (bytes, Image.Image)) else _flatten(images)
         clips = _clips(videos)
@@ -127,7 +143,11 @@ class DualVisionProcessor(ProcessorMixin):
                 ids, types = ids + [token] * n, types + [kind] * n
             rows.append((ids, types))
         if any(next(queue, None) is not None for queue in queues.values()):
-            raise InvalidRequestError("there are more images than placeholders", value=len(images) + len(videos))
+            raise InvalidRequestError(
+                "there are more images than placeholders", value=len(images) + len(videos),
+                allowed="a placeholder in the text for each",
+                fix="Write one for each, as apply_chat_template does, or leave images out",
+            )  # fmt: skip
         length = max(len(ids) for ids, _ in rows)
 
         def padded(values: list[int], fill: int) -> list[int]:
@@ -142,7 +162,10 @@ class DualVisionProcessor(ProcessorMixin):
 
     def _count(self, patches: Patches | None) -> int:
         if patches is None:
-            raise InvalidRequestError("there are more image placeholders than images")
+            raise InvalidRequestError(
+                "there are more image placeholders than images", value="none left for a placeholder",
+                allowed="an image or a video for each", fix="Give the missing ones, or take placeholders out",
+            )  # fmt: skip
         t, h, w = patches.grid
         return t * h * w // self.image_processor.merge_size**2 * self.tokens_per_cell
 

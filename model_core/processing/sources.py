@@ -55,11 +55,19 @@ def load_source(source: object, max_bytes: int, *, allow_paths: bool) -> bytes |
     return _read_address(source, max_bytes, allow_paths=allow_paths)
 
 
+def is_remote(source: object) -> bool:
+    """Is it an http or https URL?"""
+    return isinstance(source, str) and re.match(r"https?:", source, re.IGNORECASE) is not None
+
+
 def _read_address(address: str, max_bytes: int, *, allow_paths: bool) -> bytes:
     if address[:5].lower() == "data:":
         return _read_data_url(address, max_bytes)
-    if re.match(r"https?:", address, re.IGNORECASE):
-        fix = 'Download it first ("curl -o picture.jpg URL") and pass its bytes or a data URL'
+    if is_remote(address):
+        fix = (
+            'Download it first ("curl -o picture.jpg URL") and pass its bytes or a data URL; or give DualVisionEncoder '
+            "a fetch_image=, your function that takes the URL and returns the bytes"
+        )
         raise InvalidImageUrlError("remote images are turned off", value=address, allowed=_DATA_URL, fix=fix)
     if address[:5].lower() == "file:":
         host, _, path = address[5:].removeprefix("//").partition("/")

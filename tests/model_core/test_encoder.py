@@ -13,12 +13,16 @@ from PIL import Image
 
 from model_core.errors import (
     ConfigError,
+    EmptyImageError,
     ImageError,
     ImageNotFoundError,
+    ImageParseError,
+    ImageTooLargeError,
     InvalidImageUrlError,
     InvalidRequestError,
 )
-from model_core.types import ARMS
+from model_core.processing.images import ImageLimits
+from model_core.types import ARMS, messages_from_dicts
 from tests.model_core import tiny
 
 
@@ -161,7 +165,7 @@ def test_an_interleaved_model_answers(picture: Image.Image) -> None:
         ([{"role": "user", "content": []}], InvalidRequestError, "no content"),
         (ask("x", kind="audio"), InvalidRequestError, "not a part that can be read"),
         (ask("/no/such/picture.png"), ImageNotFoundError, "/no/such/picture.png"),
-        (ask("https://example.com/a.png"), InvalidImageUrlError, "Download it first"),
+        (ask("https://example.com/a.png"), InvalidImageUrlError, "Download it first.*fetch_image="),
     ],
 )
 def test_bad_messages_are_told_apart(encoder: Any, messages: Any, error: type[Exception], says: str) -> None:
@@ -189,6 +193,90 @@ def test_the_servers_engine_opens_no_path(encoder: Any, tmp_path: Path, picture:
     assert caught.value.code in ("invalid_image_url", "image_not_found", "invalid_image")
 
 
+URL = "HTTPS://example.com/a.png"
+
+
+class Web:
+    """Pictures by URL, and what was asked for."""
+
+    def __init__(self, *pictures: object) -> None:
+        self.pictures = {f"{URL}?{number}": given for number, given in enumerate(pictures)}
+        self.urls, self.asked = list(self.pictures), []
+
+    def __call__(self, url: str) -> Any:
+        self.asked.append(url)
+        return self.pictures[url]
+
+
+def test_a_url_is_fetched_by_the_callers_function(picture: Image.Image) -> None:
+    turned, encoder = picture.transpose(Image.Transpose.ROTATE_90), tiny.encoder()
+    web = encoder.fetch_image = Web(encoded(picture), encoded(turned))
+    local, remote = ask(picture, turned, picture), ask(web.urls[0], web.urls[1], web.urls[0])
+    assert encoder.chat(remote, max_tokens=8) == encoder.chat(local, max_tokens=8)
+    assert web.asked == web.urls, "a picture that comes twice is fetched once"
+    assert encoder.analyze_fusion_weights(remote) == encoder.analyze_fusion_weights(local)
+    web.asked.clear()
+    found, expected = (encoder.compare_encoders(m, max_tokens=4).arms for m in (remote, local))
+    assert web.asked == web.urls, "once for all arms"
+    for arm in ARMS:
+        assert found[arm].token_log_likelihoods == pytest.approx(expected[arm].token_log_likelihoods, abs=1e-5)
+    frames = encoder.chat(ask(web.urls[:1] * 3, kind="video"), max_tokens=8)
+    assert frames == encoder.chat(ask([picture] * 3, kind="video"), max_tokens=8)
+    assert "".join(encoder.chat_stream(messages_from_dicts(ask(web.urls[0])), max_tokens=8))
+
+
+def test_only_urls_go_to_the_callers_function(picture: Image.Image, tmp_path: Path) -> None:
+    encoder = tiny.encoder()
+    web = encoder.fetch_image = Web()
+    picture.save(tmp_path / "p.png")
+    data = base64.b64encode(encoded(picture)).decode()
+    encoder.chat(ask(picture, tmp_path / "p.png", str(tmp_path / "p.png"), "data:;base64," + data), max_tokens=1)
+    with pytest.raises(InvalidImageUrlError):
+        encoder.chat(ask("gopher://example.com/a.png"))
+    assert web.asked == []
+
+
+def test_what_is_fetched_has_the_limits_of_any_picture(picture: Image.Image) -> None:
+    encoder = tiny.encoder()
+    web = encoder.fetch_image = Web(encoded(picture), encoded(picture)[:-40], b"", encoded(picture))
+    encoder.configure(ImageLimits(max_pixels=90 * 60))
+    assert encoder.chat(ask(web.urls[0]), max_tokens=1) is not None
+    encoder.configure(ImageLimits(max_pixels=90 * 60 - 1))
+    for url, error in zip(web.urls, (ImageTooLargeError, ImageTooLargeError, EmptyImageError), strict=False):
+        with pytest.raises(error):
+            encoder.chat(ask(url))
+    encoder.configure(ImageLimits(max_bytes=len(encoded(picture)) - 1))
+    for url, error in zip(web.urls, (ImageTooLargeError, ImageParseError), strict=False):
+        with pytest.raises(error):
+            encoder.chat(ask(url))
+    assert not encoder.engine.has_work()
+
+
+def test_the_fetching_functions_own_error_comes_through() -> None:
+    encoder = tiny.encoder()
+
+    def fails(url: str) -> bytes:
+        raise TimeoutError(url)
+
+    encoder.fetch_image = fails
+    with pytest.raises(TimeoutError, match="example"):
+        encoder.chat(ask(URL))
+    assert not encoder.engine.has_work()
+
+
+def test_both_ways_of_loading_take_the_function(picture: Image.Image, tmp_path: Path) -> None:
+    from model_core import DualVisionEncoder
+
+    web = Web(encoded(picture))
+    made = DualVisionEncoder(tiny.save_qwen(tmp_path / "q"), tiny.save_dinov2(tmp_path / "d"), fetch_image=web)
+    made.save_pretrained(tmp_path / "dual")
+    loaded = DualVisionEncoder.from_pretrained(tmp_path / "dual", fetch_image=web)
+    expected = made.chat(ask(picture), max_tokens=4)
+    assert made.chat(ask(web.urls[0]), max_tokens=4) == loaded.chat(ask(web.urls[0]), max_tokens=4) == expected
+    with pytest.raises(InvalidImageUrlError, match="turned off"):
+        DualVisionEncoder.from_pretrained(tmp_path / "dual").chat(ask(URL))
+
+
 def test_settings_that_contradict_each_other_are_refused() -> None:
     from model_core import DualVisionEncoder
 
@@ -212,7 +300,7 @@ def test_two_streams_at_once_keep_apart(encoder: Any, picture: Image.Image) -> N
 
 
 def test_a_batch_with_one_bad_request_queues_none(encoder: Any, picture: Image.Image) -> None:
-    from model_core.types import GenerationRequest, messages_from_dicts
+    from model_core.types import GenerationRequest
 
     good = GenerationRequest("good", messages_from_dicts(ask(picture)))
     bad = GenerationRequest("bad", messages_from_dicts(ask("/no/such/picture.png")))
@@ -262,7 +350,7 @@ def test_push_uploads_the_folder_that_save_writes(
 ) -> None:
     import huggingface_hub
 
-    from model_core import encoder as module
+    from model_core import hub as module
 
     seen: dict[str, Any] = {}
 

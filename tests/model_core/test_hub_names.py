@@ -1,4 +1,4 @@
-"""The checkpoints that the tests combine carry the hub's names of tensors, and mean by them what the hub's mean.
+"""The published checkpoints load tensor by tensor, and those that the tests combine carry the hub's names of tensors.
 
 transformers calls many of them otherwise in memory, and renames them on the way: parts saved under its own names would
 not show that the published ones load.
@@ -6,38 +6,133 @@ not show that the published ones load.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from transformers import Dinov2Model, Dinov2WithRegistersModel, Qwen2_5_VLForConditionalGeneration
 
-from model_core.checkpoint import combine_checkpoints
-from tests.model_core import tiny
+from model_core import checkpoint
+from model_core.checkpoint import combine_checkpoints, load_checkpoint, save_checkpoint
+from model_core.errors import CheckpointMismatchError
+from tests.model_core import public_tensors, tiny
+from tests.model_core.public_tensors import Shapes
+from tests.model_core.test_identity import CASES, logits
+from tests.model_core.test_real_sizes import DINOV2, DINOV2_TOTAL, QWEN, QWEN_TOTAL, dinov2_config, qwen_config
 from tests.model_core.tiny import save_dinov2, save_qwen
 
-QWEN = {
-    "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "model.norm.weight",
-    "visual.patch_embed.proj.weight", "visual.blocks.0.attn.qkv.weight", "visual.merger.mlp.0.weight",
-}  # fmt: skip
-DINOV2 = {
-    "embeddings.cls_token", "embeddings.position_embeddings", "embeddings.patch_embeddings.projection.weight",
-    "encoder.layer.0.attention.attention.query.weight", "encoder.layer.0.attention.output.dense.weight",
-    "encoder.layer.0.layer_scale1.lambda1", "layernorm.weight",
-}  # fmt: skip
-SWIGLU = {f"encoder.layer.0.mlp.weights_{way}.{kind}" for way in ("in", "out") for kind in ("weight", "bias")}
+#: Of the small models here.
+SMALL_QWEN = {"hidden": 64, "layers": 2, "keys": 32, "inner": 96, "vision": (32, 4, 48)}
+SMALL_DINOV2 = {"hidden": 24, "layers": 2, "image": 70}
 
 
-def test_the_parts_used_here_name_their_tensors_as_the_hub_does(tmp_path: Path) -> None:
-    for folder, expected in (
-        (save_qwen(tmp_path / "q"), QWEN),
-        (save_dinov2(tmp_path / "d"), DINOV2 | {"encoder.layer.0.mlp.fc1.weight"}),
-        (save_dinov2(tmp_path / "g", 4, use_swiglu_ffn=True), DINOV2 | SWIGLU | {"embeddings.register_tokens"}),
-    ):
-        names = set(load_file(folder / "model.safetensors"))
-        assert expected <= names
-        assert not any(name.startswith(("model.language_model.", "model.visual.")) for name in names)
+def published_qwen(size: str) -> Shapes:
+    hidden, layers, heads, kv_heads, inner, vocabulary, vision_mlp, tied = QWEN[size]
+    keys = kv_heads * (hidden // heads)
+    return public_tensors.qwen(hidden, layers, keys, inner, vocabulary, tied=tied, vision=(1280, 32, vision_mlp))
+
+
+def published_dinov2(size: str, registers: int) -> Shapes:
+    hidden, layers, _ = DINOV2[size]
+    return public_tensors.dinov2(hidden, layers, registers=registers, is_swiglu=size == "g")
+
+
+def load(cls: Any, config: Any, published: Shapes) -> torch.nn.Module:
+    """What our loader makes of a checkpoint with these tensors. None has a memory, or 72B would not fit here."""
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in published.items()}
+    options = {"config": config, "state_dict": tensors, "device_map": {"": "meta"}, "dtype": torch.float32}
+    return checkpoint._from_pretrained(cls, None, "model", **options)
+
+
+def shapes_in(file: Path) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in load_file(file).items()}
+
+
+def count(published: Shapes) -> int:
+    return sum(math.prod(shape) for shape in published.values())
+
+
+@pytest.mark.parametrize("size", QWEN)
+def test_every_published_tensor_of_qwen_has_its_place_and_no_place_is_left(size: str) -> None:
+    published = published_qwen(size)
+    assert len(published) == {"3B": 824, "7B": 729, "72B": 1353}[size]
+    assert count(published) == QWEN_TOTAL[size]
+    assert ("lm_head.weight" in published) == (size != "3B")
+    model = load(Qwen2_5_VLForConditionalGeneration, qwen_config(size), published)
+    assert sum(p.numel() for p in model.parameters()) == QWEN_TOTAL[size]
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("size", DINOV2)
+def test_every_published_tensor_of_dinov2_has_its_place_and_no_place_is_left(size: str, registers: int) -> None:
+    published = published_dinov2(size, registers)
+    assert count(published) == DINOV2_TOTAL[size] + registers * DINOV2[size][0]
+    cls = Dinov2WithRegistersModel if registers else Dinov2Model
+    model = load(cls, dinov2_config(size, registers), published)
+    assert sum(p.numel() for p in model.parameters()) == count(published)
+
+
+LACKING = [
+    "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight", "model.layers.27.self_attn.k_proj.bias",
+    "visual.blocks.31.mlp.up_proj.bias", "visual.merger.mlp.2.weight", "visual.merger.ln_q.weight",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_one_tensor_that_is_missing_is_told(name: str) -> None:
+    """That the two tests above can fail."""
+    published = published_qwen("7B")
+    del published[name]
+    with pytest.raises(CheckpointMismatchError, match="1 in all"):
+        load(Qwen2_5_VLForConditionalGeneration, qwen_config("7B"), published)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "reason"),
+    [
+        ("model.layers.28.mlp.up_proj.weight", (18944, 3584), "has no place"),
+        ("visual.blocks.0.attn.q.weight", (1280, 1280), "has no place"),
+        ("model.layers.0.self_attn.k_proj.weight", (3584, 3584), "not "),
+    ],
+)
+def test_one_tensor_too_many_or_of_another_shape_is_told(name: str, shape: tuple[int, ...], reason: str) -> None:
+    with pytest.raises(CheckpointMismatchError, match=reason):
+        load(Qwen2_5_VLForConditionalGeneration, qwen_config("7B"), published_qwen("7B") | {name: shape})
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_the_small_qwen_used_here_has_exactly_the_hubs_tensors(tie: bool, tmp_path: Path) -> None:
+    expected = public_tensors.qwen(**SMALL_QWEN, vocabulary=len(tiny.byte_tokenizer()), tied=tie)
+    assert shapes_in(save_qwen(tmp_path / "q", tie=tie) / "model.safetensors") == expected
+
+
+@pytest.mark.parametrize("is_swiglu", [False, True])
+@pytest.mark.parametrize("registers", [0, 4])
+def test_the_small_dinov2_used_here_has_exactly_the_hubs_tensors(
+    registers: int, is_swiglu: bool, tmp_path: Path
+) -> None:
+    expected = public_tensors.dinov2(**SMALL_DINOV2, registers=registers, is_swiglu=is_swiglu)
+    folder = save_dinov2(tmp_path / "d", registers, use_swiglu_ffn=is_swiglu)
+    assert shapes_in(folder / "model.safetensors") == expected
+
+
+def test_a_head_that_is_not_tied_arrives_and_stays(tmp_path: Path) -> None:
+    """7B and 72B have one; a head that was tied anyway, or made anew, would answer nonsense."""
+    qwen = save_qwen(tmp_path / "q", tie=False)
+    saved = load_file(qwen / "model.safetensors")
+    loaded = combine_checkpoints(qwen, save_dinov2(tmp_path / "d"))
+    save_checkpoint(loaded.model, loaded.processor, tmp_path / "dual")
+    expected = logits(tiny.qwen_model(tie=False), CASES["one image"])
+    for model in (loaded.model, load_checkpoint(tmp_path / "dual").model):
+        embedding = model.model.language_model.embed_tokens.weight
+        assert torch.equal(model.lm_head.weight, saved["lm_head.weight"])
+        assert torch.equal(embedding, saved["model.embed_tokens.weight"])
+        assert not torch.equal(model.lm_head.weight, embedding)
+        assert torch.equal(logits(model, CASES["one image"]), expected)
 
 
 def test_qwens_tensors_are_the_files_own(tmp_path: Path) -> None:

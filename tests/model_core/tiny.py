@@ -106,9 +106,9 @@ def dual_config(fusion: str = "gated", *, registers: int = 0, **settings: Any) -
     return DualVisionConfig.from_parts(qwen_config(), dinov2_config(registers=registers), fusion=fusion, **settings)
 
 
-def qwen_model(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
+def qwen_model(seed: int = 0, *, tie: bool = True) -> Qwen2_5_VLForConditionalGeneration:
     torch.manual_seed(seed)
-    return Qwen2_5_VLForConditionalGeneration(qwen_config()).eval()
+    return Qwen2_5_VLForConditionalGeneration(qwen_config(tie=tie)).eval()
 
 
 def dual_model(fusion: str = "gated", *, seed: int = 0, **settings: Any) -> DualVisionModel:
@@ -137,9 +137,9 @@ def processor(max_pixels: int = 112 * 112) -> DualVisionProcessor:
     return DualVisionProcessor(Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=max_pixels), byte_tokenizer())
 
 
-def save_qwen(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+def save_qwen(folder: Path, dtype: torch.dtype = torch.float32, *, tie: bool = True) -> Path:
     """Qwen's half as its own checkpoint."""
-    qwen_model().to(dtype).save_pretrained(folder)
+    qwen_model(tie=tie).to(dtype).save_pretrained(folder)
     processor().save_pretrained(folder)
     return folder
 

@@ -7,11 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Dinov2Config
+from transformers import AutoModel, Dinov2Config
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from model_core.config import DualVisionConfig
 from model_core.encoders import build_encoders
-from model_core.encoders.base import VisionEncoder
+from model_core.encoders.base import PixelSpec, VisionEncoder
+from model_core.encoders.dinov2 import IMAGENET_MEAN, IMAGENET_STD
 from model_core.vision_tokens import VisionTokens
 from tests.model_core import tiny
 
@@ -69,6 +71,52 @@ def test_the_lean_forward_is_the_modules(
     assert_close(got.tokens, expected.tokens)
     assert torch.equal(encoder.infer(module, *given).tokens, got.tokens), "a layout that is kept gives the same"
     assert torch.equal(given[0], before), "the pictures are not written to: the other encoder reads them too"
+
+
+def trained(module: nn.Module) -> nn.Module:
+    """Norms, scales and biases away from what they are born as; features stay of the size that they have."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return module.eval()
+
+
+@pytest.mark.parametrize("grids", GRIDS)
+@torch.inference_mode()
+def test_the_lean_tower_is_transformers_own(grids: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not our module with its attention over segments: theirs, untouched."""
+    theirs = trained(Qwen2_5_VisionTransformerPretrainedModel._from_config(tiny.qwen_config().vision_config))
+    encoder, module = built("qwen")
+    module.load_state_dict(theirs.state_dict())
+    given = patches(grids)
+    forbid(monkeypatch, encoder)
+    got, expected = encoder.infer(module, *given).tokens, theirs(given[0], grid_thw=given[1]).pooler_output
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("grid", [(1, 4, 6), (1, 10, 4), (1, 16, 16)])
+@torch.inference_mode()
+def test_the_lean_dinov2_is_transformers_own(grid: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the picture itself, as ImageNet has it, which our encoder has to find in Qwen's patches."""
+    (t, h, w), merge = grid, 2
+    encoder, module = built("dinov2")
+    theirs = trained(AutoModel.from_config(tiny.dinov2_config()))
+    module.load_state_dict(theirs.state_dict())
+    image = torch.rand(3, h * 14, w * 14, generator=torch.Generator().manual_seed(4))
+    blocks = to_clip(image).reshape(3, h // merge, merge, 14, w // merge, merge, 14).permute(1, 4, 2, 5, 0, 3, 6)
+    pixel_values = blocks.unsqueeze(5).expand(-1, -1, -1, -1, -1, 2, -1, -1).reshape(t * h * w, -1)
+    forbid(monkeypatch, encoder)
+    got = encoder.infer(module, pixel_values, torch.tensor([grid])).tokens
+    mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    own = theirs(((image - mean) / std)[None]).last_hidden_state[0, 1:]
+    expected = own.view(h // merge, merge, w // merge, merge, -1).transpose(1, 2).reshape(h * w // merge**2, -1)
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def to_clip(image: Tensor) -> Tensor:
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (PixelSpec(14, 2, 2).image_mean, PixelSpec(14, 2, 2).image_std))
+    return (image - mean) / std
 
 
 @torch.inference_mode()

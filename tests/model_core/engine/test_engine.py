@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -16,6 +17,7 @@ from model_core.encoder import DualVisionEncoder
 from model_core.engine.config import EngineConfig
 from model_core.errors import ContextLengthError, InvalidRequestError, RequestFailedError
 from model_core.model import DualVisionModel
+from model_core.processing.batch import normalise_pixels
 from model_core.types import (
     Arm,
     ChatMessage,
@@ -44,11 +46,12 @@ def random_request(number: int, **sampling: object) -> GenerationRequest:
 
 
 def fold(so_far: TokenEvent, event: TokenEvent) -> TokenEvent:
-    """Two events of one request as one: text and ids joined, the later one's outcome."""
+    """Two events of one request as one: text, ids and log-probabilities joined, the later one's outcome."""
     return replace(
         event,
         text=so_far.text + event.text,
         token_ids=so_far.token_ids + event.token_ids,
+        logprobs=None if event.logprobs is None else (so_far.logprobs or ()) + event.logprobs,
         fusion=so_far.fusion if event.fusion is None else event.fusion,
     )
 
@@ -69,32 +72,53 @@ def run(encoder: DualVisionEncoder, requests: list[GenerationRequest], arrive: i
 
 
 def as_arm(model: DualVisionModel, arm: Arm) -> AbstractContextManager[object]:
-    """`generate` knows no arms: while this is open, its images' features are those that this arm leaves."""
+    """`generate` knows no arms: while this is open, the features of its images and videos are what this arm leaves."""
     if arm == "fused":
         return nullcontext()
 
-    def features(pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **_: object) -> BaseModelOutputWithPooling:
-        tokens = model.embed_images(pixel_values, image_grid_thw, [arm] * len(image_grid_thw)).tokens
-        cells = image_grid_thw.prod(-1) // model.config.merge_size**2 * model.fusion.tokens_per_cell
+    def features(pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> BaseModelOutputWithPooling:
+        tokens = model.embed_images(pixel_values, grid_thw, [arm] * len(grid_thw)).tokens
+        cells = grid_thw.prod(-1) // model.config.merge_size**2 * model.fusion.tokens_per_cell
         return BaseModelOutputWithPooling(pooler_output=tokens.split(cells.tolist()))
 
-    return mock.patch.object(model.model, "get_image_features", features)
+    # `generate` looks at the names of the parameters.
+    return mock.patch.multiple(
+        model.model,
+        get_image_features=lambda pixel_values, image_grid_thw, **_: features(pixel_values, image_grid_thw),
+        get_video_features=lambda pixel_values_videos, video_grid_thw, **_: features(
+            pixel_values_videos, video_grid_thw
+        ),
+    )
+
+
+def model_inputs(encoder: DualVisionEncoder, request: GenerationRequest) -> dict[str, torch.Tensor]:
+    """The request as transformers' forward takes it: images as images, videos as videos."""
+    inputs = encoder.engine.prepare(request).inputs
+    found = {"input_ids": torch.tensor([inputs.input_ids]), "mm_token_type_ids": torch.tensor([inputs.token_types])}
+    if inputs.pixels is None:
+        return found
+    values = normalise_pixels(inputs.pixels, encoder.format.patches, torch.device("cpu"))
+    each = values.split([math.prod(grid) for grid in inputs.grids])
+    media = [part for message in request.messages for part in message.parts if not isinstance(part, TextPart)]
+    for kind, pixels, grids in (
+        (ImagePart, "pixel_values", "image_grid_thw"),
+        (VideoPart, "pixel_values_videos", "video_grid_thw"),
+    ):
+        chosen = [number for number, part in enumerate(media) if isinstance(part, kind)]
+        if chosen:
+            found[pixels] = torch.cat([each[number] for number in chosen])
+            found[grids] = torch.tensor([inputs.grids[number] for number in chosen])
+    if rates := [part.fps for part in media if isinstance(part, VideoPart)]:
+        found["second_per_grid_ts"] = torch.tensor([encoder.format.patches.temporal_patch_size / r for r in rates])
+    return found
 
 
 def generated(encoder: DualVisionEncoder, request: GenerationRequest) -> tuple[list[int], list[float]]:
     """transformers' own greedy ids on the same prompt, and the margin of each choice over the next best."""
-    inputs = encoder.engine.prepare(request).inputs
-    ids = torch.tensor([inputs.input_ids])
-    extra: dict[str, torch.Tensor] = {"mm_token_type_ids": torch.tensor([inputs.token_types])}
-    if inputs.pixels is not None:
-        from model_core.processing.batch import normalise_pixels
-
-        extra["pixel_values"] = normalise_pixels(inputs.pixels, encoder.format.patches, torch.device("cpu"))
-        extra["image_grid_thw"] = torch.tensor(inputs.grids)
+    inputs = model_inputs(encoder, request)
     with as_arm(encoder.model, request.arm):
         out = encoder.model.generate(
-            input_ids=ids,
-            **extra,
+            **inputs,
             max_new_tokens=request.sampling.max_tokens,
             min_new_tokens=request.sampling.max_tokens,
             do_sample=False,
@@ -104,7 +128,7 @@ def generated(encoder: DualVisionEncoder, request: GenerationRequest) -> tuple[l
             return_dict_in_generate=True,
         )
     best = [step[0].float().topk(2).values for step in out.logits]
-    return out.sequences[0, ids.shape[1] :].tolist(), [float(b[0] - b[1]) for b in best]
+    return out.sequences[0, inputs["input_ids"].shape[1] :].tolist(), [float(b[0] - b[1]) for b in best]
 
 
 @pytest.mark.parametrize("arrive", [1, 3, 99])
