@@ -62,10 +62,14 @@ class DualVisionConfig(Qwen2_5_VLConfig):
         check_dropout(self.dropout)
         if self.dinov2_max_patches < 4:
             raise ConfigError(
-                "dinov2_max_patches is too small", value=self.dinov2_max_patches, allowed="4 (one cell) or more"
-            )
+                "dinov2_max_patches is too small", value=self.dinov2_max_patches, allowed="4 (one cell) or more",
+                fix=f"Raise it, or leave it out for {DINOV2_MAX_PATCHES}",
+            )  # fmt: skip
         if self.common_dim is not None and self.common_dim < 1:
-            raise ConfigError("common_dim is out of range", value=self.common_dim, allowed="a positive integer or null")
+            raise ConfigError(
+                "common_dim is out of range", value=self.common_dim, allowed="a positive integer or null",
+                fix="Leave it out for the language model's width",
+            )  # fmt: skip
 
     @classmethod
     def from_parts(cls, qwen: Qwen2_5_VLConfig, second: PreTrainedConfig, **fusion_settings: Any) -> DualVisionConfig:

@@ -23,7 +23,10 @@ def load_class(name: str, registry: Mapping[str, type[Base]], base: type[Base], 
     allowed = ", ".join(registry) + f", or package.module:Class of your own {base.__name__}"
     found = _import(name, kind, allowed)
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise ConfigError(f"this is no {kind}", value=name, allowed=f"a subclass of {base.__module__}.{base.__name__}")
+        raise ConfigError(
+            f"this is no {kind}", value=name, allowed=f"a subclass of {base.__module__}.{base.__name__}",
+            fix=f"Derive it from {base.__name__}, or name another class",
+        )  # fmt: skip
     return found
 
 
@@ -35,7 +38,9 @@ def load_part(name: str, kind: str) -> Callable[..., Any]:
     """
     found: Callable[..., Any] = _import(name, kind, "package.module:name of a class or function")
     if not callable(found):
-        raise ConfigError(f"this is no {kind}", value=name, allowed="a class or a function")
+        raise ConfigError(
+            f"this is no {kind}", value=name, allowed="a class or a function", fix="Name one of these in that module"
+        )
     made: Callable[..., Any] = found
     return made
 
@@ -43,7 +48,8 @@ def load_part(name: str, kind: str) -> Callable[..., Any]:
 def _import(name: str, kind: str, allowed: str) -> Any:
     module_name, _, attribute = name.partition(":")
     if not attribute:
-        raise ConfigError(f"unknown {kind}", value=name, allowed=allowed)
+        fix = "Check the spelling; what is your own is named as package.module:name"
+        raise ConfigError(f"unknown {kind}", value=name, allowed=allowed, fix=fix)
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:

@@ -104,7 +104,8 @@ def folder_name(model_id: str) -> str:
     if not name or name.startswith(".") or len(name) > _MAX_NAME_BYTES:
         raise InvalidRequestError(
             "this can't be a model's id", value=model_id,
-            allowed=f"1 to {_MAX_NAME_BYTES} characters, the first no dot", param="model",
+            allowed=f"1 to {_MAX_NAME_BYTES} characters, the first no dot",
+            fix="Use a short name of letters, digits and hyphens", param="model",
         )  # fmt: skip
     return name
 
@@ -161,7 +162,7 @@ def roll_back(folder: Path) -> ModelState:
         if not before:
             raise InvalidRequestError(
                 "there is no version to go back to", value=state.id, allowed="a model that was promoted twice",
-                param="model",
+                fix="Keep this version, or publish a better one", param="model",
             )  # fmt: skip
         changed = replace(state, current=before[0], previous=tuple(before[1:]))
         _write_state(folder, changed)
@@ -227,7 +228,8 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def _unknown(model_id: str) -> ModelNotFoundError:
-    return ModelNotFoundError("there is no such model", value=model_id, allowed="a published model", param="model")
+    return ModelNotFoundError("there is no such model", value=model_id, allowed="a published model", param="model",
+                              fix="Publish it first: dve publish")  # fmt: skip
 
 
 def _write_state(folder: Path, state: ModelState) -> None:

@@ -152,7 +152,8 @@ class SamplingParams:
 
 def _check(name: str, value: object, is_allowed: bool, allowed: str) -> None:
     if not is_allowed:
-        raise InvalidRequestError(f"'{name}' is out of range", value=value, allowed=allowed, param=name)
+        raise InvalidRequestError(f"'{name}' is out of range", value=value, allowed=allowed, param=name,
+                                  fix="Correct it, or leave it out")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,12 +181,14 @@ class GenerationRequest:
 
     def __post_init__(self) -> None:
         if self.arm not in ARMS:
-            raise InvalidRequestError("unknown arm", value=self.arm, allowed=", ".join(ARMS), param="model")
+            raise InvalidRequestError("unknown arm", value=self.arm, allowed=", ".join(ARMS), param="model",
+                                      fix="Name one of these, or leave it out for fused")  # fmt: skip
         if not self.messages:
             allowed = "at least one message"
             raise InvalidRequestError("there are no messages", value=[], allowed=allowed, fix=_ASK, param="messages")
         if self.score_token_ids is not None and not self.score_token_ids:
-            raise InvalidRequestError("there is nothing to score", value=[], allowed="at least one token id")
+            raise InvalidRequestError("there is nothing to score", value=[], allowed="at least one token id",
+                                      fix="Give the answer's ids, or None to generate")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,10 +363,8 @@ def messages_from_dicts(messages: Sequence[Mapping[str, Any]]) -> tuple[ChatMess
     {"type": "video", "video": [frames], "fps"}. Anything else is an InvalidRequestError.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        allowed = "a list of at least one message"
-        raise InvalidRequestError(
-            "messages must be a list", value=messages, allowed=allowed, fix=_ASK, param="messages"
-        )
+        raise InvalidRequestError("messages must be a list", value=messages, allowed="a list of at least one message",
+                                  fix=_ASK, param="messages")  # fmt: skip
     return tuple(_message(i, m) for i, m in enumerate(messages))
 
 

@@ -249,14 +249,17 @@ def _read_own(folder: Path, model: nn.Module, base: nn.Module, record: VariantRe
                 raise CheckpointMismatchError(
                     "a tensor does not fit this architecture", value=f"{name}, {tuple(tensor.shape)}",
                     allowed=str(tuple(expected[name].shape)) if name in expected else "the model's own names",
+                    fix="Publish the model again",
                 )  # fmt: skip
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise CheckpointError("the weights are not all finite", value=name, allowed="finite numbers")
+                fix = "Publish the model again, from an earlier checkpoint"
+                raise CheckpointError("the weights are not all finite", value=name, allowed="finite numbers", fix=fix)
             dtype = known[name].dtype if name in known else _dtype_for(tensor, base.dtype, name)
             # A copy: what is loaded must not change with a file.
             own[name] = tensor.to(base.device, dtype, copy=True)
     if len(own) != record.num_tensors:
-        raise CheckpointError("tensors are missing", value=f"{len(own)}", allowed=f"{record.num_tensors} tensors")
+        allowed, fix = f"{record.num_tensors} tensors", "Publish the model again"
+        raise CheckpointError("tensors are missing", value=f"{len(own)}", allowed=allowed, fix=fix)
     return own
 
 
@@ -274,7 +277,7 @@ def _fill(model: nn.Module, base: nn.Module, path: str, own: Mapping[str, Tensor
     if missing:
         raise CheckpointMismatchError(
             "the weights don't fill this architecture", value=f"{missing[0]} missing; {len(missing)} in all",
-            allowed="every tensor that the config names, here or in the base",
+            allowed="every tensor that the config names, here or in the base", fix="Publish the model again",
         )  # fmt: skip
     module.load_state_dict({n: own[full] if full in own else known[full] for n, full in wanted.items()}, assign=True)
     try:
@@ -304,7 +307,7 @@ def _check_architecture(base: Any, found: Any) -> None:
     if other:
         raise CheckpointMismatchError(
             "this is another architecture than the base's", value=", ".join(other[:4]),
-            allowed="the base's configuration, but for the fusion",
+            allowed="the base's configuration, but for the fusion", fix="Use the base that it was trained from",
         )  # fmt: skip
 
 
@@ -321,7 +324,7 @@ def _check_format(base: Loaded, trained: Loaded, run: Path) -> None:
     if wrong:
         raise CheckpointMismatchError(
             "the run reads its input in another way than the base", value=f"{run.name}: {', '.join(wrong)}",
-            allowed="the base's own tokenizer and preprocessing",
+            allowed="the base's own tokenizer and preprocessing", fix="Use the base that it was trained from",
         )  # fmt: skip
 
 

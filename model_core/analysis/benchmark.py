@@ -67,7 +67,8 @@ def run_benchmark(
         prepare: how to prepare a request; None is the engine's own (which opens no local path).
     """
     if rounds < 1 or warmup < 0:
-        raise ConfigError("the benchmark's rounds are out of range", value=rounds, allowed="1 or more")
+        fix = "Measure at least one round, after 0 or more to warm up"
+        raise ConfigError("the benchmark's rounds are out of range", value=rounds, allowed="1 or more", fix=fix)
     is_cuda = engine.info.device.startswith("cuda")
     if is_cuda:
         torch.cuda.reset_peak_memory_stats(engine.info.device)

@@ -95,6 +95,7 @@ def answer_requests(
             "there is nothing to compare: the messages hold no image",
             value=f"{len(messages)} message(s), 0 images",
             allowed="messages with at least one image",
+            fix="Add a picture to the question",
             param="messages",
         )
     first = GenerationRequest(f"{prefix}-answer-fused", tuple(messages), sampling)

@@ -116,8 +116,9 @@ def _offline(args: argparse.Namespace) -> int:
         value = getattr(args, flag)
         if value is not None and not (value > 0 and args.floors):
             raise ConfigError(
-                f"--{flag.replace('_', '-')} is out of place", value=value, allowed="above 0, together with --floors"
-            )
+                f"--{flag.replace('_', '-')} is out of place", value=value, allowed="above 0, together with --floors",
+                fix="Give --floors and a number above 0, or leave it out",
+            )  # fmt: skip
     load = workload_of(args)
     encoder = _load(args, max(args.concurrency))
     encoder.engine.runner.decoder.compile_loops(wait=True)
@@ -226,7 +227,8 @@ class _OfflineBench:
 
 def _encoders(args: argparse.Namespace) -> int:
     if args.peak_gflops is not None and not args.peak_gflops > 0:
-        raise ConfigError("--peak-gflops is out of range", value=args.peak_gflops, allowed="above 0")
+        fix = "Give the machine's peak, or leave it out"
+        raise ConfigError("--peak-gflops is out of range", value=args.peak_gflops, allowed="above 0", fix=fix)
     encoder = _load(args, 1)
     from model_core.analysis.encoder_speed import time_encoders
 

@@ -127,7 +127,8 @@ def bench(args: argparse.Namespace) -> Found:
         ConfigError: flags that fit neither each other nor the model; as `load_checkpoint`.
     """
     if args.peak_tflops is not None and not args.peak_tflops > 0:
-        raise ConfigError("--peak-tflops is out of range", value=args.peak_tflops, allowed="above 0")
+        fix = "Give the device's dense peak, or leave it out"
+        raise ConfigError("--peak-tflops is out of range", value=args.peak_tflops, allowed="above 0", fix=fix)
     if args.samples % args.batch_size:
         raise ConfigError(
             "a round must be whole steps", value=f"{args.samples} samples, {args.batch_size} a step",

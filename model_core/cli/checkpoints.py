@@ -52,8 +52,9 @@ def _steps(run: RunFolder) -> list[StepFolder]:
     steps = run.steps()
     if not steps:
         raise ConfigError(
-            "there is no complete step in this folder", value=str(run.path), allowed="the output_dir of a run"
-        )
+            "there is no complete step in this folder", value=str(run.path), allowed="the output_dir of a run",
+            fix="Name the folder that holds the run's step-N folders",
+        )  # fmt: skip
     return steps
 
 
@@ -92,7 +93,10 @@ def _prune(args: argparse.Namespace) -> None:
     run = RunFolder(args.run)
     _steps(run)
     if args.keep_last < 1:
-        raise ConfigError("a run keeps its newest step", value=args.keep_last, allowed="1 or more", param="keep_last")
+        raise ConfigError(
+            "a run keeps its newest step", value=args.keep_last, allowed="1 or more",
+            fix="Raise --keep_last, or leave it out", param="keep_last",
+        )  # fmt: skip
     keep = CheckpointConfig(
         keep_last=args.keep_last, keep_best=not args.drop_best, keep_stage_ends=not args.drop_stage_ends
     )

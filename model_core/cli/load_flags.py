@@ -54,7 +54,8 @@ def _sampling_of(args: argparse.Namespace) -> SamplingLoad:
         ("--top-k", args.top_k, args.top_k >= 0, "0 (off) or more"),
     ):
         if not is_allowed:
-            raise ConfigError(f"{name} is out of range", value=value, allowed=allowed)
+            fix = "Correct it, or leave it out"
+            raise ConfigError(f"{name} is out of range", value=value, allowed=allowed, fix=fix)
     if args.temperature == 0.0 and (args.top_p < 1.0 or args.top_k > 0):
         raise ConfigError(
             "greedy answers have no use for --top-p and --top-k", value="--temperature 0",

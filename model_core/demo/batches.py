@@ -35,6 +35,7 @@ SIZES = (
     *((168, 168), (168, 168), (140, 140), (140, 168), (168, 140)),
     *((140, 196), (196, 140), (112, 224), (224, 112)),
 )
+_SEEDS_OF_STAGE = 2**26
 #: Of what a scene's cells show, one row a cell in the order of the image tokens. Scenes hold them in small integers.
 TARGETS: Mapping[str, Callable[[Scene], np.ndarray]] = {
     "class": lambda scene: scene.cell_class.astype(np.int64),
@@ -72,8 +73,20 @@ class SceneSource:
         if unknown:
             raise ConfigError(
                 "a stage mixes kinds of scenes that there are not", value=", ".join(unknown), allowed=", ".join(KINDS),
+                fix="Name some of these in dataset_weights", param="curriculum_training.stages",
+            )  # fmt: skip
+        steps = stage.steps or stage.epochs * self._steps_per_epoch
+        most = _SEEDS_OF_STAGE // (self._seeds_of_pack * self._config.gradient_accumulation_steps)
+        if steps > most:  # the next ones are another stage's, and at last those of the scores
+            raise ConfigError(
+                "a stage has more steps than there are scenes for it", value=f"{steps} steps", allowed=f"{most} steps",
+                fix="Make two stages of it, or lower batch_size or gradient_accumulation_steps",
                 param="curriculum_training.stages",
             )  # fmt: skip
+
+    @property
+    def _seeds_of_pack(self) -> int:
+        return max(256, self._config.batch_size)
 
     def num_steps(self, stage: Stage, epoch: int) -> int:  # noqa: ARG002 - every epoch is as long
         return self._steps_per_epoch
@@ -89,7 +102,7 @@ class SceneSource:
     def pack(self, stage: Stage, number: int) -> PackedBatch:
         """Pack `number` of a stage, counted over its epochs."""
         count = self._config.batch_size
-        base = ((self._config.seed * 8 + stage.index) % 2**14) * 2**26 + number * max(256, count)
+        base = ((self._config.seed * 8 + stage.index) % 2**14) * _SEEDS_OF_STAGE + number * self._seeds_of_pack
         rng = random.Random(base)
         size = rng.choice(self._sizes)
         mix = stage.dataset_weights
@@ -136,7 +149,7 @@ class SceneSource:
     def conversation(self, ref: SampleRef) -> list[ChatMessage]:
         raise ConfigError(
             "scenes are scored by `dve demo eval`, not in the run", value=ref.key, allowed="evaluation.num_answers 0",
-            param="evaluation.num_answers",
+            fix="Set evaluation.num_answers to 0", param="evaluation.num_answers",
         )  # fmt: skip
 
 

@@ -110,7 +110,8 @@ def balanced_probe(kind: str, seed: int, artwork: Artwork, size: tuple[int, int]
     seed + n * 2**32 is taken, so a held-out seed stays held out. Errors: ConfigError for an unknown kind.
     """
     if kind not in QUESTION_KINDS:
-        raise ConfigError("unknown kind of question", value=kind, allowed=", ".join(QUESTION_KINDS))
+        allowed = ", ".join(QUESTION_KINDS)
+        raise ConfigError("unknown kind of question", value=kind, allowed=allowed, fix="Name one of these")
     rng = random.Random(f"{kind}/{seed}")
     scene_kind = {"name": "single", "colour": "shapes", "position": "pair", "read": "word"}.get(kind)
     if kind == "count":

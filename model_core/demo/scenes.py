@@ -145,9 +145,10 @@ def make_scene(seed: int, artwork: Artwork, size: tuple[int, int] = (168, 168), 
     height, width = size
     frame = (width, height)
     if width % CELL or height % CELL or min(size) < 4 * CELL:
-        raise ConfigError("a scene's sides must be multiples of 28", value=size, allowed="112, 140, 168, 196, 224, ...")
+        raise ConfigError("a scene's sides must be multiples of 28", value=size, allowed="112, 140, 168, 196, 224, ...",
+                          fix="Round both sides to one of these")  # fmt: skip
     if kind is not None and kind not in KINDS:
-        raise ConfigError("unknown kind of scene", value=kind, allowed=", ".join(KINDS))
+        raise ConfigError("unknown kind of scene", value=kind, allowed=", ".join(KINDS), fix="Name one of these")
     rng = np.random.default_rng((seed, width, height))
     chosen = KINDS[int(rng.choice(len(KINDS), p=_KIND_SHARES))] if kind is None else kind
     lines: list[_Line] = []
@@ -328,7 +329,8 @@ def _scatter(rng: np.random.Generator, items: Sequence[_Item], frame: tuple[int,
                 return
         for item in items:
             item.side *= 0.95
-    raise ConfigError("the objects do not fit the picture", value=(len(items), frame), allowed="a larger picture")
+    raise ConfigError("the objects do not fit the picture", value=(len(items), frame), allowed="a larger picture",
+                      fix="Ask for a larger size")  # fmt: skip
 
 
 def _find_place(rng: np.random.Generator, item: _Item, placed: Sequence[_Item], frame: tuple[int, int]) -> bool:
@@ -345,13 +347,9 @@ def _find_place(rng: np.random.Generator, item: _Item, placed: Sequence[_Item], 
 
 
 def _paint(
-    rng: np.random.Generator,
-    artwork: Artwork,
-    items: Sequence[_Item],
-    lines: Sequence[_Line],
-    kind: str,
+    rng: np.random.Generator, artwork: Artwork, items: Sequence[_Item], lines: Sequence[_Line], kind: str,
     frame: tuple[int, int],
-) -> Scene:
+) -> Scene:  # fmt: skip
     patches, avoid, distance = [], [], _THING_DISTANCE
     for item in items:
         if item.style is None:

@@ -115,7 +115,10 @@ def evaluate(
         probes = [balanced_probe(kind, seed, artwork, size) for kind, seed, size in plan[start : start + batch_size]]
         answers = answer_batch([(scene.picture(), turn.question) for scene, turn in probes])
         if len(answers) != len(probes):
-            raise ConfigError("the number of answers is wrong", value=len(answers), allowed=str(len(probes)))
+            raise ConfigError(
+                "the number of answers is wrong", value=len(answers), allowed=str(len(probes)),
+                fix="Let answer_batch return one answer a question, in their order",
+            )  # fmt: skip
         for (_, turn), answer in zip(probes, answers, strict=True):
             is_right = grade(turn.kind, turn.answer, answer)
             scores.add(turn.kind, is_right=is_right)

@@ -52,16 +52,19 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_encode_tokens", "max_context_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"{name} is out of range", value=getattr(self, name), allowed="1 or more")
+                fix = "Raise it, or leave it out"
+                raise ConfigError(f"{name} is out of range", value=getattr(self, name), allowed="1 or more", fix=fix)
         if self.encode_window_seconds < 0:
             raise ConfigError(
-                "encode_window_seconds is out of range", value=self.encode_window_seconds, allowed="0 or more"
-            )
+                "encode_window_seconds is out of range", value=self.encode_window_seconds, allowed="0 or more",
+                fix="Leave it out, and no picture waits",
+            )  # fmt: skip
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 "a step can't hold one token of every sequence",
                 value=f"max_num_batched_tokens={self.max_num_batched_tokens}, max_num_seqs={self.max_num_seqs}",
                 allowed="max_num_batched_tokens of at least max_num_seqs",
+                fix="Raise max_num_batched_tokens, or lower max_num_seqs",
             )
 
     def encode_tokens_on(self, device_type: str) -> int:
@@ -85,7 +88,7 @@ class EngineConfig:
         if self.max_context_tokens > model_tokens:
             raise ConfigError(
                 "max_context_tokens is more than the model's own context", value=self.max_context_tokens,
-                allowed=f"up to {model_tokens}",
+                allowed=f"up to {model_tokens}", fix="Lower it, or leave it out",
             )  # fmt: skip
         return self.max_context_tokens
 
@@ -95,6 +98,7 @@ class EngineConfig:
             raise ConfigError(
                 "no image fits a pass of the encoders", value=f"max_encode_tokens={self.max_encode_tokens}",
                 allowed=f"at least {smallest_image}, the tokens of this model's smallest image",
+                fix="Raise max_encode_tokens, or leave it out",
             )  # fmt: skip
 
     def num_blocks(

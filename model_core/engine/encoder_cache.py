@@ -19,7 +19,10 @@ class EncoderCache:
 
     def __init__(self, max_bytes: int) -> None:
         if max_bytes < 0:
-            raise ConfigError("the encoder cache's size is negative", value=max_bytes, allowed="0 (off) or more bytes")
+            raise ConfigError(
+                "the encoder cache's size is negative", value=max_bytes, allowed="0 (off) or more bytes",
+                fix="Set encoder_cache_bytes to 0 to keep nothing, or leave it out",
+            )  # fmt: skip
         self.max_bytes = max_bytes
         self._kept: OrderedDict[tuple[str, bytes], Tensor] = OrderedDict()
         self.hits: Counter[str] = Counter()

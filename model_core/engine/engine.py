@@ -117,7 +117,10 @@ class ContinuousEngine:
 
     def add_request(self, prepared: Sequence) -> None:
         if prepared.request_id in self._known:
-            raise InvalidRequestError("this request id is already in the engine", value=prepared.request_id)
+            raise InvalidRequestError(
+                "this request id is already in the engine", value=prepared.request_id,
+                allowed="an id that no request in the engine has", fix="Give every request an id of its own",
+            )  # fmt: skip
         prepared.added_at = prepared.queued_at = self.runner.clock()
         prepared.arrival = next(self._arrivals)
         self._known[prepared.request_id] = prepared

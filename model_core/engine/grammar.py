@@ -63,7 +63,10 @@ class GrammarMatcher:
         self._check()
         allowed = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")[: self._vocab_size]
         if not allowed.any():  # a reference that leads only to itself, a value that nothing satisfies
-            raise refuse("no answer fits the JSON schema from here on", allowed="a schema that some JSON satisfies")
+            raise refuse(
+                "no answer fits the JSON schema from here on", allowed="a schema that some JSON satisfies",
+                fix="Look for a $ref to itself, or bounds that exclude all",
+            )  # fmt: skip
         return torch.from_numpy(allowed).bool()
 
     def accept(self, token_id: int) -> None:
@@ -114,11 +117,13 @@ class GrammarCompiler:
         try:
             grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_LAYOUT)
         except ValueError:
-            raise refuse("the JSON schema can't be read", allowed="a JSON object in UTF-8") from None
+            allowed, fix = "a JSON object in UTF-8", "Send the schema itself, as an object"
+            raise refuse("the JSON schema can't be read", allowed=allowed, fix=fix) from None
         matcher = LLMatcher(self._build_tokenizer(), grammar, log_level=0, limits=_limits())
         problems = [matcher.get_error()] if matcher.is_error() else matcher.get_grammar_warnings()
         if problems:
-            raise refuse("the JSON schema can't be followed", value=problems[0])
+            allowed, fix = "what an answer can be held to, token by token", "Leave that part out, or say it simpler"
+            raise refuse("the JSON schema can't be followed", value=problems[0], allowed=allowed, fix=fix)
         GrammarMatcher(matcher, self._vocab_size).mask()  # what costs too much at once is known now, off the engine
         return matcher
 
@@ -129,7 +134,7 @@ class GrammarCompiler:
             if backend is None:
                 raise InvalidRequestError(
                     "this model's tokenizer can't be constrained", value=type(self._tokenizer).__name__,
-                    allowed='{"type": "text"}', param="response_format",
+                    allowed='{"type": "text"}', fix="Leave response_format out", param="response_format",
                 )  # fmt: skip
             self._inner = LLTokenizer(backend.to_str(), n_vocab=self._vocab_size, eos_token=sorted(self._eos_ids))
         return self._inner

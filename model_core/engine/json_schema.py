@@ -43,7 +43,10 @@ def refuse(what: str, *, value: object = None, allowed: str = "", fix: str = "")
 def check_schema(text: str) -> None:
     """Raises InvalidSchemaError. `text` is JSON that `json.dumps` made."""
     if len(text.encode()) > MAX_BYTES:
-        raise refuse("the JSON schema is too large", value=f"{len(text)} bytes", allowed=f"{MAX_BYTES} bytes")
+        raise refuse(
+            "the JSON schema is too large", value=f"{len(text)} bytes", allowed=f"{MAX_BYTES} bytes",
+            fix="Move what repeats to $defs, and leave descriptions out",
+        )  # fmt: skip
     schema = json.loads(text)
     count = 0
     waiting: list[tuple[str, Any, int]] = [("schema", schema, 1)]
@@ -56,7 +59,10 @@ def check_schema(text: str) -> None:
                 fix="Use $defs and $ref",
             )  # fmt: skip
         if count > MAX_SUBSCHEMAS:
-            raise refuse("the JSON schema has too many parts", value=f"over {MAX_SUBSCHEMAS}", allowed="fewer")
+            raise refuse(
+                "the JSON schema has too many parts", value=f"over {MAX_SUBSCHEMAS}", allowed=f"{MAX_SUBSCHEMAS}",
+                fix="Ask for less in one answer",
+            )  # fmt: skip
         waiting.extend((at, child, depth + 1) for at, child in _children(where, node))
 
 
@@ -65,7 +71,7 @@ def _children(where: str, node: Any) -> list[tuple[str, Any]]:
     if isinstance(node, bool) and where != "schema":
         return []
     if not isinstance(node, dict):
-        raise refuse(f"'{where}' is no JSON schema", value=node, allowed="an object")
+        raise refuse(f"'{where}' is no JSON schema", value=node, allowed="an object", fix="Write a schema there")
     found: list[tuple[str, Any]] = []
     for key, value in node.items():
         at = f"{where}.{key}"
@@ -82,16 +88,20 @@ def _children(where: str, node: Any) -> list[tuple[str, Any]]:
         elif key in _SINGLES:
             found.append((at, value))
         elif key in _MAPS | _LISTS:
-            raise refuse(f"'{at}' has the wrong type", value=value, allowed="an object" if key in _MAPS else "a list")
+            allowed = "an object" if key in _MAPS else "a list"
+            raise refuse(f"'{at}' has the wrong type", value=value, allowed=allowed, fix=f"Make {allowed} of it")
     return found
 
 
 def _check_value(at: str, key: str, value: Any) -> None:
     if key == "$ref" and not (isinstance(value, str) and value.startswith("#")):
-        raise refuse(f"'{at}' leads outside the schema", value=value, allowed="a local reference, like #/$defs/NAME")
+        allowed, fix = "a local reference, like #/$defs/NAME", "Copy what it leads to into $defs"
+        raise refuse(f"'{at}' leads outside the schema", value=value, allowed=allowed, fix=fix)
     if key == "$id" and not (isinstance(value, str) and "#" not in value):
-        raise refuse(f"'{at}' is no name for a schema", value=value, allowed="a string without #")
+        raise refuse(f"'{at}' is no name for a schema", value=value, allowed="a string without #", fix="Leave it out")
     if key == "enum" and isinstance(value, list) and len(value) > MAX_ENUM_VALUES:
-        raise refuse(f"'{at}' has too many values", value=len(value), allowed=f"at most {MAX_ENUM_VALUES}")
+        allowed, fix = f"at most {MAX_ENUM_VALUES}", "List fewer, or describe them by a pattern"
+        raise refuse(f"'{at}' has too many values", value=len(value), allowed=allowed, fix=fix)
     if key in _BOUNDS and not (type(value) is int and 0 <= value <= MAX_BOUND):
-        raise refuse(f"'{at}' is out of range", value=value, allowed=f"an integer from 0 to {MAX_BOUND}")
+        allowed, fix = f"an integer from 0 to {MAX_BOUND}", "Leave the bound out, or choose one in that range"
+        raise refuse(f"'{at}' is out of range", value=value, allowed=allowed, fix=fix)

@@ -195,7 +195,10 @@ class Slab:
 
 
 def not_finite() -> RequestFailedError:
-    return RequestFailedError("the model gave logits that are not finite")
+    return RequestFailedError(
+        "the model gave logits that are not finite", allowed="finite numbers",
+        fix="Compute in bfloat16 or float32, and check that the weights are whole",
+    )  # fmt: skip
 
 
 def _no_token(peak: float) -> RequestFailedError:
@@ -205,4 +208,5 @@ def _no_token(peak: float) -> RequestFailedError:
         "no token is left to choose from",
         value="all are forbidden",
         allowed="a logit_bias, min_tokens or response_format that leaves one",
+        fix="Lower min_tokens, or take tokens off logit_bias",
     )

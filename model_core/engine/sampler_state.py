@@ -127,5 +127,6 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
                     f"'{name}' names a token that the model does not have",
                     value=token_id,
                     allowed=f"0 to {vocab_size - 1}",
+                    fix="Take token ids from this model's own tokenizer",
                     param=name,
                 )

@@ -43,6 +43,7 @@ class Decoder:
                 "sliding-window layers are not served",
                 value="use_sliding_window=true",
                 allowed="false, as Qwen2.5-VL ships",
+                fix="Use a checkpoint whose layers all see the whole context",
             )
         self.model, self.lm_head, self.config = language_model, lm_head, config
         self.head_dim = config.hidden_size // config.num_attention_heads

@@ -17,6 +17,7 @@ from model_core.cli.train import load_for_training
 from model_core.demo.artwork import Artwork
 from model_core.demo.batches import SceneSource
 from model_core.demo.build import demo_recipe, has_begun, scaled
+from model_core.demo.scenes import HELD_OUT_FIRST_SEED
 from model_core.encoder import DualVisionEncoder
 from model_core.errors import CheckpointMismatchError, ConfigError
 from model_core.processing.batch import InputFormat
@@ -67,8 +68,8 @@ class Stop:
 
 
 def test_an_interrupted_build_ends_in_the_same_bits(tmp_path: Path) -> None:
-    """Weights, read-outs and both optimizers' state; stopped within a stage and at its border. Of the four stages the
-    first, without language, and the one of everything."""
+    """Weights, read-outs and both optimizers' state; stopped within a stage and at its border. Of the stages the first,
+    without language, and the one that answers."""
     names = ("model.safetensors", "auxiliary.safetensors", "optimizer.safetensors")
     trainer_of(two_stages(tmp_path / "whole")).train()
     last = tmp_path / "whole" / "checkpoint_latest"
@@ -194,6 +195,18 @@ def test_the_gate_learns_slower_than_what_it_weighs(tmp_path: Path) -> None:
     """At the others' learning rate it closed on the second encoder before that had learnt anything."""
     for stage in small_recipe(tmp_path).stages():
         assert stage.learning_rates["gate"] < 0.1 * stage.learning_rates["projections"]
+
+
+def test_a_stage_longer_than_its_seeds_is_refused_before_it_draws_those_of_the_scores(tmp_path: Path) -> None:
+    """The last step that is allowed, of the last seed, still lies below the held-out ones."""
+    config = small_recipe(tmp_path, "seed=2047")
+    source, last = source_of(config), config.stages()[-1]
+    most = 2**26 // 256
+    source.prepare_stage(replace(last, index=7, steps=most))
+    pack = source.pack(replace(last, index=7), most - 1)
+    assert HELD_OUT_FIRST_SEED - 256 <= max(sample.index for sample in pack.samples) < HELD_OUT_FIRST_SEED
+    with pytest.raises(ConfigError, match=f"more steps than there are scenes.*{most + 1} steps.*{most} steps"):
+        source.prepare_stage(replace(last, steps=most + 1))
 
 
 def test_a_stage_that_mixes_unknown_kinds_is_refused(tmp_path: Path) -> None:
