@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from model_core.encoder import DualVisionEncoder
+    from model_core.trainer import DualVisionTrainer
     from model_core.training.data.datasets import (
         CaptioningDataset,
         DualVisionDataset,
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
         VQADataset,
     )
     from model_core.training.data.multi import MultiDataset, create_dataset
-    from model_core.training.trainer import DualVisionTrainer
 
 __all__ = [
     "CaptioningDataset",
@@ -37,7 +37,7 @@ def __getattr__(name: str) -> Any:
 
         return DualVisionEncoder
     if name == "DualVisionTrainer":
-        from model_core.training.trainer import DualVisionTrainer
+        from model_core.trainer import DualVisionTrainer
 
         return DualVisionTrainer
     if name in ("MultiDataset", "create_dataset"):

@@ -1,4 +1,5 @@
-"""`dve configs create` writes the shipped training recipes; `dve config validate` checks one of the user's.
+"""`dve configs create` writes the shipped training recipes, `dve configs keys` lists what may stand in one, `dve config
+validate` checks one of the user's.
 
 In: flags; out: files, or what a recipe says in plain words, and an exit code: 0, 2 for a wrong call, 78 for a recipe
 that is refused. It loads no model.
@@ -12,8 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from model_core.cli.recipe_page import recipe_page
 from model_core.errors import ConfigError, DualVisionError
-from model_core.training.config import Stage, TrainConfig, load_config
+from model_core.training.config import COMPONENTS, Stage, TrainConfig, load_config
 from model_core.training.freeze import trained_components
 
 SCENARIOS = Path(__file__).parents[1] / "training" / "scenarios"
@@ -23,13 +25,14 @@ BAD_CONFIG = 78
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """create, list, validate."""
+    """create, list, keys, validate."""
     parser = argparse.ArgumentParser(prog="dve configs", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     create = commands.add_parser("create", help="write the shipped recipes and the template config.json")
     create.add_argument("--out", type=Path, default=Path("configs"), help="folder (default: configs)")
     create.add_argument("--force", action="store_true", help="replace files that were edited")
     commands.add_parser("list", help="the shipped recipes: purpose, cost, expected outcome")
+    commands.add_parser("keys", help="every key with its type, default and meaning, and examples: RECIPES.md")
     validate = commands.add_parser("validate", help="check a recipe and print its stages")
     validate.add_argument("file", type=Path)
     validate.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C")
@@ -45,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _create(args.out, force=args.force)
         if args.command == "list":
             return _list()
+        if args.command == "keys":
+            sys.stdout.write(recipe_page())
+            return 0
         config = load_config(args.file, args.overrides)
         for stage in config.stages():
             _check_trains(stage)
@@ -74,8 +80,9 @@ def _create(out: Path, *, force: bool) -> int:
             print(out / name)
     except OSError as error:
         raise ConfigError(
-            f"the recipes can't be written ({error.strerror})", value=str(out), allowed="a folder that can be written"
-        ) from error
+            f"the recipes can't be written ({error.strerror})", value=str(out), allowed="a folder that can be written",
+            fix="Choose another --out",
+        ) from error  # fmt: skip
     return 0
 
 
@@ -122,14 +129,16 @@ def _describe(path: Path, config: TrainConfig) -> None:
 
 def _stage_line(stage: Stage, *, has_adapters: bool) -> str:
     flags = [f"{name}={str(value).lower()}" for name, value in stage.freeze.flags.items()]
-    parts = [stage.training_mode or "everything but DINOv2, unless a flag or rule says otherwise", *flags]
+    trained = trained_components(stage.freeze)
+    trains = "trains " + (" ".join(name for name in COMPONENTS if name in trained) or "what its rules name")
+    parts = [*([stage.training_mode] if stage.training_mode else []), *flags, trains]
     if stage.freeze.rules:
         parts.append(f"{len(stage.freeze.rules)} rules")
     parts.append(f"{stage.epochs} epoch{'s' * (stage.epochs != 1)}")
     if stage.steps is not None:
         parts.append(f"at most {stage.steps} steps")
     parts += [f"{name} loss times {weight:g}" for name, weight in stage.loss_weights.items()]
-    shown = trained_components(stage.freeze) | ({"lora"} if has_adapters else set())
+    shown = trained | ({"lora"} if has_adapters else set())
     parts.append(
         "rates " + " ".join(f"{name} {rate:g}" for name, rate in stage.learning_rates.items() if name in shown)
     )

@@ -13,14 +13,12 @@ import os
 import shlex
 import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model_core.cli.train_display import Display
 from model_core.cli.training_pipe import Control, EventPipe
 from model_core.errors import (
     CheckpointError,
@@ -32,10 +30,10 @@ from model_core.errors import (
 )
 from model_core.published import is_disk_full, is_variant
 from model_core.training.config import TRAINING_MODES, TrainConfig, load_config
+from model_core.training.display import Display, summary_text
 
 if TYPE_CHECKING:
     from model_core.checkpoint import Loaded
-    from model_core.training.hooks import RunHooks
     from model_core.training.reports import Outcome
     from model_core.training.trainer import DualVisionTrainer
 
@@ -60,7 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
     for flag in FLAGS:
         names = dict.fromkeys((f"--{flag}", f"--{flag.replace('_', '-')}"))
         parser.add_argument(*names, action="store_true", help="on top of the mode or of the recipe")
-    parser.add_argument("--resume", type=Path, metavar="PATH", help="a run folder (its newest step), or one step of it")
+    parser.add_argument("--resume", type=Path, metavar="PATH",
+                        help="a run folder (its newest step), or one step of it; what trains is as the run began, "
+                        "unless mode or flags are given again")  # fmt: skip
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C",
                         help="lay a setting over the recipe, as often as wanted")  # fmt: skip
     parser.add_argument("--verdict", action="store_true",
@@ -118,15 +118,39 @@ def _is_final(error: DualVisionError) -> bool:
 
 def _run(args: argparse.Namespace, pipe: EventPipe) -> int:
     if args.peak_tflops is not None and not args.peak_tflops > 0:
-        raise ConfigError("--peak_tflops is out of range", value=args.peak_tflops, allowed="above 0")
-    config = load_config(args.config, args.overrides)
-    config = config.with_freeze(args.training_mode, {name: True for flag, name in FLAGS.items() if getattr(args, flag)})
+        fix = "Give the device's dense peak, or leave it out"
+        raise ConfigError("--peak_tflops is out of range", value=args.peak_tflops, allowed="above 0", fix=fix)
+    flags = {name: True for flag, name in FLAGS.items() if getattr(args, flag)}
+    config = load_config(args.config, args.overrides).with_freeze(args.training_mode, flags)
+    says_what_trains = flags or args.training_mode or any(one.startswith(config.FREEZE_KEYS) for one in args.overrides)
+    if args.resume is not None and not says_what_trains and args.events_fd is None:  # a supervisor's recipe is whole
+        config = _with_freeze_of_run(config, args)
     control = Control(args.control_fd)
     control.start()
     return train_recipe(
         config, args.resume, (pipe,), control,
         dry_run=args.dry_run, wants_verdict=args.verdict, peak_tflops=args.peak_tflops,
     )  # fmt: skip
+
+
+def _with_freeze_of_run(config: TrainConfig, args: argparse.Namespace) -> TrainConfig:
+    """The recipe with what trains as in the run that goes on, whose own command line may have said it.
+
+    Nothing is judged here: where the rest differs too, the resume says so.
+    """
+    from model_core.training.runs import read_begun
+
+    begun = read_begun(args.resume)
+    if begun is None:
+        return config
+    try:
+        restored = config.with_freeze_of(begun["recipe"])
+    except ConfigError:
+        return config
+    if restored != config and restored.fingerprint() == begun["recipe_fingerprint"]:
+        freeze = restored.freeze.model_dump(exclude_none=True, exclude_defaults=True, mode="json")
+        print(f"--resume: what trains is as the run began, whatever {args.config} says: {json.dumps(freeze)}")
+    return restored
 
 
 def train_recipe(
@@ -136,8 +160,9 @@ def train_recipe(
     """Train a recipe to its end, or until it is told to stop; the exit code. Raises DualVisionError."""
     # torch is imported from here on: a wrong recipe is told at once.
     from model_core.checkpoint import quiet_unless_terminal
-    from model_core.cli.curves import check_curves
+    from model_core.trainer import run_hooks
     from model_core.training.data.source import build_source, problems_of
+    from model_core.training.loggers import build_loggers
     from model_core.training.trainer import DualVisionTrainer
 
     quiet_unless_terminal()
@@ -145,7 +170,7 @@ def train_recipe(
         from model_core.cli.verdict import require_floor
 
         require_floor(config)
-    check_curves(config)
+    build_loggers(config)  # what one lacks is told before a model is loaded
     if config.val_data_path is None:
         config.require_no_evaluation()
     loaded = load_for_training(config)
@@ -153,7 +178,7 @@ def train_recipe(
     source = build_source(config, fmt, split="train")
     val = build_source(config, fmt, split="val") if config.val_data_path else None
     display = Display(sys.stdout, _check_commands(config))
-    hooks = _hooks(config, loaded, (display, *listeners), answers=val is not None, peak_tflops=peak_tflops)
+    hooks = run_hooks(loaded, (display, *listeners), peak_tflops=peak_tflops)
     trainer = DualVisionTrainer(
         loaded.model, source, val, config, processor=loaded.processor, hooks=hooks, write=not dry_run
     )
@@ -162,7 +187,7 @@ def train_recipe(
     if dry_run:
         if resume is not None:
             trainer.resume(resume)
-        trainer.run_folder.check_free(resume)
+        trainer.run_folder.check_free(config, resume)
         print(trainer.table.render())
         print(f"{trainer.curriculum.total_steps} steps in {len(trainer.curriculum.stages)} stages; nothing was trained")
         return DONE
@@ -173,8 +198,8 @@ def train_recipe(
             trainer.resume(resume)
         outcome = trainer.train()
     if not outcome.is_finished:
-        print(f"saved on request after {outcome.position.global_step} steps; go on with "
-              f"--resume {trainer.run_folder.path}")  # fmt: skip
+        print(f"saved on request after {outcome.position.global_step} steps; go on with --resume "
+              f"{trainer.run_folder.path} beside the same --config and --set")  # fmt: skip
         return CHECKPOINTED
     _finish(config, trainer, outcome, wants_verdict=wants_verdict)
     return DONE
@@ -232,38 +257,6 @@ def _input_format(loaded: Loaded) -> Any:
     return InputFormat.of(loaded.processor, loaded.model.model.mrope_layout)
 
 
-def _hooks(
-    config: TrainConfig, loaded: Loaded, listeners: tuple[Any, ...], *, answers: bool, peak_tflops: float | None
-) -> RunHooks:
-    from model_core.analysis.flops import tower_flops
-    from model_core.cli.answers import answerer
-    from model_core.training.hooks import RunHooks
-
-    return RunHooks(
-        listeners=(*listeners, *_loggers(config)), clock=time.perf_counter,
-        answer=answerer(loaded) if answers else None, tower_flops=tower_flops,
-        peak_flops_per_second=_peak(loaded, peak_tflops),
-    )  # fmt: skip
-
-
-def _peak(loaded: Loaded, tera: float | None) -> float | None:
-    """What MFU is a share of: what the user says, or what is known of the card; nothing is said of others."""
-    import torch
-
-    from model_core.analysis.peaks import peak_flops_per_second
-
-    if tera is not None:
-        return tera * 1e12
-    device = loaded.model.lm_head.weight.device
-    return peak_flops_per_second(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-
-
-def _loggers(config: TrainConfig) -> list[Any]:
-    from model_core.cli.tensorboard import TensorBoard
-
-    return [TensorBoard(Path(config.output_dir) / "tensorboard")] if "tensorboard" in config.loggers else []
-
-
 @contextmanager
 def _stops_on_signals(trainer: DualVisionTrainer) -> Iterator[None]:
     """SIGTERM and SIGINT save and stop; a second one does what it would have done without this."""
@@ -284,38 +277,15 @@ def _stops_on_signals(trainer: DualVisionTrainer) -> Iterator[None]:
 
 def _finish(config: TrainConfig, trainer: DualVisionTrainer, outcome: Outcome, *, wants_verdict: bool) -> None:
     folder = trainer.run_folder.path
-    print(_summary(outcome, stops_early=config.early_stopping is not None))
+    print(summary_text(outcome, stops_early=config.early_stopping is not None))
     if wants_verdict:
         from model_core.cli.verdict import verdict
 
         found = verdict(trainer)
         (folder / "verdict.json").write_text(json.dumps(found.to_json(), indent=2) + "\n")
         print(found.render())
-    if "curves" in config.loggers:
-        from model_core.cli.curves import draw_curves
-
-        try:
-            print(f"curves: {draw_curves(folder, trainer.model.fusion.encoder_names)}")
-        except ConfigError as error:  # the run is done and its result is there, whatever became of the picture
-            print(f"dve train: warning: no curves: {error}", file=sys.stderr)
-
-
-def _summary(outcome: Outcome, *, stops_early: bool) -> str:
-    """What came of it. stops_early: the result is the best step and not the last one."""
-    summary = outcome.summary
-    lines = [f"trained: {s['training_mode'] or 'custom'}, {s['steps']} steps" for s in summary["stages"]]
-    start, end = summary["scores"]["start"], summary["scores"]["latest"]
-    if stops_early and outcome.best is not None:
-        end = summary["scores"]["best"] or end
-    for name, value in end.items():
-        before = f" (start {start[name]:.4f})" if name in start else ""
-        lines.append(f"{name}: {value:.4f}{before}")
-    if outcome.best is not None:
-        lines.append(f"best checkpoint: {outcome.best.name}, {summary['scores']['best_value']:.4f}")
-    if summary["quarantined"]:
-        lines.append(f"samples set aside: {len(summary['quarantined'])}")
-    lines.append(f"model: {outcome.final}")
-    return "\n".join(lines)
+    if outcome.summary.get("curves"):
+        print(f"curves: {outcome.summary['curves']}")
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from model_core.errors import ConfigError
 from model_core.training.contradictions import check_contradictions
+from model_core.training.recipe_keys import RecipeKeys
 from model_core.training.sections import (
     COMPONENTS,
     DEFAULT_LEARNING_RATES,
@@ -25,7 +26,6 @@ from model_core.training.sections import (
     BadSampleConfig,
     CheckpointConfig,
     Component,
-    Count,
     CurriculumConfig,
     DatasetConfig,
     EarlyStoppingConfig,
@@ -38,13 +38,10 @@ from model_core.training.sections import (
     LossConfig,
     Note,
     PartConfig,
-    Rate,
-    RateGroup,
-    Ratio,
     StageConfig,
     TrainingMode,
 )
-from model_core.training.strict import Section, apply_overrides, parse_section, read_json
+from model_core.training.strict import apply_overrides, parse_section, read_json
 
 __all__ = [
     "COMPONENTS",
@@ -82,6 +79,7 @@ class Stage:
     """One stage with everything resolved.
 
     learning_rates: by component and `lora`; a rule's own rate goes above them.
+    encoder_dropout: of the stage's own mode (`TrainConfig.encoder_dropout_in`).
     steps: the most optimizer steps, where the stage names them. loss_weights: as StageConfig has them.
     """
 
@@ -110,95 +108,15 @@ class ModelSource:
     new: PartConfig | None = None
 
 
-class TrainConfig(Section):
-    """A whole run. Every key of the original's config.json has its old name and place.
-
-    model: a dual checkpoint to start from, folder or hub id; instead of the two names.
-    start_from: a folder with weights of that model to begin with: a published version, or a step or the end of a run.
-    new_model: called with seed=, gives a model that was never trained and its processor; instead of any name.
-    training_mode, freeze_config: without a curriculum; a curriculum's stages may override the flags.
-    learning_rate: for every group that learning_rates does not name; None leaves DEFAULT_LEARNING_RATES.
-    batch_size, max_tokens: a pack holds at most so many samples and tokens; a step takes
-        batch_size * gradient_accumulation_steps of them on each process.
-    optimizer: adamw, or muon for the matrices inside blocks and adamw for everything else.
-    schedule_span: the schedule runs anew in each stage, or once over all.
-    rewarm_steps: warm-up of parameters that are unfrozen later than step 0.
-    diversity_loss_weight: None is DEFAULT_DIVERSITY_LOSS_WEIGHT where there is a gate that learns.
-    auxiliary_loss: called with the model and its processor, gives an AuxiliaryLoss (auxiliary.py).
-    batch_source: called with the recipe and the InputFormat, gives a BatchSource; instead of files.
-    precision: what products are computed in; weights that train have a float32 master in any case.
-    gradient_checkpointing: components whose activations are computed twice; a frozen encoder never is.
-    """
+class TrainConfig(RecipeKeys):
+    """A whole run: the keys of `recipe_keys.py`, and what they mean together."""
 
     #: Settings that change no weight, so that a resumed run may have others.
     HARMLESS: ClassVar[frozenset[str]] = frozenset(
         {"note", "output_dir", "loggers", "log_every_steps", "device", "num_workers", "checkpoints"}
     )
-
-    note: Note | None = None
-    # The model
-    model: str | None = None
-    qwen_model_name: str | None = None
-    dinov2_model_name: str | None = None
-    start_from: str | None = None
-    new_model: PartConfig | None = None
-    encoder: str | None = None
-    fusion: str | None = None
-    common_dim: Count | None = None
-    dropout: float | None = Field(default=None, ge=0, lt=1)
-    static_weights: tuple[float, ...] | None = None
-    dinov2_max_patches: int | None = Field(default=None, ge=4)
-    use_flash_attention: bool | None = None
-    device: str = "auto"
-    # What trains
-    training_mode: TrainingMode | None = None
-    freeze_config: FreezeConfig = FreezeConfig()
-    curriculum_training: CurriculumConfig = CurriculumConfig()
-    lora: LoraConfig = LoraConfig()
-    # How
-    learning_rate: Rate | None = None
-    learning_rates: dict[RateGroup, Rate] = {}
-    num_epochs: int = Field(default=1, ge=1, le=100_000)
-    max_steps: Count | None = None
-    batch_size: int = Field(default=1, ge=1, le=65_536)
-    max_tokens: int = Field(default=4096, ge=16, le=1 << 20)
-    gradient_accumulation_steps: int = Field(default=1, ge=1, le=65_536)
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    weight_decay: float = Field(default=0.0, ge=0, le=1)
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
-    epsilon: float = Field(default=1e-8, gt=0, le=1e-2)
-    max_grad_norm: float | None = Field(default=1.0, gt=0)
-    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    schedule_span: Literal["stage", "run"] = "stage"
-    min_lr_ratio: Ratio = 0.0
-    warmup_steps: int | None = Field(default=None, ge=0)
-    warmup_ratio: Ratio = 0.03
-    rewarm_steps: int = Field(default=20, ge=0)
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    gradient_checkpointing: tuple[Literal["qwen_vision", "dinov2", "llm"], ...] = ()
-    seed: int = Field(default=0, ge=0, lt=1 << 63)
-    # The losses
-    diversity_loss_weight: float | None = Field(default=None, ge=0)
-    losses: LossConfig = LossConfig()
-    auxiliary_loss: PartConfig | None = None
-    # The data
-    batch_source: PartConfig | None = None
-    train_data_path: str | None = None
-    val_data_path: str | None = None
-    image_root: str | None = None
-    datasets: tuple[DatasetConfig, ...] = Field(default=(), max_length=256)
-    mixture_temperature: float = Field(default=1.0, gt=0)
-    caption_prompt: str = Field(default="Describe this image.", min_length=1)
-    bad_samples: BadSampleConfig = BadSampleConfig()
-    num_workers: int = Field(default=0, ge=0, le=256)
-    # The run
-    output_dir: str = "outputs"
-    evaluation: EvaluationConfig = EvaluationConfig()
-    early_stopping: EarlyStoppingConfig | None = None
-    checkpoints: CheckpointConfig = CheckpointConfig()
-    failures: FailureConfig = FailureConfig()
-    loggers: tuple[Literal["jsonl", "tensorboard", "curves"], ...] = ("jsonl",)
-    log_every_steps: Count = 1
+    #: Where the command line's mode and flags go.
+    FREEZE_KEYS: ClassVar[tuple[str, ...]] = ("training_mode", "freeze_config")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -235,6 +153,15 @@ class TrainConfig(Section):
         data = self.model_dump() | {"training_mode": mode or self.training_mode, "freeze_config": freeze.model_dump()}
         return parse_section(TrainConfig, data, "recipe")
 
+    def with_freeze_of(self, begun: Mapping[str, Any]) -> TrainConfig:
+        """This with the mode and the freeze settings of a run's saved recipe, as JSON data, for going on with that run.
+
+        Raises:
+            ConfigError: they can't stand in this recipe.
+        """
+        said = {key: begun[key] for key in self.FREEZE_KEYS if key in begun}
+        return parse_section(TrainConfig, self.model_dump() | said, "recipe")
+
     def require_no_evaluation(self) -> None:
         """For a run without held-out data: does the recipe count on it? What was left at its default does not.
 
@@ -244,13 +171,15 @@ class TrainConfig(Section):
         if self.early_stopping is not None:
             raise ConfigError(
                 "early stopping needs held-out data", value=self.early_stopping.metric, allowed="val_data_path",
-                fix="Name val_data_path, or leave early_stopping out", param="early_stopping",
+                fix="Name val_data_path (in Python, give a val_loader), or leave early_stopping out",
+                param="early_stopping",
             )  # fmt: skip
         if self.evaluation != EvaluationConfig():
             raise ConfigError(
                 "evaluations need held-out data", value=self.evaluation.model_dump(exclude_defaults=True),
                 allowed="val_data_path, or in Python a val_loader",
-                fix="Name val_data_path, or leave evaluation out (--set evaluation={})", param="evaluation",
+                fix="Name val_data_path (in Python, give a val_loader), or leave evaluation out (--set evaluation={})",
+                param="evaluation",
             )  # fmt: skip
 
     def stages(self) -> tuple[Stage, ...]:
@@ -271,9 +200,6 @@ class TrainConfig(Section):
             if one is not None:
                 rates = dict.fromkeys(rates, one)
             rates |= {str(name): rate for name, rate in many.items()}
-        dropout = self.losses.encoder_dropout
-        if dropout is None:
-            dropout = FUSION_ONLY_ENCODER_DROPOUT if freeze.mode == "fusion_only" else 0.0
         return Stage(
             index=index,
             training_mode=freeze.mode,
@@ -284,10 +210,16 @@ class TrainConfig(Section):
             learning_rates=rates,
             dataset_weights=stage.dataset_weights,
             reset_optimizer=stage.reset_optimizer,
-            encoder_dropout=dropout,
+            encoder_dropout=self.encoder_dropout_in(freeze.mode),
             steps=stage.steps,
             loss_weights=stage.loss_weights,
         )
+
+    def encoder_dropout_in(self, mode: TrainingMode | None) -> float:
+        """The chance of hiding an encoder while this mode is in force, whichever a stage began with."""
+        if self.losses.encoder_dropout is not None:
+            return self.losses.encoder_dropout
+        return FUSION_ONLY_ENCODER_DROPOUT if mode == "fusion_only" else 0.0
 
     def model_source(self) -> ModelSource:
         """What to load where no model is handed in.

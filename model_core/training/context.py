@@ -12,11 +12,10 @@ from model_core.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class ProcessContext:
-    """rank: 0 to world_size - 1. device: where this process computes, as torch names it."""
+    """rank: 0 to world_size - 1."""
 
     rank: int = 0
     world_size: int = 1
-    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from model_core.errors import ConfigError
-from model_core.training.sections import CurriculumConfig, DatasetConfig, PartConfig, TrainingMode
+from model_core.training.sections import CurriculumConfig, DatasetConfig, LossConfig, PartConfig, TrainingMode
 
 
 class Recipe(Protocol):
@@ -23,6 +23,7 @@ class Recipe(Protocol):
     new_model: PartConfig | None
     training_mode: TrainingMode | None
     curriculum_training: CurriculumConfig
+    losses: LossConfig
     batch_source: PartConfig | None
     train_data_path: str | None
     datasets: tuple[DatasetConfig, ...]
@@ -31,7 +32,8 @@ class Recipe(Protocol):
 def check_contradictions(config: Recipe) -> None:
     """Raises ConfigError: the first pair of settings that contradict each other."""
     names = [one.name or Path(one.data_path).stem for one in config.datasets]
-    for is_wrong, what, value, allowed, fix, param in _contradictions(config, names):
+    found = (*_contradictions(config, names), *_idle_losses(config.losses))
+    for is_wrong, what, value, allowed, fix, param in found:
         if is_wrong:
             raise ConfigError(f"recipe: {what}", value=value, allowed=allowed, fix=fix, param=param)
     known = set(names) or {Path(config.train_data_path or "").stem}
@@ -85,4 +87,19 @@ def _contradictions(config: Recipe, names: Sequence[str]) -> Iterator[tuple[bool
     yield (
         config.batch_source is not None and bool(files), "a batch source and files to train on are named", files,
         "'batch_source', or files to train on, not both", "Leave one of them out", "batch_source",
+    )  # fmt: skip
+
+
+def _idle_losses(losses: LossConfig) -> Iterator[tuple[bool, str, object, str, str, str]]:
+    """As above: what marginal_kl alone looks at, beside another loss. A default, which a recipe that was written out in
+    full has too, and null, which no other loss contradicts, ask for nothing."""
+    is_other = losses.diversity_loss not in (None, "marginal_kl")
+    allowed, fix = "it with diversity_loss marginal_kl", "Leave it out, or set losses.diversity_loss to marginal_kl"
+    yield (
+        is_other and losses.prior is not None, f"{losses.diversity_loss} draws to no prior", losses.prior, allowed, fix,
+        "losses.prior",
+    )  # fmt: skip
+    yield (
+        is_other and losses.anneal_ratio not in (None, LossConfig().anneal_ratio),
+        f"{losses.diversity_loss} is not annealed", losses.anneal_ratio, allowed, fix, "losses.anneal_ratio",
     )  # fmt: skip

@@ -173,8 +173,8 @@ def check_evaluation(config: TrainConfig, evaluator: Evaluator | None) -> None:
     if num_answers:
         raise ConfigError(
             "nothing is given that could generate the answers", value=f"num_answers={num_answers}",
-            allowed="0, or hooks with 'answer', as `dve train` has them",
-            fix="Give the trainer hooks=RunHooks(answer=...), or set evaluation.num_answers to 0",
+            allowed="0, or hooks with 'answer', as `dve train` and model_core.DualVisionTrainer have them",
+            fix="Take model_core.DualVisionTrainer, give hooks=RunHooks(answer=...), or set num_answers to 0",
             param="evaluation.num_answers",
         )  # fmt: skip
 

@@ -160,8 +160,9 @@ class PackForward:
         places = ((ids == config.image_token_id) | (ids == config.video_token_id)).nonzero()[:, 0]
         if len(places) != len(tokens):
             raise InvalidRequestError(
-                "placeholders and fused tokens do not match", value=f"{len(places)} places", allowed=f"{len(tokens)}"
-            )
+                "placeholders and fused tokens do not match", value=f"{len(places)} places", allowed=f"{len(tokens)}",
+                fix="Let the batch source's input_ids have a placeholder for every vision token of its grids",
+            )  # fmt: skip
         return embeds.index_copy(0, places, tokens.to(embeds.dtype))
 
     @contextmanager

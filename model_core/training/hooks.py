@@ -24,9 +24,10 @@ def no_clock() -> float:
 
 @dataclass(frozen=True, slots=True)
 class RunHooks:
-    """listeners: are told every event. clock: seconds that only grow. answer: for `evaluation.num_answers`.
+    """listeners: are told every event. clock: seconds that only grow; without one durations are 0 and rates null.
 
-    tower_flops, peak_flops_per_second: for MFU in the step's event; without both there is none.
+    answer: for `evaluation.num_answers`. tower_flops, peak_flops_per_second: for MFU in the step's event; without both
+    there is none. `model_core.DualVisionTrainer` fills in what is left out.
     """
 
     listeners: tuple[Listener, ...] = ()

@@ -34,8 +34,9 @@ def next_token_labels(labels: Tensor, sample_lengths: Sequence[int]) -> Tensor:
     """(S,) -> (S,): at each place the label of the NEXT token of the same sample; -100 at a sample's last."""
     if sum(sample_lengths) != len(labels):
         raise InvalidRequestError(
-            "sample lengths do not add up to the pack", value=sum(sample_lengths), allowed=str(len(labels))
-        )
+            "sample lengths do not add up to the pack", value=sum(sample_lengths), allowed=str(len(labels)),
+            fix="Let the batch source's sample_lengths count every token of the pack once",
+        )  # fmt: skip
     shifted = torch.full_like(labels, IGNORE)
     shifted[:-1] = labels[1:]
     ends = torch.tensor(list(sample_lengths), device=labels.device).cumsum(0) - 1
@@ -241,12 +242,13 @@ def build_gate_loss(model: nn.Module, config: TrainConfig) -> GateLoss | None:
     names = [name for name, _ in model.named_parameters() if component_of(name) == "gate"]
     asked, weight = config.losses.diversity_loss, config.diversity_loss_weight
     if not names:
-        if (asked or "none") != "none" or weight:
+        if (asked or "none") != "none" or weight or config.losses.prior:
             raise ConfigError(
                 "this fusion strategy has no gate, so a gate loss has nothing to act on",
-                value=f"{asked or 'diversity_loss_weight'}, {type(model.fusion).__name__}",
+                value=f"{asked or ('diversity_loss_weight' if weight else 'prior')}, {type(model.fusion).__name__}",
                 allowed="none and a weight of 0, or fusion gated, gated_residual, token_gated",
-                fix="Leave losses.diversity_loss and diversity_loss_weight out", param="losses.diversity_loss",
+                fix="Leave losses.diversity_loss, losses.prior and diversity_loss_weight out",
+                param="losses.diversity_loss",
             )  # fmt: skip
         return None
     name, weight = asked or "marginal_kl", DEFAULT_DIVERSITY_LOSS_WEIGHT if weight is None else weight

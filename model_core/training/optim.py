@@ -131,6 +131,15 @@ class NamedOptimizer:
         self.accumulate()
         return self._gradients(self.table.trained_names)
 
+    def names_with_gradient(self) -> list[str]:
+        """Every parameter that holds a gradient of the step so far, by rights or not."""
+        masters = self._masters
+        return [
+            name
+            for name, parameter in self._parameters.items()
+            if parameter.grad is not None or (name in masters and masters[name].grad is not None)
+        ]
+
     def _gradients(self, names: Iterable[str]) -> dict[str, Tensor]:
         found = {name: self._masters[name].grad for name in names}
         return {name: gradient for name, gradient in found.items() if gradient is not None}

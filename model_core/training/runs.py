@@ -14,12 +14,14 @@ In: paths and what to write; out: folders that are whole or not there. It knows 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from safetensors import SafetensorError
 
 from model_core.errors import CheckpointError, CheckpointIncompleteError, ConfigError, StorageFullError
 from model_core.manifest import MANIFEST_NAME, recover, verify_folder
-from model_core.training.config import CheckpointConfig, TrainConfig
+from model_core.training.config import CheckpointConfig, TrainConfig, parse_config
 from model_core.training.events import EVENTS_NAME
 
 TRAINER_NAME, OPTIMIZER_NAME, ADAPTERS_NAME = "trainer.json", "optimizer.safetensors", "adapters.safetensors"
@@ -57,34 +59,82 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._release: Callable[[], object] = lambda: None
 
     def begin(self, config: TrainConfig) -> None:
-        """Make the folder for a new run.
+        """Make the folder for a new run. What one of the same recipe left that died before its first step goes.
 
         Raises:
             ConfigError: another run lives there. StorageFullError: it can't be written.
         """
-        self.check_free()
+        self.check_free(config)
         with storage(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self.tidy()
+            (self.path / EVENTS_NAME).unlink(missing_ok=True)
+            for link in (LATEST, BEST):  # a run that went on from another folder's step points there
+                if (self.path / link).is_symlink():
+                    (self.path / link).unlink()
             write_json(self.path / RECIPE, config.model_dump(mode="json"))
+        self._hold()
 
-    def check_free(self, resume: Path | None = None) -> None:
-        """Raises ConfigError: another run lives here than that of `resume`, a run's folder or a step of one."""
-        if resume is not None:
-            run = resume.resolve().parent if _names_a_step(resume) else resume
-            if run.resolve() == self.path.resolve():
-                return
+    def check_free(self, config: TrainConfig, resume: Path | None = None) -> None:
+        """Can a run of this recipe begin here, or the one of `resume`, a run's folder or a step of one, go on?
+
+        What has no step to go on from is in nobody's way, where its recipe was the same and its process is gone.
+
+        Raises:
+            ConfigError: another run lives here.
+        """
+        if resume is not None and _run_of(resume).resolve() == self.path.resolve():
+            return
         taken = [name for name in (EVENTS_NAME, RECIPE, FINAL) if (self.path / name).exists()]
         taken += [folder.name for folder, _ in self._numbered()]
-        if taken:
-            raise ConfigError(
-                "the output folder holds another run", value=f"{self.path}: {', '.join(sorted(taken)[:4])}",
-                allowed="an empty folder, or none",
-                fix=f"Go on with it by --resume {self.path}, or name another --set output_dir=FOLDER",
-                param="output_dir",
-            )  # fmt: skip
+        if not taken:
+            return
+        what, fix = "another run", f"Go on with it by --resume {self.path}, or name"
+        if not self.steps():
+            if self._is_held():
+                what, fix = "a run that a process is working at", "Wait for it or end it, or name"
+            elif set(taken) <= {EVENTS_NAME, RECIPE} and self._has_recipe(config):
+                return
+            else:
+                fix = "It has no step to go on from: move the folder away, or name"
+        raise ConfigError(
+            f"the output folder holds {what}", value=f"{self.path}: {', '.join(sorted(taken)[:4])}",
+            allowed="an empty folder, or none", fix=f"{fix} another --set output_dir=FOLDER", param="output_dir",
+        )  # fmt: skip
+
+    def _has_recipe(self, config: TrainConfig) -> bool:
+        """Is the recipe that lies here as good as this one?"""
+        try:
+            return parse_config(json.loads((self.path / RECIPE).read_bytes())).fingerprint() == config.fingerprint()
+        except (OSError, ValueError, ConfigError):
+            return False
+
+    def _hold(self) -> None:
+        """Until a step lies here, or the process ends, no other one takes this for a dead run's folder.
+
+        Disks that can't lock hold nothing.
+        """
+        descriptor = os.open(self.path / RECIPE, os.O_RDWR)
+        self._release = weakref.finalize(self, os.close, descriptor)
+        with suppress(OSError):
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _is_held(self) -> bool:
+        """By another process, which has not saved a step yet."""
+        try:
+            descriptor = os.open(self.path / RECIPE, os.O_RDWR)
+        except OSError:
+            return False
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in (errno.EACCES, errno.EAGAIN)
+        finally:
+            os.close(descriptor)
+        return False
 
     def take_over(self, point: ResumePoint, config: TrainConfig) -> None:
         """Go on with a run, here or, where this is another folder, with its events so far copied and its best linked.
@@ -125,6 +175,16 @@ class RunFolder:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(os.path.relpath(target.resolve(), self.path.resolve()))
         os.replace(temporary, self.path / link)
+
+    def link(self, step: Path, *, is_best: bool) -> StepFolder | None:
+        """Point at the newest step, and at the best where it is this one; the step, where it lies in this folder."""
+        self.point(LATEST, step)
+        if is_best:
+            self.point(BEST, step)
+        found = next((one for one in self.steps() if one.path.name == step.name), None)
+        if found is not None:
+            self._release()
+        return found
 
     def best(self) -> Path | None:
         link = self.path / BEST
@@ -175,7 +235,7 @@ class ResumePoint:
 def find_resume_point(path: str | Path) -> ResumePoint:
     """The step that a run goes on from: the newest complete one of a run folder, or the step folder named.
 
-    Every byte of the one that is chosen is hashed.
+    `checkpoint_latest` means its run. Every byte of the step that is chosen is hashed.
 
     Raises:
         CheckpointError: a .pth; CheckpointIncompleteError: nothing complete is there.
@@ -187,30 +247,66 @@ def find_resume_point(path: str | Path) -> ResumePoint:
             allowed="a run folder, or a step-N folder in it",
             fix="Give --resume the output folder of the run; its newest step is found there", param="resume",
         )  # fmt: skip
-    if _names_a_step(path):
-        step = path.resolve()
-        verify_folder(step, deep=True)
-        _check_is_step(step)
-        return ResumePoint(RunFolder(step.parent), step, ())
-    run = RunFolder(path)
+    run, steps = _steps_meant(path)
     torn: list[str] = []
-    for folder, _ in sorted(run._numbered(), key=lambda one: -one[1]):
+    for step in steps:
         try:
-            if verify_folder(folder, deep=True) is None:
-                raise CheckpointIncompleteError(f"{MANIFEST_NAME} is missing", value=folder.name)
-            _check_is_step(folder)
-            return ResumePoint(run, folder, tuple(torn))
+            _check_whole(step)
+            return ResumePoint(run, step, tuple(torn))
         except CheckpointError as error:
-            torn.append(f"{folder.name}: {error.what}")
+            if _names_a_step(path):
+                raise
+            torn.append(f"{step.name}: {error.what}")
+    fix = "Start the run anew without --resume"
+    if torn:
+        fix = f"Start the run anew without --resume, with {run.path} moved away or another --set output_dir=FOLDER"
     raise CheckpointIncompleteError(
         "there is no complete checkpoint to resume", value=f"{path}{': ' + '; '.join(torn) if torn else ''}",
-        allowed="a run folder with at least one step-N, or a step-N folder", fix="Start the run anew without --resume",
-        param="resume",
+        allowed="a run folder with at least one step-N, or a step-N folder", fix=fix, param="resume",
     )  # fmt: skip
 
 
+def read_begun(path: Path) -> dict[str, Any] | None:
+    """What `trainer.json` says of the run that `find_resume_point` would go on with; None where none can be read.
+
+    Only the recipe is to be used: nothing of the step is verified, and every step of a run has the same.
+    """
+    for step in _steps_meant(path)[1]:
+        with suppress(CheckpointError):
+            return read_trainer(step)
+    return None
+
+
+def _steps_meant(path: Path) -> tuple[RunFolder, list[Path]]:
+    """The run that a path means, and what may be gone on from: the step that is named, or all, the newest first."""
+    run = RunFolder(_run_of(path))
+    if _names_a_step(path):
+        return run, [path.resolve()]
+    if not any(run._numbered()) and (run.path / LATEST).is_symlink():
+        # It went on from another folder's step, and has saved none of its own yet.
+        run = RunFolder((run.path / LATEST).resolve().parent)
+    return run, [folder for folder, _ in sorted(run._numbered(), key=lambda one: -one[1])]
+
+
+def _run_of(path: Path) -> Path:
+    """The folder of the run that a path means: a step's lies around it."""
+    return path.resolve().parent if path.name == LATEST or _names_a_step(path) else path
+
+
 def _names_a_step(path: Path) -> bool:
-    return (path / TRAINER_NAME).is_file() or path.name == LATEST or _STEP.fullmatch(path.name) is not None
+    if path.name == LATEST and path.is_symlink():
+        return False  # the newest, whichever that is
+    return (path / TRAINER_NAME).is_file() or _STEP.fullmatch(path.name) is not None
+
+
+def _check_whole(step: Path) -> None:
+    """Raises CheckpointError: a byte of it is not as it was written, or it is no step of a run."""
+    if verify_folder(step, deep=True) is None:
+        raise CheckpointIncompleteError(
+            f"{MANIFEST_NAME} is missing", value=str(step), allowed="a step-N folder with all that was saved in it",
+            fix="Give --resume the folder of the run: its newest complete step is found there", param="resume",
+        )  # fmt: skip
+    _check_is_step(step)
 
 
 def _check_is_step(folder: Path) -> None:
@@ -273,6 +369,7 @@ def read_trainer(folder: Path) -> dict[str, Any]:
             raise ValueError("another format or version")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{TRAINER_NAME} can't be read ({error})", value=str(folder), allowed="format dve-trainer, version 1"
-        ) from error
+            f"{TRAINER_NAME} can't be read ({error})", value=str(folder), allowed="format dve-trainer, version 1",
+            fix="Name a step-N folder of a run, or another one of its steps",
+        ) from error  # fmt: skip
     return content

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,7 +25,8 @@ from model_core.checkpoint import LoadOptions, load_checkpoint, save_checkpoint
 from model_core.errors import CheckpointError, CheckpointMismatchError, StorageFullError
 from model_core.training.auxiliary import AuxiliaryLoss
 from model_core.training.config import TrainConfig, parse_config
-from model_core.training.data.packs import PackedBatch
+from model_core.training.data.packs import BatchSource, PackedBatch
+from model_core.training.data.source import restore_quarantine
 from model_core.training.freeze import FreezeTable
 from model_core.training.lora import apply_lora
 from model_core.training.muon import is_block_matrix
@@ -50,7 +51,8 @@ class RunState:
 
     position: steps done, by epoch, stage and in all. live_freeze: settings that a switch brought in, until the stage
     ends. freeze: the table in force, for readers. freeze_check: where the look at a stage's first steps is not over.
-    untold_samples: trained on since a step was last told of, by data set.
+    untold_samples: trained on since a step was last told of, by data set. set_aside: samples that went bad in the run,
+    of training and held-out data (`data.source.quarantine_of`).
     """
 
     position: dict[str, int] = field(default_factory=dict)
@@ -64,6 +66,30 @@ class RunState:
     trained_tokens: int = 0
     skipped_in_a_row: int = 0
     untold_samples: Counter[str] = field(default_factory=Counter)
+    set_aside: list[list[dict[str, Any]]] = field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], folder: Path) -> Self:
+        """Of a `trainer.json`, which lies there. Raises CheckpointError: a field is missing."""
+        came_later: dict[str, Any] = {"untold_samples": {}, "set_aside": []}  # older runs can still be gone on with
+        content = came_later | dict(content)
+        try:
+            state = cls(**{one.name: content[one.name] for one in fields(cls)})
+        except KeyError as error:
+            raise CheckpointError(
+                f"{TRAINER_NAME} lacks {error}", value=str(folder), allowed="every field of a run's state",
+                fix=f"Resume from another step, or start a new run from this one: --set start_from={folder}",
+            ) from error  # fmt: skip
+        state.untold_samples = Counter(state.untold_samples)
+        return state
+
+    def check_gate_loss(self, gate_loss: object | None) -> None:
+        """Raises CheckpointMismatchError: the run had one and this one has none, or the other way round."""
+        if (self.gate_loss is None) != (gate_loss is None):
+            raise CheckpointMismatchError(
+                "the saved run had another gate loss", value=self.gate_loss, allowed="the recipe's",
+                fix="Start a run from it (start_from)", param="losses",
+            )  # fmt: skip
 
     def count_step(self, packs: Sequence[PackedBatch]) -> None:
         """A step was taken on these."""
@@ -108,15 +134,21 @@ def save_step(
 
 
 def load_step(
-    folder: Path, model: nn.Module, config: TrainConfig, data_fingerprint: str, auxiliary: AuxiliaryLoss | None = None
-) -> tuple[RunState, dict[str, Tensor]]:
+    folder: Path, model: nn.Module, config: TrainConfig, sources: Sequence[BatchSource | None],
+    auxiliary: AuxiliaryLoss | None = None,
+) -> tuple[RunState, dict[str, Tensor]]:  # fmt: skip
     """Load a step's weights into the model and the auxiliary loss; its state and its optimizer's tensors.
 
+    sources: of training, then held-out data; they get back what the run had set aside. Nothing is written.
+
     Raises:
-        CheckpointMismatchError: another recipe, data or model.
+        CheckpointMismatchError: another recipe, data or model. BadSampleBudgetError: too much is bad by now.
     """
     content = read_trainer(folder)
     _check_recipe(content, config)
+    state = RunState.from_json(content, folder)
+    restore_quarantine(state.set_aside, *sources)
+    data_fingerprint = sources[0].fingerprint()
     if content["data_fingerprint"] != data_fingerprint:
         raise CheckpointMismatchError(
             "the training data is not what the run began with", value=data_fingerprint,
@@ -126,12 +158,6 @@ def load_step(
     load_weights(model, folder, folder / ADAPTERS_NAME)
     if auxiliary is not None:
         _load_auxiliary(auxiliary, folder / AUXILIARY_NAME)
-    try:
-        content.setdefault("untold_samples", {})  # a key that came later: older runs can still be gone on with
-        state = RunState(**{one.name: content[one.name] for one in fields(RunState)})
-        state.untold_samples = Counter(state.untold_samples)
-    except KeyError as error:
-        raise CheckpointError(f"{TRAINER_NAME} lacks {error}", value=str(folder)) from error
     return state, load_file(folder / OPTIMIZER_NAME)
 
 

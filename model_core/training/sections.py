@@ -47,19 +47,28 @@ class PartConfig(Section):
     """A part of one's own: `package.module:name`, which is called with what its place in the recipe gives and with
     these options. What a name in a recipe imports runs as code: recipes from strangers are to be read first."""
 
-    name: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", max_length=300)
-    options: dict[str, Any] = {}
+    name: str = Field(
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", max_length=300,
+        description="`package.module:name` of a class or function; it is imported and called",
+    )  # fmt: skip
+    options: dict[str, Any] = Field(default={}, description="keyword arguments of your own for it")
 
 
 class FreezeRule(Section):
-    """A rule on parameter names; of all that match, the last decides.
+    """A rule on parameter names; of all that match, the last decides."""
 
-    pattern: a shell pattern (`*`, `?`, `[abc]`) on the whole name: `model.language_model.layers.3[0-9].*`.
-    """
+    pattern: str = Field(
+        min_length=1, max_length=300,
+        description="shell pattern (`*`, `?`, `[abc]`) on the whole name: `model.language_model.layers.3[0-9].*`",
+    )  # fmt: skip
+    train: bool = Field(description="whether what matches trains")
+    learning_rate: Rate | None = Field(default=None, description="of what matches; null: as without the rule")
 
-    pattern: str = Field(min_length=1, max_length=300)
-    train: bool
-    learning_rate: Rate | None = None
+    @model_validator(mode="after")
+    def _has_a_rate_where_it_trains(self) -> Self:
+        if self.learning_rate is not None and not self.train:
+            raise ValueError("a learning_rate where train is true: what is frozen has none")
+        return self
 
 
 class FreezeConfig(Section):
@@ -68,13 +77,20 @@ class FreezeConfig(Section):
     With neither a mode nor its own flag, DINOv2 is frozen, as in the original.
     """
 
-    mode: TrainingMode | None = None
-    freeze_qwen_vision: bool | None = None
-    freeze_dinov2: bool | None = None
-    freeze_llm: bool | None = None
-    freeze_fusion_layers: bool | None = None
-    freeze_projections: bool | None = None
-    rules: tuple[FreezeRule, ...] = Field(default=(), max_length=256)
+    mode: TrainingMode | None = Field(
+        default=None, description="as training_mode, or a stage's mode; where that is given too, it wins"
+    )
+    freeze_qwen_vision: bool | None = Field(
+        default=None,
+        description="Qwen's vision tower with its merger, frozen or not; null, here and below: as the mode has it",
+    )
+    freeze_dinov2: bool | None = Field(default=None, description="DINOv2; null without a mode: frozen")
+    freeze_llm: bool | None = Field(default=None, description="the language model, and not the vision tower with it")
+    freeze_fusion_layers: bool | None = Field(default=None, description="the gate and the output projector")
+    freeze_projections: bool | None = Field(default=None, description="both encoders' projections")
+    rules: tuple[FreezeRule, ...] = Field(
+        default=(), max_length=256, description="on parameter names, above mode and flags"
+    )
 
     @property
     def flags(self) -> dict[str, bool]:
@@ -87,31 +103,37 @@ class FreezeConfig(Section):
 
 
 class StageConfig(Section):
-    """One stage of a curriculum: a mode and/or freeze settings of its own, for some epochs.
+    """One stage of a curriculum: a mode and/or freeze settings of its own, for some epochs."""
 
-    dataset_weights: the whole mixture of this stage, by data sets' names; those not named are left out of it.
-    steps: the stage ends after so many optimizer steps, wherever its epochs would have.
-    loss_weights: of the language loss (`language`) and of the auxiliary losses by name; those not named count once.
-        Without the language loss the language model is not run, and an encoder only where it trains.
-    """
-
-    mode: TrainingMode | None = None
-    freeze_config: FreezeConfig | None = None
-    epochs: int = Field(ge=1, le=100_000)
-    steps: Count | None = None
-    description: str = Field(default="", max_length=1000)
-    learning_rate: Rate | None = None
-    learning_rates: dict[RateGroup, Rate] = {}
-    dataset_weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
-    loss_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
-    reset_optimizer: bool = False
+    mode: TrainingMode | None = Field(default=None, description="what trains in this stage")
+    freeze_config: FreezeConfig | None = Field(
+        default=None, description="flags and rules of this stage; null: the run's, unless the stage has a mode"
+    )
+    epochs: int = Field(ge=1, le=100_000, description="passes over the data")
+    steps: Count | None = Field(
+        default=None, description="optimizer steps that end the stage, wherever its epochs would have; null: they do"
+    )
+    description: str = Field(default="", max_length=1000, description="for people; in the log and the summary")
+    learning_rate: Rate | None = Field(default=None, description="as the run's; it wins over all of the run's rates")
+    learning_rates: dict[RateGroup, Rate] = Field(default={}, description="of single groups; they win over everything")
+    dataset_weights: dict[str, Annotated[float, Field(ge=0)]] | None = Field(
+        default=None,
+        description="the whole mixture of this stage, by data sets' names: one that is not named is left out; null: "
+        "the data sets' own weights",
+    )
+    loss_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default={},
+        description="of the language loss (`language`) and of auxiliary losses by name; what is not named counts once. "
+        "At `language` 0 the language model is not run, and an encoder only where it trains",
+    )
+    reset_optimizer: bool = Field(default=False, description="forget all moments when the stage begins")
 
 
 class CurriculumConfig(Section):
     """The original's `curriculum_training`."""
 
-    enabled: bool = False
-    stages: tuple[StageConfig, ...] = Field(default=(), max_length=100)
+    enabled: bool = Field(default=False, description="whether the stages count")
+    stages: tuple[StageConfig, ...] = Field(default=(), max_length=100, description="in their order")
 
     @model_validator(mode="after")
     def _has_stages(self) -> Self:
@@ -121,19 +143,27 @@ class CurriculumConfig(Section):
 
 
 class LossConfig(Section):
-    """The gate's losses and encoder dropout.
+    """The gate's losses and encoder dropout."""
 
-    diversity_loss: None is marginal_kl where the fusion strategy has a gate that learns.
-    prior: the share of each encoder that marginal_kl draws to; None is the same for all.
-    anneal_ratio: marginal_kl is at full weight at the first step and gone after this share of all steps; None: never.
-    encoder_dropout: total chance that an image trains with one encoder hidden; None: 0.2 in fusion_only, else 0.
-    """
-
-    diversity_loss: DiversityLoss | None = None
-    prior: tuple[Annotated[float, Field(gt=0, lt=1)], ...] | None = None
-    anneal_ratio: float | None = Field(default=0.3, gt=0, le=1)
-    ema_decay: float = Field(default=0.9, ge=0, lt=1)
-    encoder_dropout: float | None = Field(default=None, ge=0, lt=1)
+    diversity_loss: DiversityLoss | None = Field(
+        default=None, description="the gate's loss; null: marginal_kl where the fusion strategy has a gate that learns"
+    )
+    prior: tuple[Annotated[float, Field(gt=0, lt=1)], ...] | None = Field(
+        default=None,
+        description="share of each encoder that marginal_kl draws to, summing to 1; null: the same for all",
+    )
+    anneal_ratio: float | None = Field(
+        default=0.3, gt=0, le=1,
+        description="marginal_kl has its whole weight at the first step and none after this share of all steps; null: "
+        "its whole weight to the end",
+    )  # fmt: skip
+    ema_decay: float = Field(
+        default=0.9, ge=0, lt=1, description="of the gate's moving averages, which the losses look back on, by step"
+    )
+    encoder_dropout: float | None = Field(
+        default=None, ge=0, lt=1,
+        description="chance in all that a picture trains with one encoder hidden; null: 0.2 in fusion_only, else 0",
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _prior_sums_to_one(self) -> Self:
@@ -145,18 +175,20 @@ class LossConfig(Section):
 class LoraGroup(Section):
     """Low-rank adapters (2106.09685) on one component's linear layers; the layers themselves stay frozen."""
 
-    rank: int = Field(default=16, ge=1, le=1024)
-    alpha: float = Field(default=32.0, gt=0)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    target_modules: tuple[str, ...] | None = Field(default=None, max_length=64)
+    rank: int = Field(default=16, ge=1, le=1024, description="of the two factors")
+    alpha: float = Field(default=32.0, gt=0, description="the adapters count alpha / rank times")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="on what goes into the adapters")
+    target_modules: tuple[str, ...] | None = Field(
+        default=None, max_length=64, description="ends of linear layers' names, such as q_proj; null: all of them"
+    )
 
 
 class LoraConfig(Section):
     """Adapters by component; those left out train whole."""
 
-    llm: LoraGroup | None = None
-    qwen_vision: LoraGroup | None = None
-    dinov2: LoraGroup | None = None
+    llm: LoraGroup | None = Field(default=None, description="of the language model; null, here and below: none")
+    qwen_vision: LoraGroup | None = Field(default=None, description="of Qwen's vision tower; its merger trains whole")
+    dinov2: LoraGroup | None = Field(default=None, description="of DINOv2")
 
     @property
     def groups(self) -> dict[str, LoraGroup]:
@@ -165,62 +197,85 @@ class LoraConfig(Section):
 
 
 class DatasetConfig(Section):
-    """One source of samples.
+    """One source of samples."""
 
-    name: for dataset_weights and per-dataset losses; None is the file's stem.
-    weight: its share of the samples. With None in every source, an epoch is each sample once; beside others, None is 1.
-    """
-
-    data_path: str = Field(min_length=1)
-    type: DatasetType = "conversation"
-    image_root: str | None = None
-    weight: float | None = Field(default=None, ge=0)
-    name: str | None = Field(default=None, min_length=1, max_length=200)
+    data_path: str = Field(min_length=1, description="JSON, JSON lines, zip, Parquet, or a folder of `datasets`")
+    type: DatasetType = Field(
+        default="conversation",
+        description="vqa and medical_vqa: every row has a picture and a question; captioning: every row has a picture; "
+        "conversation: anything",
+    )
+    image_root: str | None = Field(default=None, description="as the run's; null: the run's")
+    weight: float | None = Field(
+        default=None, ge=0,
+        description="its share of the samples; null in every one: an epoch is each sample once; null beside others: 1",
+    )  # fmt: skip
+    name: str | None = Field(
+        default=None, min_length=1, max_length=200,
+        description="for dataset_weights, and for losses by data set; null: the file's name without its ending",
+    )  # fmt: skip
 
 
 class EvaluationConfig(Section):
-    """every_steps: besides the end of each epoch. num_answers: how many are generated; 0 none."""
+    """How good the model is on held-out data, while it trains."""
 
-    every_steps: Count | None = None
-    num_answers: int = Field(default=0, ge=0, le=100_000)
-    max_tokens: int = Field(default=64, ge=1, le=8192)
-    unfused_floor: bool = True
+    every_steps: Count | None = Field(default=None, description="besides the end of each epoch; null: only there")
+    num_answers: int = Field(
+        default=0,
+        ge=0,
+        le=100_000,
+        description="answers that are generated and compared with the data's; 0: losses alone",
+    )
+    max_tokens: int = Field(default=64, ge=1, le=8192, description="of a generated answer")
+    unfused_floor: bool = Field(
+        default=True,
+        description="also the same with Qwen's own tokens, past the fusion, which it should not fall below",
+    )
 
 
 class EarlyStoppingConfig(Section):
     """Stop where the metric has not improved by min_delta over `patience` evaluations; `best` is kept."""
 
-    metric: Literal["val_loss", "val_accuracy"] = "val_loss"
-    patience: Count = 3
-    min_delta: float = Field(default=0.0, ge=0)
+    metric: Literal["val_loss", "val_accuracy"] = Field(
+        default="val_loss", description="what must improve; val_accuracy needs evaluation.num_answers"
+    )
+    patience: Count = Field(default=3, description="evaluations without a gain that end the run")
+    min_delta: float = Field(default=0.0, ge=0, description="what counts as a gain is more than this")
 
 
 class CheckpointConfig(Section):
-    """every_steps: besides each epoch's and stage's end."""
+    """When steps are saved, and which of them stay."""
 
-    every_steps: Count | None = None
-    keep_last: Count = 2
-    keep_best: bool = True
-    keep_stage_ends: bool = True
+    every_steps: Count | None = Field(
+        default=None, description="besides the end of each epoch and stage; null: only there"
+    )
+    keep_last: Count = Field(default=2, description="newest steps that stay")
+    keep_best: bool = Field(default=True, description="the best step by evaluation stays")
+    keep_stage_ends: bool = Field(default=True, description="the last step of each stage stays")
 
 
 class BadSampleConfig(Section):
     """What a sample that can't be used does: end the run, or step aside while the budget lasts."""
 
-    policy: Literal["fail", "quarantine"] = "fail"
-    max_ratio: Ratio = 0.01
+    policy: Literal["fail", "quarantine"] = Field(
+        default="fail", description="fail: the run ends, naming the rows; quarantine: they step aside and are named"
+    )
+    max_ratio: Ratio = Field(default=0.01, description="share of all rows that may step aside")
 
 
 class FailureConfig(Section):
     """A loss or gradient that is not finite: end the run with nan_loss, or leave the step out, so many in a row."""
 
-    nan: Literal["fail", "skip"] = "fail"
-    max_skipped_steps: Count = 5
+    nan: Literal["fail", "skip"] = Field(
+        default="fail",
+        description="fail: it ends the run; skip: its step is left out",
+    )
+    max_skipped_steps: Count = Field(default=5, description="in a row; one more ends the run")
 
 
 class Note(Section):
     """What a shipped scenario is for, what it costs and what should come of it; read by people."""
 
-    purpose: str
-    cost: str
-    expected: str
+    purpose: str = Field(description="what it is for")
+    cost: str = Field(description="memory and time that it takes")
+    expected: str = Field(description="what should come of it")

@@ -162,7 +162,7 @@ class StepRunner:
         return self.gate_loss(output.weights)
 
     def _hidden_encoders(self, pack: PackedBatch, place: StepPlace) -> Tensor | None:
-        chance = place.stage.encoder_dropout
+        chance = self.config.encoder_dropout_in(self.optimizer.table.freeze.mode)  # a switch may have come
         if not chance or not pack.grids:
             return None
         keys = [f"{sample.key}:{place.stage.index}:{place.epoch}" for sample in pack.samples]

@@ -1,7 +1,7 @@
 """DualVisionTrainer: a curriculum of freeze modes as one run that can be stopped anywhere and goes on to the bit.
 
 In: a model, packs, a recipe; out: steps, events, checkpoints, a summary. Time, signals and generated answers are
-handed in. It knows no command line, no server and no engine.
+handed in: `model_core.DualVisionTrainer` does it for Python. It knows no command line, no server and no engine.
 """
 
 from __future__ import annotations
@@ -12,28 +12,29 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from model_core.errors import CheckpointMismatchError, ConfigError
+from model_core.errors import ConfigError
 from model_core.processing.batch import InputFormat
 from model_core.training.auxiliary import build_auxiliary, check_loss_weights
 from model_core.training.config import FreezeConfig, Stage, TrainConfig, TrainingMode, parse_config
 from model_core.training.context import ProcessContext, require_one_process
 from model_core.training.curriculum import Curriculum, Position, stage_steps
 from model_core.training.data.packs import BatchSource, PackedBatch
-from model_core.training.data.source import as_source, problems_of, set_aside_of
+from model_core.training.data.source import as_source, problems_of, quarantine_of, set_aside_of, unused_of
 from model_core.training.evaluation import Evaluation, Evaluator, check_evaluation, require_evaluator
 from model_core.training.events import Event, EventLog
 from model_core.training.forward import PackForward, resolve_precision
 from model_core.training.freeze import FreezeTable, resolve_freeze, resolve_stages
 from model_core.training.hooks import RunHooks
+from model_core.training.loggers import build_loggers, finish_loggers
 from model_core.training.lora import apply_lora
 from model_core.training.losses import build_gate_loss
 from model_core.training.optim import build_optimizer
 from model_core.training.reports import Outcome, Speed, run_summary, step_data, timed
-from model_core.training.runs import BEST, LATEST, RunFolder, find_resume_point, storage
+from model_core.training.runs import RunFolder, find_resume_point, storage
 from model_core.training.saving import RunState, check_room, load_step, save_result, save_step
 from model_core.training.scores import Scores
 from model_core.training.step import StepPlace, StepResult, StepRunner, non_finite
-from model_core.training.verify import FreezeCheck
+from model_core.training.verify import FreezeCheck, tell_check
 
 
 class DualVisionTrainer:
@@ -67,12 +68,12 @@ class DualVisionTrainer:
         self.config = config = config if isinstance(config, TrainConfig) else parse_config(config)
         self.processor = processor if processor is not None else getattr(model, "processor", None)
         if self.processor is None:
-            raise ConfigError(
-                "the trainer needs the model's processor", value=type(model).__name__, param="processor",
-                allowed="a DualVisionEncoder, or a model with processor=", fix="Give processor= as well",
-            )  # fmt: skip
+            raise ConfigError("the trainer needs the model's processor", value=type(model).__name__, param="processor",
+                              allowed="a DualVisionEncoder, or a model with processor=",
+                              fix="Give processor= as well")  # fmt: skip
         self.model = model.model if hasattr(model, "compare_encoders") else model
-        self._hooks, self._writes = hooks or RunHooks(), write
+        self._hooks, self._writes, loggers = hooks or RunHooks(), write, build_loggers(config)
+        self._listeners = (*self._hooks.listeners, *(loggers if write else ()))
         fmt = InputFormat.of(self.processor, self.model.model.mrope_layout)
         self.train_source: BatchSource = as_source(train_loader, config, fmt, "train")
         if config.lora.groups and not any(".lora_" in name for name, _ in self.model.named_parameters()):
@@ -97,8 +98,9 @@ class DualVisionTrainer:
             val_source = as_source(val_loader, config, fmt, "val")
             self.evaluator = Evaluator(self.forward, config, val_source, answer=self._hooks.answer)
         check_evaluation(config, self.evaluator)
+        self._sources: tuple[BatchSource | None, ...] = (self.train_source, getattr(self.evaluator, "source", None))
         self.run_folder = RunFolder(config.output_dir)
-        self._log = EventLog(None, self._hooks.listeners)
+        self._log = EventLog(None, self._listeners)
         self._check: FreezeCheck | None = None
         self._is_begun, self._wants_stop = False, False
         self._requests: deque[Callable[[], object]] = deque()
@@ -175,15 +177,14 @@ class DualVisionTrainer:
 
         Raises:
             CheckpointError: nothing complete is there. CheckpointMismatchError: another model, recipe or data.
+            ConfigError: the output folder holds a third run. Nothing was written then.
         """
         point = find_resume_point(path)
         if self._writes:
-            point.run.tidy()
-            self.run_folder.take_over(point, self.config)
-        data = self.train_source.fingerprint()
-        state, tensors = load_step(point.path, self.model, self.config, data, self.auxiliary)
-        if (state.gate_loss is None) != (self.gate_loss is None):
-            raise CheckpointMismatchError("the saved run had another gate loss", value=state.gate_loss, param="losses")
+            self.run_folder.check_free(self.config, point.path)
+        state, tensors = load_step(point.path, self.model, self.config, self._sources, self.auxiliary)
+        state.check_gate_loss(self.gate_loss)
+        self.curriculum = Curriculum(self.config, stage_steps(self.config, self.train_source))  # as it was planned
         self._state, self.position, self.scores = state, Position(**state.position), Scores(**state.scores)
         live = state.live_freeze
         self._use(self._resolve(self._stage.freeze if live is None else FreezeConfig().changed(live)))
@@ -192,6 +193,9 @@ class DualVisionTrainer:
         if self.gate_loss is not None:
             self.gate_loss.load_state_dict(state.gate_loss)
         self._check = None if state.freeze_check is None else FreezeCheck.from_json(self.table, state.freeze_check)
+        if self._writes:
+            point.run.tidy()
+            self.run_folder.take_over(point, self.config)
         self._open_log()
         self._is_begun = True
         if point.torn:
@@ -214,15 +218,16 @@ class DualVisionTrainer:
         self._open_log()
         self._is_begun = True
         steps = {"steps_per_stage": self.curriculum.steps, "num_steps_total": self.curriculum.total_steps}
-        found = problems_of(self.train_source, getattr(self.evaluator, "source", None))
-        self._tell("validated", f"{self.curriculum.total_steps} steps", {**steps, **found})
+        self._tell("validated", f"{self.curriculum.total_steps} steps", {**steps, **problems_of(*self._sources)})
+        if unused := unused_of(*self._sources):
+            self._tell("warning:loader", "; ".join(unused), {"unused": unused})
         if self.evaluator is not None:
             self._evaluate()
             self.scores = Scores(start=self.scores.latest, latest=self.scores.latest, evaluated_at=0)
 
     def _open_log(self) -> None:
         folder = self.run_folder.path if self._writes else None
-        self._log = EventLog(folder, self._hooks.listeners, write="jsonl" in self.config.loggers)
+        self._log = EventLog(folder, self._listeners, write="jsonl" in self.config.loggers)
 
     def _run_stage(self) -> str | None:
         """The rest of the current stage; a reason where the run ends in it."""
@@ -293,7 +298,7 @@ class DualVisionTrainer:
             return
         self._state.count_step(packs)
         if check is not None:
-            self._verify(check)
+            tell_check(check, self.optimizer, self._tell)
         if position.global_step % self.config.log_every_steps and position.global_step != self.curriculum.total_steps:
             return
         data = step_data(result, packs, speed, self.model.config, self.table) | {
@@ -302,15 +307,6 @@ class DualVisionTrainer:
             **self._state.take_counts(self.train_source.dataset_names),
         }  # fmt: skip
         self._tell("step", f"loss {result.loss:.4f}", data)
-
-    def _verify(self, check: FreezeCheck) -> None:
-        report = check.after_step(self.optimizer)
-        if report is None:
-            return
-        self._tell("verified", "what is frozen did not move", report)
-        if report["unmoved"] and not check.is_open:
-            names = ", ".join(report["unmoved"])
-            self._tell("warning:unmoved", f"{names} should train and did not move in {check.steps} steps", report)
 
     def _on_non_finite(self, result: StepResult) -> None:
         failures = self.config.failures
@@ -360,10 +356,7 @@ class DualVisionTrainer:
     def _announce(self, folder: Path) -> None:
         """Link the newest step, and the best where it is this one, and tell of it."""
         with storage(folder):
-            self.run_folder.point(LATEST, folder)
-            if self.scores.best_step == self.position.global_step:
-                self.run_folder.point(BEST, folder)
-        found = next((one for one in self.run_folder.steps() if one.path.name == folder.name), None)
+            found = self.run_folder.link(folder, is_best=self.scores.best_step == self.position.global_step)
         if found is not None:
             self._tell("checkpoint", f"{folder.name} ({found.reason})", found.to_json())
 
@@ -373,6 +366,7 @@ class DualVisionTrainer:
         state = self._state
         state.position, state.scores, state.freeze = asdict(self.position), asdict(self.scores), self.table.to_json()
         state.optimizer = self.optimizer.scalars()
+        state.set_aside = quarantine_of(*self._sources)
         state.gate_loss = None if self.gate_loss is None else self.gate_loss.state_dict()
         state.freeze_check = self._check.to_json() if self._check is not None and self._check.is_open else None
         folder = self.run_folder.step_path(self.position.global_step)
@@ -393,8 +387,10 @@ class DualVisionTrainer:
         if reason == "early_stopping":
             self._save("final")
         summary = run_summary(reason, self.position, self.curriculum, self.scores, self._state.trained_tokens)
-        summary["quarantined"], final = set_aside_of(self.train_source, getattr(self.evaluator, "source", None)), None
+        summary["quarantined"], final = set_aside_of(*self._sources), None
         if self._writes:
             final = save_result(self.run_folder, self.model, self.processor, self.config, summary)
+            names = self.model.fusion.encoder_names
+            summary |= finish_loggers(self.config, self.run_folder.path, names, self._tell)
         self._tell("summary", f"{reason} after {self.position.global_step} steps", summary)
         return Outcome(reason, self.position, self.scores.latest, best, final, summary)

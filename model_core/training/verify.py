@@ -1,13 +1,13 @@
 """Is what the freeze table says what happens? Gradients and weight hashes by component, after the steps that tell.
 
-In: a model, its optimizer and the table; out: a report, or an error that names a component. A frozen weight that
-moved is an error; a trained one that did not move after the last look is a warning: a run without pictures trains no
-encoder. It trains nothing.
+In: a model, its optimizer and the table; out: a report, or an error that names what moved. A frozen weight that moved
+or has a gradient is an error; a trained one that did not move after the last look is a warning: a run without pictures
+trains no encoder. It trains nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,7 @@ class FreezeCheck:
             raise FreezeViolationError(
                 "requires_grad, the optimizer and the freeze table do not agree", value=", ".join(odd[:5]),
                 allowed="the table's word in all three",
+                fix="Report this with the recipe: it is a fault of the trainer or of a custom module",
             )  # fmt: skip
         return cls(table, component_hashes(optimizer, table))
 
@@ -51,8 +52,20 @@ class FreezeCheck:
         return self.steps < STEPS_LOOKED_AT[-1]
 
     def after_backward(self, optimizer: NamedOptimizer) -> None:
-        """Before the step, while gradients are there."""
-        self.with_gradient |= {self.table.parameters[name].component for name in optimizer.gradients()}
+        """Before the step, while gradients are there.
+
+        Raises:
+            FreezeViolationError: something frozen has one. The step would not use it, but something computes it.
+        """
+        choices = self.table.parameters
+        held = [name for name in optimizer.names_with_gradient() if name in choices]
+        stray = [name for name in held if not choices[name].train]
+        if stray:
+            raise FreezeViolationError(
+                "a frozen component has a gradient", value=", ".join(stray[:5]), allowed="none",
+                fix="Look for what sets requires_grad or a gradient behind the trainer's back: a hook, a custom module",
+            )  # fmt: skip
+        self.with_gradient |= {choices[name].component for name in held}
 
     def after_step(self, optimizer: NamedOptimizer) -> dict[str, Any] | None:
         """A report after the steps that tell, else None.
@@ -89,6 +102,19 @@ class FreezeCheck:
     @classmethod
     def from_json(cls, table: FreezeTable, state: Mapping[str, Any]) -> FreezeCheck:
         return cls(table, dict(state["before"]), int(state["steps"]), set(state["with_gradient"]))
+
+
+def tell_check(
+    check: FreezeCheck, optimizer: NamedOptimizer, tell: Callable[[str, str, Mapping[str, Any]], None]
+) -> None:
+    """After a step: what the check has found, as events. Raises FreezeViolationError."""
+    report = check.after_step(optimizer)
+    if report is None:
+        return
+    tell("verified", "what is frozen did not move", report)
+    if report["unmoved"] and not check.is_open:
+        names = ", ".join(report["unmoved"])
+        tell("warning:unmoved", f"{names} should train and did not move in {check.steps} steps", report)
 
 
 def component_hashes(optimizer: NamedOptimizer, table: FreezeTable) -> dict[str, str]:

@@ -6,8 +6,9 @@ Adapters are saved beside the weights, so that a step's folder loads as an ordin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -17,6 +18,8 @@ from model_core.checkpoint import LoadOptions, load_checkpoint
 from model_core.errors import CheckpointMismatchError
 
 _BASE, _ADAPTER = ".base_layer.", ".lora_"
+#: Of a configuration, what no name and no shape of a tensor tells.
+_WAYS = ("fusion", "encoder")
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
@@ -50,19 +53,34 @@ def load_weights(model: nn.Module, folder: Path, adapters: Path | None = None) -
     They go through a second model on the CPU, since transformers renames tensors as it saves and loads.
 
     Raises:
-        CheckpointMismatchError: a name or shape that the model does not have, or one that the folder lacks.
+        CheckpointMismatchError: another way to fuse, a name or shape that the model does not have, or one that the
+            folder lacks.
     """
+    saved = load_checkpoint(folder, LoadOptions(device="cpu", dtype=model.dtype)).model
+    now, then = ([(key, getattr(one.config, key)) for key in _WAYS] for one in (model, saved))
+    if now != then:  # gated and token_gated have the same tensors
+        raise CheckpointMismatchError(
+            "the checkpoint is of another architecture", value=_listed(then), allowed=_listed(now),
+            fix="Resume with the model and the recipe that the run began with",
+        )  # fmt: skip
     own = dict(model.state_dict(keep_vars=True))
     wanted = {name: tensor for name, tensor in own.items() if _ADAPTER in name}
     plain = {name.replace(_BASE, "."): tensor for name, tensor in own.items() if _ADAPTER not in name}
-    weights = load_checkpoint(folder, LoadOptions(device="cpu", dtype=model.dtype)).model.state_dict()
-    _copy(weights, plain)
+    _copy(saved.state_dict(), plain)
     has_adapters = adapters is not None and adapters.is_file()
     _copy(load_file(adapters) if has_adapters else {}, wanted)
 
 
+def _listed(pairs: Iterable[tuple[str, Any]]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in pairs)
+
+
 def _copy(found: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
-    odd = sorted(found.keys() ^ targets.keys()) or [n for n, t in targets.items() if t.shape != found[n].shape]
+    odd = sorted(found.keys() ^ targets.keys()) or [
+        f"{name} {tuple(found[name].shape)}, not {tuple(target.shape)}"
+        for name, target in targets.items()
+        if target.shape != found[name].shape
+    ]
     if odd:
         raise CheckpointMismatchError(
             "the checkpoint does not fit this model", value=f"{', '.join(odd[:3])}; {len(odd)} in all",

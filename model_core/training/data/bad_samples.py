@@ -41,6 +41,15 @@ class Quarantine:
             error.problems = tuple(one.to_json() for one in found)
             raise error
 
+    def restore(self, problems: Iterable[RowProblem]) -> None:
+        """What an earlier process of the run set aside: as it was told there, behind what the scan has found.
+
+        Raises as `add` does.
+        """
+        again = {(one.dataset, one.index): one for one in problems}
+        self._set_aside = {key: one for key, one in self._set_aside.items() if key not in again}
+        self.add(again.values())
+
     def report(self) -> list[dict[str, Any]]:
         return [one.to_json() for one in self._set_aside.values()]
 

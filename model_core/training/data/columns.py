@@ -96,8 +96,9 @@ def _open(name: str, paths: Sequence[Path]) -> ColumnRows:
         return ColumnRows(name, paths)
     except (OSError, pa.ArrowException) as error:
         raise DataFormatError(
-            f"the table can't be read ({error})", value=name, allowed="whole Parquet or Arrow files"
-        ) from error
+            f"the table can't be read ({error})", value=name, allowed="whole Parquet or Arrow files",
+            fix="Copy or write it again",
+        ) from error  # fmt: skip
 
 
 def _batches_of(path: Path) -> list[Any]:
@@ -132,7 +133,10 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataFormatError("a file of the data set can't be read", value=str(path), allowed="JSON") from error
+        raise DataFormatError(
+            "a file of the data set can't be read", value=str(path), allowed="JSON",
+            fix="Copy the folder again, or write it with save_to_disk",
+        ) from error  # fmt: skip
     return found if isinstance(found, dict) else {}
 
 

@@ -65,7 +65,10 @@ class DualVisionDataset:
         self.caption_prompt = caption_prompt
         self._files = open_data(self.data_path, None if image_root is None else Path(image_root))
         if not len(self):
-            raise DataError("the data file holds no row", value=str(data_path), allowed="at least one conversation")
+            raise DataError(
+                "the data file holds no row", value=str(data_path), allowed="at least one conversation",
+                fix="Check the path, and that the file was written whole",
+            )  # fmt: skip
 
     def __len__(self) -> int:
         return sum(len(rows) for rows, _ in self._files)
@@ -158,7 +161,9 @@ def _to_sample(messages: Sequence[Any], store: Store) -> Sample:
         is_ready = bool(messages) and all(isinstance(one, ChatMessage) for one in messages)
         made = tuple(messages) if is_ready else messages_from_dicts(messages)
     except InputError as error:
-        raise RecordError("invalid_record", error.what, value=error.value, allowed=error.allowed) from error
+        raise RecordError(
+            "invalid_record", error.what, value=error.value, allowed=error.allowed, fix=error.fix
+        ) from error
     bound = tuple(ChatMessage(one.role, tuple(_bind(part, store) for part in one.parts)) for one in made)
     trained = tuple(one.role == "assistant" and bool(weight) for one, weight in zip(bound, weights, strict=True))
     return Sample(bound, trained)
@@ -183,21 +188,35 @@ def _check(sample: Sample, *, needs_image: bool) -> None:
     roles = [message.role for message in sample.messages]
     spoken = [role for role in roles if role != "system"]
     if "system" in roles[1:]:
-        raise RecordError("invalid_role", "a system turn stands behind the first", allowed="one, at the beginning")
+        raise RecordError(
+            "invalid_role", "a system turn stands behind the first", value=", ".join(roles),
+            allowed="one, at the beginning", fix="Move it to the beginning, or leave it out",
+        )  # fmt: skip
     if spoken[:1] != ["user"]:
         raise RecordError(
             "invalid_role", "the first turn is not the user's", value=", ".join(roles),
             allowed="a question first; an answer alone where the row has an image and its type is not vqa",
+            fix="Put the question before the answer",
         )  # fmt: skip
     if spoken[-1] != "assistant":
         raise RecordError(
-            "no_answer", "the last turn is not the assistant's", value=", ".join(roles), allowed="an answer at the end"
-        )
+            "no_answer", "the last turn is not the assistant's", value=", ".join(roles), allowed="an answer at the end",
+            fix="Add the answer, or leave the last turn out",
+        )  # fmt: skip
     if not any(sample.trained):
-        raise RecordError("no_answer", "no turn is to be trained on", allowed="a weight of 1 on some answer")
+        raise RecordError(
+            "no_answer", "no turn is to be trained on", value="a weight of 0 on every answer",
+            allowed="a weight of 1 on some answer", fix="Give an answer the weight 1, or leave the row out",
+        )  # fmt: skip
     for number, (message, is_trained) in enumerate(zip(sample.messages, sample.trained, strict=True), 1):
         text = "".join(part.text for part in message.parts if isinstance(part, TextPart))
         if is_trained and not text.strip():
-            raise RecordError("empty_answer", f"the answer in turn {number} is empty", value=text, allowed="words")
+            raise RecordError(
+                "empty_answer", f"the answer in turn {number} is empty", value=text, allowed="words",
+                fix="Write the answer, or leave the row out",
+            )  # fmt: skip
     if needs_image and not any(isinstance(part, ImagePart) for one in sample.messages for part in one.parts):
-        raise RecordError("no_image", "the row has no image", allowed="an image in every row of this type")
+        raise RecordError(
+            "no_image", "the row has no image", value="0 images", allowed="an image in every row of this type",
+            fix="Name the row's image, or leave the row out",
+        )  # fmt: skip

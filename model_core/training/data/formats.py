@@ -42,12 +42,18 @@ class Turns:
 def read_record(record: Any) -> Turns:
     """Raises RecordError."""
     if not isinstance(record, Mapping):
-        raise RecordError("invalid_record", "the row is no object", value=record, allowed=FORMATS)
+        raise RecordError(
+            "invalid_record", "the row is no object", value=record, allowed=FORMATS,
+            fix="Write the row as an object with these names",
+        )  # fmt: skip
     _refuse_tools(record)
     images = [one for key in _IMAGE_KEYS for one in _images_of(record.get(key), key)]
     raw, is_llava = _raw_turns(record)
     if not raw:
-        raise RecordError("invalid_record", "the row has no turns", value=sorted(record), allowed=FORMATS)
+        raise RecordError(
+            "invalid_record", "the row has no turns", value=sorted(record), allowed=FORMATS,
+            fix="Put the turns under one of these names, or leave the row out",
+        )  # fmt: skip
     turns = [_turn(f"turn {i + 1}", one) for i, one in enumerate(raw)]
     return _place(turns, images, is_llava=is_llava)
 
@@ -59,7 +65,10 @@ def _raw_turns(record: Mapping[str, Any]) -> tuple[list[Any], bool]:
         if isinstance(found, Sequence) and not isinstance(found, str):
             return list(found), any(isinstance(one, Mapping) and "from" in one for one in found)
         if found is not None:
-            raise RecordError("invalid_record", f"'{key}' is no list", value=found, allowed="a list of turns")
+            raise RecordError(
+                "invalid_record", f"'{key}' is no list", value=found, allowed="a list of turns",
+                fix="Write the turns as a list, a single one too",
+            )  # fmt: skip
     if isinstance(pairs := record.get("texts"), Sequence) and not isinstance(pairs, str):
         return [turn for pair in pairs for turn in _pair(pair, "user", "assistant")], False
     if "question" in record:
@@ -76,7 +85,7 @@ def _pair(pair: Any, question: str, answer: str) -> Iterator[dict[str, Any]]:
     ):
         raise RecordError(
             "invalid_record", "a question with its answer can't be read", value=pair,
-            allowed=f"texts under '{question}' and '{answer}'",
+            allowed=f"texts under '{question}' and '{answer}'", fix="Give both, or leave the row out",
         )  # fmt: skip
     yield {"role": "user", "content": pair[question]}
     yield {"role": "assistant", "content": pair[answer]}
@@ -84,17 +93,20 @@ def _pair(pair: Any, question: str, answer: str) -> Iterator[dict[str, Any]]:
 
 def _turn(where: str, turn: Any) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
-        raise RecordError("invalid_record", f"{where} is no object", value=turn, allowed='{"role", "content"}')
+        raise RecordError("invalid_record", f"{where} is no object", value=turn, allowed='{"role", "content"}',
+                          fix='Write it as {"role": "user", "content": ...}')  # fmt: skip
     _refuse_tools(turn)
     said = turn.get("role", turn.get("from"))
     role = ROLE_NAMES.get(said) if isinstance(said, str) else None
     if role is None:
-        raise RecordError("invalid_role", f"{where} has an unknown role", value=said, allowed=", ".join(ROLE_NAMES))
+        raise RecordError("invalid_role", f"{where} has an unknown role", value=said, allowed=", ".join(ROLE_NAMES),
+                          fix="Give it one of these")  # fmt: skip
     found: dict[str, Any] = {"role": role, "content": _content(where, turn.get("content", turn.get("value")))}
     if (weight := turn.get("weight")) is not None:
         if weight not in (0, 1) or role != "assistant":
             raise RecordError("invalid_record", f"{where} has a weight that means nothing", value=weight,
-                              allowed="0 or 1, on the assistant's turns")  # fmt: skip
+                              allowed="0 or 1, on the assistant's turns",
+                              fix="Correct it, or leave it out")  # fmt: skip
         found["weight"] = int(weight)
     return found
 
@@ -104,8 +116,9 @@ def _content(where: str, content: Any) -> str | list[dict[str, Any]]:
         return content
     if not isinstance(content, Sequence) or isinstance(content, bytes) or not content:
         raise RecordError(
-            "invalid_record", f"{where} has no content", value=content, allowed="a text, or a list of parts"
-        )
+            "invalid_record", f"{where} has no content", value=content, allowed="a text, or a list of parts",
+            fix="Write what is said in it, or leave the turn out",
+        )  # fmt: skip
     return [_part(f"{where}, part {i + 1}", part) for i, part in enumerate(content)]
 
 
@@ -127,6 +140,7 @@ def _part(where: str, part: Any) -> dict[str, Any]:
     raise RecordError(
         "invalid_record", f"{where} can't be read", value=part,
         allowed='{"type": "text", "text"}, {"type": "image_url", "image_url": {"url"}}, {"type": "image", "image"}',
+        fix="Write the part in one of these ways, with one image at most",
     )  # fmt: skip
 
 
@@ -146,8 +160,9 @@ def _image(value: Any, where: str) -> str | bytes:
         return value
     if not isinstance(value, str) or not value:
         raise RecordError(
-            "invalid_record", f"{where} is no image", value=value, allowed="a path, a data URL, or a list of them"
-        )
+            "invalid_record", f"{where} is no image", value=value, allowed="a path, a data URL, or a list of them",
+            fix="Name the picture's file, or leave it out",
+        )  # fmt: skip
     if _SCHEME.match(value) and not value[:5].lower() == "data:":
         raise RecordError(
             "remote_image", f"{where} names an address", value=value,
@@ -168,6 +183,7 @@ def _place(turns: list[dict[str, Any]], images: list[str | bytes], *, is_llava: 
         raise RecordError(
             "image_count", "the row's turns and its images don't match",
             value=f"{len(slots)} places for images, {len(images)} images", allowed="a place for every image, or none",
+            fix="Write <image> once for every image, or nowhere: the images then come first",
         )  # fmt: skip
     for part, image in zip(slots, images, strict=True):
         part["image"] = image

@@ -73,11 +73,13 @@ def _open_zip(path: Path, image_root: Path | None) -> list[tuple[Rows, Store]]:
         data = archive.read(name, MAX_MEMBER_BYTES)
         if data is None:
             raise DataFormatError(
-                "a data file in the zip is too large", value=name, allowed=f"{MAX_MEMBER_BYTES} bytes"
-            )
+                "a data file in the zip is too large", value=name, allowed=f"{MAX_MEMBER_BYTES} bytes",
+                fix="Unpack the zip, and name its data file as JSON lines",
+            )  # fmt: skip
         found.append((rows_of_bytes(name, data), ZipStore(archive, posixpath.dirname(name))))
     if not found:
         raise DataFormatError(
-            "the zip holds no data file", value=path.name, allowed="at least one .json or .jsonl in it"
-        )
+            "the zip holds no data file", value=path.name, allowed="at least one .json or .jsonl in it",
+            fix="Pack the data file with the images, or name the data file itself",
+        )  # fmt: skip
     return found

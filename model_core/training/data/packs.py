@@ -83,6 +83,8 @@ class BatchSource(Protocol):
         """Bad samples that were set aside so far: `RowProblem.to_json` of each.
 
         A source may have `problems` too, of the same form: all that it found beforehand, warnings and notes included.
+        And `quarantine_state`, what a checkpoint keeps of samples that went bad in the run, as a list of JSON objects,
+        with `restore_quarantine`, which gets that list in a resumed run, before `fingerprint` is asked.
         """
 
     def conversation(self, ref: SampleRef) -> list[ChatMessage]:

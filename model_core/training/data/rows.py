@@ -60,6 +60,7 @@ class JsonRows(Rows):
             raise DataFormatError(
                 "the data file is neither JSON nor JSON lines", value=f"{name}, which begins with {head[:16]!r}",
                 allowed="a JSON array, one JSON object a line, a zip of them with images, Parquet or a datasets folder",
+                fix="Check the path, or write the rows as JSON lines",
             )  # fmt: skip
 
     def __len__(self) -> int:
@@ -73,7 +74,10 @@ class JsonRows(Rows):
         try:
             return json.loads(self._read(start, end - start))
         except (ValueError, RecursionError) as error:
-            raise RecordError("invalid_json", f"the row is not JSON ({error})", allowed="one JSON object") from error
+            raise RecordError(
+                "invalid_json", f"the row is not JSON ({error})", value=self._read(start, min(end - start, 40)),
+                allowed="one JSON object", fix="Correct the row, or leave it out",
+            ) from error  # fmt: skip
 
     def _add(self, start: int, end: int, number: int) -> None:
         if end - start > MAX_ROW_BYTES:
@@ -133,8 +137,9 @@ class JsonRows(Rows):
                 raise ValueError(f"something stands behind the array, at character {at + 1}")
         except (ValueError, RecursionError) as error:
             raise DataFormatError(
-                f"row {number} can't be read ({error})", value=self.name, allowed="a JSON array of objects"
-            ) from error
+                f"row {number} can't be read ({error})", value=self.name, allowed="a JSON array of objects",
+                fix="Correct the file there, or write it anew as JSON lines",
+            ) from error  # fmt: skip
         self._read = _InMemory(bytes(blob))
 
 
@@ -183,8 +188,9 @@ def rows_of_file(path: Path) -> JsonRows:
         return JsonRows(path.name, file, file.size)
     except OSError as error:
         raise DataFormatError(
-            f"the data file can't be read ({error.strerror or error})", value=str(path), allowed="a file or folder"
-        ) from error
+            f"the data file can't be read ({error.strerror or error})", value=str(path), allowed="a file or folder",
+            fix="Check train_data_path, val_data_path or data_path",
+        ) from error  # fmt: skip
 
 
 def rows_of_bytes(name: str, data: bytes) -> JsonRows:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ from model_core.training.data.prefetch import in_order
 from model_core.types import TextPart
 
 _ROWS_AT_ONCE = 64
+_DIGEST_BYTES = 16
 _NOTES = {"CMYK": "CMYK, converted without a profile", "I;16": "16 bits, rescaled to 8", "I": "32 bits, rescaled to 8"}
 
 Severity = Literal["error", "warning", "note"]
@@ -46,6 +47,11 @@ class RowProblem:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Of what `to_json` gave; more keys may stand beside."""
+        return cls(**{one.name: content[one.name] for one in fields(cls)})
 
     def __str__(self) -> str:
         return f"{self.file} row {self.row}: {self.code}: {self.message}"
@@ -73,14 +79,19 @@ class RowScan:
 
 @dataclass(frozen=True, slots=True)
 class ScanReport:
-    """lengths, num_labels: (R,) tokens and labels of each row, 0 where it is bad. digest: of all rows' contents."""
+    """lengths, num_labels: (R,) tokens and labels of each row, 0 where it is bad. row_digests: (R, 16) bytes, zeros
+    there. digest: of all rows' contents."""
 
     dataset: str
     num_rows: int
     lengths: NDArray[np.int64]
     num_labels: NDArray[np.int64]
     problems: tuple[RowProblem, ...]
-    digest: str
+    row_digests: NDArray[np.uint8]
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.row_digests[self.row_digests.any(axis=1)].tobytes()).hexdigest()
 
     @property
     def errors(self) -> list[RowProblem]:
@@ -91,6 +102,20 @@ class ScanReport:
         """Indices of the rows that can train."""
         bad = {one.index for one in self.errors}
         return np.array([i for i in range(self.num_rows) if i not in bad], dtype=np.int64)
+
+    def planned(self, index: int) -> dict[str, Any] | None:
+        """What a row is planned by, as JSON; None where it is bad."""
+        length = int(self.lengths[index])
+        return {"length": length, "digest": self.row_digests[index].tobytes().hex()} if length else None
+
+    def restored(self, rows: Mapping[int, Mapping[str, Any]]) -> ScanReport:
+        """This with some rows, by index, as an earlier report had `planned` them, whatever became of them since."""
+        lengths, digests = self.lengths.copy(), self.row_digests.copy()
+        for index, planned in rows.items():
+            lengths[index] = planned["length"]
+            digests[index] = np.frombuffer(bytes.fromhex(planned["digest"]), np.uint8)
+        problems = tuple(one for one in self.problems if one.severity != "error" or one.index not in rows)
+        return replace(self, lengths=lengths, row_digests=digests, problems=problems)
 
     def to_json(self) -> dict[str, Any]:
         """Counts, and every problem."""
@@ -113,14 +138,14 @@ def scan(
     rows: list[RowScan] = []
     for some in in_order(functools.partial(_examine_all, dataset, checks), chunks, num_workers):
         rows += some
-    digest = hashlib.sha256(b"".join(row.digest for row in rows)).hexdigest()
+    digests = b"".join(row.digest or bytes(_DIGEST_BYTES) for row in rows)
     return ScanReport(
         dataset.name,
         num,
         np.array([row.length for row in rows], dtype=np.int64),
         np.array([row.num_labels for row in rows], dtype=np.int64),
         tuple(_problems(dataset, rows)),
-        digest,
+        np.frombuffer(digests, np.uint8).reshape(-1, _DIGEST_BYTES),
     )
 
 
@@ -197,7 +222,7 @@ def _note(source: bytes | Image.Image) -> str:
 
 def _digest(sample: Sample, sources: Sequence[bytes | Image.Image]) -> bytes:
     """Of all that could change what the row teaches: framed, so that no two rows can be written the same way."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
     pictures = iter(sources)
     for message, is_trained in zip(sample.messages, sample.trained, strict=True):
         _feed(digest, f"{message.role} {is_trained} {len(message.parts)}".encode())

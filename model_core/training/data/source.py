@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -24,12 +24,13 @@ from model_core.training.context import ProcessContext
 from model_core.training.data.bad_samples import Quarantine
 from model_core.training.data.collate import EncodedSample, encode_sample, pack
 from model_core.training.data.datasets import DualVisionDataset
+from model_core.training.data.loaders import unused_settings
 from model_core.training.data.mixture import Mixture, mix
 from model_core.training.data.multi import DATASET_TYPES, MultiDataset
 from model_core.training.data.packs import BatchSource, PackedBatch, SampleRef
 from model_core.training.data.plan import PackPlan, cut_packs, num_steps, packs_of_step
 from model_core.training.data.prefetch import in_order
-from model_core.training.data.scan import Checks, RowProblem, ScanReport, reason_of, row_problem, scan
+from model_core.training.data.scan import Checks, RowProblem, ScanReport, examine, reason_of, row_problem, scan
 from model_core.types import ChatMessage
 
 Split = Literal["train", "val"]
@@ -60,20 +61,29 @@ class PackSource:
         context: ProcessContext = _ALONE,
         split: Split = "train",
         temperature: float | None = None,
+        unused: tuple[str, ...] = (),
     ) -> None:
-        """Scan the data. Raises DataError for bad rows under `fail`, or past the budget under `quarantine`."""
-        self._config, self._context, self._split = config, context, split
+        """Scan the data. Raises DataError for bad rows under `fail`, or past the budget under `quarantine`.
+
+        unused: what a DataLoader around the data sets said that is not done (`unused_of`).
+        """
+        self._config, self._context, self._split, self.unused = config, context, split, unused
         self._temperature = temperature or config.mixture_temperature
-        checks = Checks(fmt.limits, fmt, config.max_tokens)
-        self._parts = [_Part(one, weight, scan(one, checks, num_workers=config.num_workers)) for one, weight in parts]
-        self._usable = [part.report.usable for part in self._parts]
+        self._fmt, self._checks = replace(fmt, allow_paths=False), Checks(fmt.limits, fmt, config.max_tokens)
+        self._plan_by(
+            [_Part(one, weight, scan(one, self._checks, num_workers=config.num_workers)) for one, weight in parts]
+        )
         self._quarantine = Quarantine(config.bad_samples, sum(part.report.num_rows for part in self._parts))
         self._quarantine.add(problem for part in self._parts for problem in part.report.errors)
         if split == "train":
             _check_batch(config.batch_size, sum(len(usable) for usable in self._usable))
+
+    def _plan_by(self, parts: list[_Part]) -> None:
+        """Take these reports for what packs are planned and made by."""
+        self._parts, self._usable = parts, [part.report.usable for part in parts]
         self._work = functools.partial(
-            _make_pack, [part.dataset for part in self._parts], [part.report.lengths for part in self._parts],
-            replace(fmt, allow_paths=False), config.max_tokens,
+            _make_pack, [part.dataset for part in parts], [part.report.lengths for part in parts], self._fmt,
+            self._config.max_tokens,
         )  # fmt: skip
         self._last_plan: tuple[Any, PackPlan] | None = None
         self._num_packs: dict[Any, int] = {}
@@ -119,6 +129,38 @@ class PackSource:
 
     def quarantine_report(self) -> list[dict[str, Any]]:
         return [one | {"split": self._split} for one in self._quarantine.report()]
+
+    def quarantine_state(self) -> list[dict[str, Any]]:
+        """The rows that went bad after the scan, each with what it was planned by."""
+        reports = {part.dataset.name: part.report for part in self._parts}
+        found = [(one, reports[one["dataset"]].planned(one["index"])) for one in self.quarantine_report()]
+        return [one | planned for one, planned in found if planned is not None]
+
+    def restore_quarantine(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take over what `quarantine_state` said in an earlier process of this run.
+
+        All of it counts. A row that can't be used now either is planned as it was there, so that packs and fingerprint
+        are the same, and steps aside again in its turn; one that can be used is taken as the scan found it.
+
+        Raises:
+            BadSampleBudgetError: beside what else the scan has found it is too much.
+        """
+        self._quarantine.restore(map(RowProblem.from_json, rows))
+        if rows:
+            self._plan_by(
+                [replace(part, report=part.report.restored(self._still_bad(part, rows))) for part in self._parts]
+            )
+
+    def _still_bad(self, part: _Part, rows: Sequence[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
+        """Which of these rows would step aside again: pixels are decoded to know, as in a pack."""
+        checks = replace(self._checks, decode=True)
+        found: dict[int, Mapping[str, Any]] = {}
+        for one in rows:
+            index = one["index"]
+            is_here = one["dataset"] == part.dataset.name and index < part.report.num_rows
+            if is_here and examine(part.dataset, index, checks).length != one["length"]:
+                found[index] = one
+        return found
 
     def problems(self) -> list[dict[str, Any]]:
         """Everything that the scan found, warnings and notes too."""
@@ -200,9 +242,26 @@ def problems_of(*sources: BatchSource | None) -> dict[str, Any]:
     return {"num_problems": len(found), "problems": found[:_MOST_TOLD]}
 
 
+def unused_of(*sources: BatchSource | None) -> list[str]:
+    """What the DataLoaders that the sources were made of said, and that a run does not do."""
+    return [line for source in sources for line in getattr(source, "unused", ())]
+
+
 def set_aside_of(*sources: BatchSource | None) -> list[dict[str, Any]]:
     """Every sample that the sources have set aside so far."""
     return [one for source in sources if source is not None for one in source.quarantine_report()]
+
+
+def quarantine_of(*sources: BatchSource | None) -> list[list[dict[str, Any]]]:
+    """What a checkpoint keeps of the samples that went bad in the run, by source."""
+    return [source.quarantine_state() if hasattr(source, "quarantine_state") else [] for source in sources]
+
+
+def restore_quarantine(kept: Sequence[Sequence[Mapping[str, Any]]], *sources: BatchSource | None) -> None:
+    """Give `quarantine_of` back to the same sources in a resumed run. Raises BadSampleBudgetError."""
+    for rows, source in zip(kept, sources, strict=False):  # a run from before this was kept has none
+        if hasattr(source, "restore_quarantine"):
+            source.restore_quarantine(rows)
 
 
 def _own_source(part: PartConfig, config: TrainConfig, fmt: InputFormat) -> BatchSource:
@@ -221,26 +280,26 @@ def as_source(
     """What `DualVisionTrainer` accepts as data: a source, a data set, or a torch DataLoader over one.
 
     Of a DataLoader its `dataset` is taken; order, packs and workers are the recipe's, so that a run can be resumed.
+    What it says otherwise is told (`unused_of`) or, where it would train on something else, refused.
 
     Raises:
-        ConfigError: it is none of these; as `build_source`.
+        ConfigError: it is none of these; as `unused_settings` and `build_source`.
     """
     if isinstance(data, BatchSource):
         return data
-    if isinstance(data, DataLoader):
-        data = data.dataset
-    if isinstance(data, MultiDataset):
-        weights = data.weights or [None] * len(data.datasets)
-        parts = list(zip(data.datasets, weights, strict=True))
-        return PackSource(parts, config, fmt, context=context, split=split, temperature=data.temperature)
+    param = f"{split}_loader"
+    loader, data = (data, data.dataset) if isinstance(data, DataLoader) else (None, data)
+    if not isinstance(data, MultiDataset | DualVisionDataset):
+        raise ConfigError(
+            "this is no training data", value=type(data).__name__,
+            allowed="a DualVisionDataset, a MultiDataset, a DataLoader over one, or a BatchSource",
+            fix="Derive your data set from DualVisionDataset and override format_conversations", param=param,
+        )  # fmt: skip
+    unused = () if loader is None else unused_settings(loader, config, param)
     if isinstance(data, DualVisionDataset):
-        return PackSource([(data, None)], config, fmt, context=context, split=split)
-    raise ConfigError(
-        "this is no training data", value=type(data).__name__,
-        allowed="a DualVisionDataset, a MultiDataset, a DataLoader over one, or a BatchSource",
-        fix="Derive your data set from DualVisionDataset and override format_conversations",
-        param="train_loader" if split == "train" else "val_loader",
-    )  # fmt: skip
+        return PackSource([(data, None)], config, fmt, context=context, split=split, unused=unused)
+    parts = list(zip(data.datasets, data.weights or [None] * len(data.datasets), strict=True))
+    return PackSource(parts, config, fmt, context=context, split=split, temperature=data.temperature, unused=unused)
 
 
 def _check_batch(batch_size: int, num_samples: int) -> None:

@@ -46,10 +46,22 @@ def test_validate_tells_stages_overrides_and_what_is_not_there(
     file = str(tmp_path / "config_progressive_training.json")
     assert main(["validate", file, "--set", "curriculum_training.stages.1.epochs=9"]) == 0
     shown = capsys.readouterr().out
-    assert "stage 1: encoders_only, 9 epochs" in shown
+    assert (
+        "stage 1: encoders_only, trains qwen_vision merger dinov2 projections gate output_projector, 9 epochs" in shown
+    )
     assert "data/train.json is not here" in shown
     assert main(["validate", file, "--json", "--set", "seed=5"]) == 0
     assert json.loads(capsys.readouterr().out)["seed"] == 5
+
+
+def test_validate_tells_what_a_stages_flags_leave_to_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not the mode that stands behind the flags, of which they may leave nothing."""
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({"freeze_config": {"freeze_dinov2": False, "freeze_llm": True}}))
+    assert main(["validate", str(file)]) == 0
+    shown = capsys.readouterr().out
+    trained = "qwen_vision merger dinov2 projections gate output_projector"
+    assert f"stage 0: freeze_dinov2=false, freeze_llm=true, trains {trained}, 1 epoch" in shown, shown
 
 
 def test_a_refused_recipe_is_one_line_and_78(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

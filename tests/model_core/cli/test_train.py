@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 
 from model_core.checkpoint import load_checkpoint, save_checkpoint
-from model_core.cli import checkpoints, curves, train
+from model_core.cli import checkpoints, train
 from model_core.manifest import recover
+from model_core.training import curves
 from model_core.training.config import TrainConfig, parse_config
 from model_core.training.events import read_events
 from model_core.training.saving import whole_model
@@ -72,6 +73,7 @@ def test_a_recipe_becomes_a_model(corpus: Path, tmp_path: Path, capsys: pytest.C
         "an answer",
     ):
         assert text in said
+    assert said.count("PARAMETER FREEZE STATUS") == said.count("step 4/4: loss") == 1, "shown once"
     scores = json.loads((out / "summary.json").read_text())["scores"]
     assert f"val_loss: {scores['latest']['val_loss']:.4f} (start {scores['start']['val_loss']:.4f})\n" in said
     assert f"trained: fusion_only, 4 steps\nval_loss: {scores['latest']['val_loss']:.4f}" in said
@@ -154,7 +156,7 @@ def test_a_verdict_has_answers_of_its_own_and_no_picture_undoes_a_run(
     out = tmp_path / "run"
     assert run(corpus, out, "--verdict", "--set", "evaluation={}", "--set", "max_steps=1") == 0
     said = capsys.readouterr()
-    assert "verdict: " in said.out and "warning: no curves: there are no steps to draw" in said.err
+    assert "verdict: " in said.out and "step 1: warning: no curves: there are no steps to draw" in said.out
     found = json.loads((out / "verdict.json").read_text())
     assert found["num_answers"] == 4 and found["accuracy"] is not None and found["seconds_per_answer"] > 0
     assert all(e.data["num_answers"] == 0 for e in read_events(out) if e.kind == "evaluation")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -16,6 +16,7 @@ from model_core import training
 from model_core.cli.configs import SCENARIOS
 from model_core.errors import ConfigError
 from model_core.training.config import DEFAULT_LEARNING_RATES, FreezeConfig, TrainConfig, load_config, parse_config
+from model_core.training.sections import DiversityLoss
 from model_core.training.strict import MAX_FILE_BYTES
 
 ORIGINAL = {
@@ -40,6 +41,9 @@ ORIGINAL = {
         ],
     },
 }
+
+
+IDLE_RATE = {"pattern": "*.bias", "train": False, "learning_rate": 1e-4}
 
 
 def test_the_originals_keys_mean_what_they_meant() -> None:
@@ -82,6 +86,9 @@ def test_a_disabled_curriculum_is_one_stage_of_the_runs_own_settings() -> None:
         ({"new_model": {"name": "a:b"}, "start_from": "step-3"}, "new_model", "Got: step-3."),
         ({"batch_source": {"name": "a:b"}, "train_data_path": "a.json"}, "batch_source", "Got: a.json."),
         ({"seed": None}, "seed", "Got: None."),
+        ({"losses": {"diversity_loss": "load_balance", "prior": [0.5, 0.5]}}, "losses.prior", "draws to no prior"),
+        ({"losses": {"diversity_loss": "none", "anneal_ratio": 0.5}}, "losses.anneal_ratio", "none is not annealed"),
+        ({"freeze_config": {"rules": [IDLE_RATE]}}, "freeze_config.rules.0", "what is frozen has none"),
         ([], "recipe", "Got: list."),
     ],
 )
@@ -115,6 +122,7 @@ REFUSALS: dict[str, Callable[[Path], object]] = {
     "evaluations of nothing": lambda _: parse_config({"evaluation": {"num_answers": 4}}).require_no_evaluation(),
     "stopping by nothing": lambda _: parse_config({"early_stopping": {}}).require_no_evaluation(),
     "an unknown setting": lambda _: FreezeConfig().changed({"freeze_lm": True}),
+    "a rate of what is frozen": lambda _: FreezeConfig().changed({"rules": [IDLE_RATE]}),
 }
 RULES = {"rules": [{"pattern": "*.layers.0.*", "train": True}]}
 
@@ -213,6 +221,16 @@ def test_encoder_dropout_is_on_where_fusion_alone_learns() -> None:
     assert parse_config({"training_mode": "fusion_only"}).stages()[0].encoder_dropout == 0.2
     assert parse_config({"training_mode": "full"}).stages()[0].encoder_dropout == 0.0
     assert parse_config({"losses": {"encoder_dropout": 0.4}}).stages()[0].encoder_dropout == 0.4
+
+
+@pytest.mark.parametrize("name", get_args(DiversityLoss))
+def test_what_one_loss_alone_looks_at_is_no_fault_of_the_others_defaults(name: str) -> None:
+    """A checkpoint's recipe is written out in full, and is read again."""
+    for losses in ({"diversity_loss": name}, {"diversity_loss": name, "anneal_ratio": None}):
+        config = parse_config({"losses": losses})
+        assert parse_config(json.loads(config.model_dump_json())) == config
+    for losses in ({"prior": [0.3, 0.7], "anneal_ratio": 0.5}, {"diversity_loss": "marginal_kl", "prior": [0.3, 0.7]}):
+        assert parse_config({"losses": losses}).losses.prior == (0.3, 0.7)
 
 
 def test_a_file_with_a_key_twice_or_no_json_is_refused(tmp_path: Path) -> None:

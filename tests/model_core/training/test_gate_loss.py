@@ -102,7 +102,8 @@ def test_a_strategy_without_a_gate_refuses_a_gate_loss() -> None:
     for fusion in ("concat", "static"):
         model = tiny.dual_model(fusion)
         assert build_gate_loss(model, TrainConfig()) is None
-        for config in (_config("marginal_kl"), TrainConfig(diversity_loss_weight=0.1)):
+        prior = TrainConfig.model_validate({"losses": {"prior": [0.5, 0.5]}})
+        for config in (_config("marginal_kl"), TrainConfig(diversity_loss_weight=0.1), prior):
             with pytest.raises(ConfigError, match="no gate"):
                 build_gate_loss(model, config)
     gated = tiny.dual_model()
@@ -141,7 +142,8 @@ def _train_gate(name: str, seed: int, steps: int = 200, start: float = 0.5) -> t
     gate = list(fusion.gate.parameters())
     rest = [p for n, p in fusion.named_parameters() if not n.startswith("gate")]
     adam = torch.optim.Adam([{"params": rest, "lr": 1e-2}, {"params": gate, "lr": 3e-3}])
-    settings = {"diversity_loss_weight": 20.0, "losses": {"diversity_loss": name, "anneal_ratio": 0.5}}
+    fading = {"anneal_ratio": 0.5} if name == "marginal_kl" else {}
+    settings = {"diversity_loss_weight": 20.0, "losses": {"diversity_loss": name, **fading}}
     loss_of_gate = build_gate_loss(_Holder(fusion), TrainConfig.model_validate(settings))
     for step in range(steps):
         needs = torch.rand(images) < 0.15

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from model_core.errors import ConfigError, StorageFullError
+from model_core.training.context import ProcessContext
 from model_core.training.events import Event, read_events
 from model_core.training.hooks import RunHooks
 from model_core.training.trainer import DualVisionTrainer
@@ -65,6 +66,14 @@ def test_what_an_earlier_stage_wakes_may_stay_frozen_in_a_later_one() -> None:
     run = trainer(recipe(curriculum_training=curriculum), write=False, num_samples=4)
     assert run.train().reason == "done"
     assert run.table.freeze.freeze_projections
+
+
+def test_one_of_several_processes_is_refused() -> None:
+    with pytest.raises(ConfigError, match="runs in one process") as caught:
+        trainer(recipe(), context=ProcessContext(1, 2), write=False)
+    assert (caught.value.value, caught.value.param) == ("world_size 2", "context")
+    assert caught.value.allowed and caught.value.fix
+    assert trainer(recipe(), context=ProcessContext(), write=False).curriculum.total_steps
 
 
 @pytest.mark.parametrize("kind", ["early_stopping", "checkpoint", "summary"])

@@ -15,8 +15,9 @@ from model_core.errors import BadSampleBudgetError, DataError, UnreadableImagesE
 from model_core.processing.images import ImageLimits
 from model_core.training.config import BadSampleConfig, TrainConfig
 from model_core.training.data.bad_samples import Quarantine
+from model_core.training.data.packs import BatchSource, SampleRef
 from model_core.training.data.scan import Checks, RowProblem, scan
-from model_core.training.data.source import build_source
+from model_core.training.data.source import build_source, quarantine_of, restore_quarantine
 from tests.model_core.training.data.corpus import jpeg, row, tiny_format, write_corpus, write_rows
 
 FORMAT = tiny_format()
@@ -36,6 +37,14 @@ def cmyk() -> bytes:
 def deep_grey() -> bytes:
     """40000 of 65535, which Pillow's own conversion makes white."""
     return saved(Image.fromarray(np.full((60, 80), 40000, np.uint16)), "PNG")
+
+
+def late_damage(picture: bytes) -> bytes:
+    """A header and an end as before, and pixels that can't be decoded."""
+    data = bytearray(picture)
+    at = data.index(b"\xff\xc4") + 4
+    data[at : at + 16] = b"\xf0" * 16  # more Huffman codes than bits
+    return bytes(data)
 
 
 def corrupt_corpus(folder: Path) -> Path:
@@ -88,10 +97,7 @@ def test_without_a_tokenizer_all_but_lengths_is_checked(tmp_path: Path) -> None:
 
 def test_damage_inside_a_picture_takes_decoding_to_find(tmp_path: Path) -> None:
     corrupt_corpus(tmp_path)
-    data = bytearray((tmp_path / "good.jpg").read_bytes())
-    at = data.index(b"\xff\xc4") + 4
-    data[at : at + 16] = b"\xf0" * 16  # more Huffman codes than bits
-    (tmp_path / "late.jpg").write_bytes(data)
+    (tmp_path / "late.jpg").write_bytes(late_damage(jpeg()))
     dataset = DualVisionDataset(write_rows(tmp_path / "late.json", [row("late.jpg")]))
     assert not scan(dataset, Checks(FORMAT.limits, FORMAT, 600)).errors
     assert scan(dataset, Checks(FORMAT.limits, FORMAT, 600, decode=True)).errors[0].code == "image_parse_error"
@@ -160,3 +166,58 @@ def test_a_row_counts_once_however_often_it_comes() -> None:
     assert len(kept.report()) == 1
     with pytest.raises(BadSampleBudgetError):
         kept.add([RowProblem("data", 4, "data.json", 5, "error", "image_not_found", "gone")])
+
+
+def samples_of(source: BatchSource, config: TrainConfig) -> list[list[tuple[SampleRef, ...]]]:
+    return [[made.samples for made in step] for step in source.steps(config.stages()[0], 0)]
+
+
+DAMAGE = {"gone": None, "cut": jpeg()[:-20], "late": late_damage(jpeg()), "of another size": jpeg(size=(200, 40))}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_row_that_went_bad_in_a_run_is_planned_as_before_by_its_next_process(tmp_path: Path, damage: str) -> None:
+    """Else its own data would be refused, or its packs be others. What was set aside goes on counting."""
+    path, picture = write_corpus(tmp_path, 20), tmp_path / "3.jpg"
+    picture.write_bytes(jpeg())
+    config = recipe(path, batch_size=3, bad_samples=BadSampleConfig(policy="quarantine", max_ratio=0.1))
+    first = build_source(config, FORMAT)
+    before = first.fingerprint()
+    picture.unlink() if DAMAGE[damage] is None else picture.write_bytes(DAMAGE[damage])
+    whole = samples_of(first, config)
+    kept = json.loads(json.dumps(quarantine_of(first, None)))
+    assert [[one["row"] for one in rows] for rows in kept] == [[4], []]
+    second = build_source(config, FORMAT)
+    assert second.fingerprint() != before
+    restore_quarantine(kept, second, None)
+    assert second.fingerprint() == before
+    assert samples_of(second, config) == whole
+    assert second.quarantine_report() == first.quarantine_report() and quarantine_of(second, None) == kept
+    for name in ("7.jpg", "9.jpg"):
+        (tmp_path / name).unlink()
+    with pytest.raises(BadSampleBudgetError, match="3 of 20"):
+        samples_of(second, config)
+
+
+def test_a_row_that_is_good_again_trains_and_another_picture_in_its_place_is_other_data(tmp_path: Path) -> None:
+    path, picture = write_corpus(tmp_path, 20), tmp_path / "3.jpg"
+    config = recipe(path, bad_samples=BadSampleConfig(policy="quarantine", max_ratio=0.1))
+    source, good = build_source(config, FORMAT), picture.read_bytes()
+    picture.unlink()
+    assert len(samples_of(source, config)) == 20
+    for data, is_same in ((good, True), (jpeg((1, 2, 3), (68, 60)), False)):
+        picture.write_bytes(data)
+        again = build_source(config, FORMAT)
+        restore_quarantine(quarantine_of(source), again)
+        assert (again.fingerprint() == source.fingerprint()) == is_same
+        assert [one["row"] for one in again.quarantine_report()] == [4]
+        assert len([ref for step in samples_of(again, config) for refs in step for ref in refs]) == 20
+
+
+def test_what_the_scan_itself_finds_is_not_kept_beside_it(tmp_path: Path) -> None:
+    """It is found again at every start; a recipe may set aside more rows than a checkpoint should list."""
+    path = write_corpus(tmp_path, 20)
+    (tmp_path / "3.jpg").unlink()
+    config = recipe(path, bad_samples=BadSampleConfig(policy="quarantine", max_ratio=0.1))
+    source = build_source(config, FORMAT)
+    assert len(source.quarantine_report()) == 1 and quarantine_of(source) == [[]]

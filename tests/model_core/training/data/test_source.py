@@ -270,7 +270,7 @@ def test_a_multi_dataset_as_in_the_readme(tmp_path: Path) -> None:
     assert len(data) == 40
     assert data.conversation(12)[0].parts[1].text == "Question 2?"
     config = TrainConfig(batch_size=4)
-    source = as_source(DataLoader(data, batch_size=2, collate_fn=list), config, FORMAT)
+    source = as_source(DataLoader(data, batch_size=2, shuffle=True), config, FORMAT)
     assert drawn(source, config).count("few") == 28
     del described["weights"]
     assert drawn(as_source(create_dataset(described), config, FORMAT), config).count("few") == 10

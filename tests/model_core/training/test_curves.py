@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from model_core.cli.curves import draw_curves
+from model_core.training.curves import draw_curves
 from model_core.training.events import Event, EventLog
 
 

@@ -6,12 +6,15 @@ In: events; out: text. It keeps no more than a bar needs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from model_core.training.events import Event
+
+if TYPE_CHECKING:
+    from model_core.training.reports import Outcome
 
 #: Told as they come. Steps have the bar; where there is none, about a hundred of them are told.
 _SHOWN = ("stage", "freeze", "switched", "evaluation", "checkpoint", "resumed", "early_stopping")
@@ -50,26 +53,26 @@ class Display:
         if event.kind == "step":
             self._step(event)
         elif event.kind == "validated":
-            self._say(event.message)
+            self.say(event.message)
             self.problems(event.data)
         elif event.kind == "evaluation":
-            self._say(f"step {event.global_step}: {_evaluation(event.data)}")
+            self.say(f"step {event.global_step}: {_evaluation(event.data)}")
         elif event.kind in ("freeze", "switched"):
-            self._say(event.message)
+            self.say(event.message)
         elif event.kind in _SHOWN or event.kind.startswith("warning:"):
             word = "warning" if event.kind.startswith("warning:") else event.kind
-            self._say(f"step {event.global_step}: {word}: {event.message}")
+            self.say(f"step {event.global_step}: {word}: {event.message}")
 
     def problems(self, found: Mapping[str, Any]) -> None:
         """Name the rows that a scan found something in; found: `problems_of`."""
         for line in _problem_lines(found, self._checks):
-            self._say(line)
+            self.say(line)
 
     def _step(self, event: Event) -> None:
         total, figures = event.data["num_steps_total"], step_figures(event.data)
         if self._bar is None:
             if event.global_step % max(1, total // _LINES_OF_A_RUN) == 0 or event.global_step == total:
-                self._say(f"step {event.global_step}/{total}: {figures}")
+                self.say(f"step {event.global_step}/{total}: {figures}")
             return
         if self._task is None:
             self._task = self._bar.add_task("training", total=total, figures="")
@@ -78,7 +81,8 @@ class Display:
             figures=figures,
         )  # fmt: skip
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Above the bar, where there is one."""
         self._console.print(text, soft_wrap=True)
 
 
@@ -119,3 +123,21 @@ def _problem_lines(found: Mapping[str, Any], checks: Mapping[tuple[str, str], st
 def _evaluation(data: Mapping[str, Any]) -> str:
     names = ("val_loss", "unfused_loss", "val_accuracy", "unfused_accuracy")
     return ", ".join(f"{name} {data[name]:.4f}" for name in names if data.get(name) is not None)
+
+
+def summary_text(outcome: Outcome, *, stops_early: bool) -> str:
+    """What came of a run. stops_early: the result is the best step and not the last one."""
+    summary = outcome.summary
+    lines = [f"trained: {s['training_mode'] or 'custom'}, {s['steps']} steps" for s in summary["stages"]]
+    start, end = summary["scores"]["start"], summary["scores"]["latest"]
+    if stops_early and outcome.best is not None:
+        end = summary["scores"]["best"] or end
+    for name, value in end.items():
+        before = f" (start {start[name]:.4f})" if name in start else ""
+        lines.append(f"{name}: {value:.4f}{before}")
+    if outcome.best is not None:
+        lines.append(f"best checkpoint: {outcome.best.name}, {summary['scores']['best_value']:.4f}")
+    if summary["quarantined"]:
+        lines.append(f"samples set aside: {len(summary['quarantined'])}")
+    lines.append("model: in memory alone" if outcome.final is None else f"model: {outcome.final}")
+    return "\n".join(lines)

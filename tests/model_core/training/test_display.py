@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from model_core.cli.train_display import Display
+from model_core.training.display import Display
 from model_core.training.events import Event
 
 

@@ -18,7 +18,7 @@ class TensorBoard:
 
     def __init__(self, folder: Path) -> None:
         try:
-            from tensorboardX import SummaryWriter
+            from tensorboardX import SummaryWriter  # noqa: PLC0415  an extra
         except ImportError as error:
             raise ConfigError(
                 "TensorBoard's files need tensorboardX", value="it is not installed",
@@ -33,7 +33,12 @@ class TensorBoard:
             if self._writer is None:  # not before the run's folder was found to be free
                 self._writer = self._make(str(self._folder))
             self._writer.add_scalar(name, value, event.global_step)
-        if event.kind in ("summary", "checkpoint") and self._writer is not None:
+        if self._writer is None:
+            return
+        if event.kind == "summary":  # the last event: without this the last figures came up to two minutes later
+            self._writer.close()
+            self._writer = None
+        elif event.kind == "checkpoint":
             self._writer.flush()
 
 

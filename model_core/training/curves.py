@@ -68,7 +68,7 @@ def _draw_gate(axis: Any, steps: Sequence[Event], encoder_names: Sequence[str]) 
 def _figure_class() -> Any:
     try:
         # Without pyplot: no window system is asked for, and nothing is kept between two figures.
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # noqa: PLC0415  an extra, and slow to import
     except ImportError as error:
         raise ConfigError(
             "curves need matplotlib", value="it is not installed", allowed="matplotlib 3.10 or newer",
