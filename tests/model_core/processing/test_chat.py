@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -10,6 +11,7 @@ from model_core.errors import ConfigError, InvalidRequestError
 from model_core.processing.chat import (
     EncodedChat,
     SpecialIds,
+    _rendered,
     answer_labels,
     encode_chat,
     encode_text,
@@ -200,3 +202,31 @@ def test_threads_do_not_share_the_special_token_switch() -> None:
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: encode_chat(tokenizer, messages).ids, range(400)))
     assert all(ids == expected for ids in found)
+
+
+def test_conversations_of_one_form_are_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The template sees marks, never texts; but a changed template, or one that asks for the date, counts at once."""
+    tokenizer, rendered = copy.deepcopy(TOKENIZER), []
+    own = tokenizer.apply_chat_template
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda turns, **k: rendered.append(turns) or own(turns, **k))
+
+    def ids(text: str) -> str:
+        return text_of(encode_chat(tokenizer, [say("user", PICTURE, text)]).ids)
+
+    assert ids("red").replace("red", "blue") == ids("blue")
+    assert len(rendered) == 1
+    encode_chat(tokenizer, [say("user", "red", PICTURE)])
+    encode_chat(tokenizer, [say("user", PICTURE, "red")], add_generation_prompt=False)
+    assert len(rendered) == 3, "another order of parts, and another end"
+    tokenizer.chat_template = "hello " + tokenizer.chat_template
+    assert ids("red").startswith("hello ")
+    tokenizer.chat_template = "{{ strftime_now('%Y') }} " + tokenizer.chat_template
+    assert ids("red")[:2] == "20"
+    ids("blue")
+    assert len(rendered) == 6
+
+
+def test_a_long_conversation_is_not_kept() -> None:
+    before = _rendered.cache_info()
+    encode(*[say("user" if i % 2 == 0 else "assistant", "a") for i in range(17)])
+    assert _rendered.cache_info() == before
