@@ -36,8 +36,8 @@ over it, and `dve configs create` writes whole recipes to begin with.
 ## Examples
 
 A plain one. The gate learns at a tenth of the others' rate, as it does where no rate is given; `learning_rate` would be
-one rate for all of them. `diversity_loss_weight` is how much the gate's loss counts, which keeps both encoders in use
-(`losses.diversity_loss` says which loss that is); `loggers` are what a run leaves to be looked at.
+one rate for all of them. `diversity_loss_weight` is how much the gate's loss counts, which is to keep both encoders in
+use (`losses` says which loss that is, and how long it stays); `loggers` are what a run leaves to be looked at.
 
 ```json
 {

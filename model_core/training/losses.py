@@ -22,7 +22,8 @@ from model_core.training.config import TrainConfig
 from model_core.training.freeze import component_of
 
 IGNORE = -100
-#: What kept the demo model's gate open (DECISIONS.md, 2026-11-23); a tenth of it did not hold a gate in trials.
+#: What kept the demo model's gate open, there to the end: its recipe sets `anneal_ratio` null (DECISIONS.md, 2026-11-23
+#: and 2026-11-29). A tenth of it did not hold a gate in trials.
 DEFAULT_DIVERSITY_LOSS_WEIGHT = 1.0
 #: Above this many logits they are never all in memory at once.
 _CHUNK_ABOVE_LOGITS = 1 << 26
@@ -142,6 +143,10 @@ class GateLoss:
         load_balance        E * sum_e(share won by e * mean weight of e) (2101.03961, section 2.2)
         per_sample_entropy  log E - mean H(gate): pushes EVERY picture to equal weights, and so forbids what a gate
                             is for; for comparison
+
+    marginal_kl holds a gate for as long as it has weight. Where it fades (`anneal_ratio`, by default over 30 % of the
+    steps) a gate that would close without it closes later; `anneal_ratio` null holds it to the end, and costs some of
+    the language loss (tests/model_core/training/test_gate_training.py).
 
     The mean is a moving one over steps in value, and this pack's in gradient. Call it on each pack; `end_step` folds
     the step's packs in, once.

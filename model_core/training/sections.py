@@ -155,7 +155,7 @@ class LossConfig(Section):
     anneal_ratio: float | None = Field(
         default=0.3, gt=0, le=1,
         description="marginal_kl has its whole weight at the first step and none after this share of all steps; null: "
-        "its whole weight to the end",
+        "its whole weight to the end, which alone keeps a gate open that would close",
     )  # fmt: skip
     ema_decay: float = Field(
         default=0.9, ge=0, lt=1, description="of the gate's moving averages, which the losses look back on, by step"

@@ -30,19 +30,13 @@ def move_fusion(model: DualVisionModel, seed: int = 0) -> DualVisionModel:
 
 
 def answer_hidden(
-    model: DualVisionModel, pixel_values: Tensor, answers: Tensor, qwen_pixels: Tensor | None = None
+    model: DualVisionModel, pixel_values: Tensor, answers: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Images of GRID, one a sample, each before one answer token: hidden (S, D), labels (S,), gate weights (I, E).
-
-    qwen_pixels: what Qwen's tower sees instead, for a task that DINOv2 alone can solve.
-    """
+    """Images of GRID, one a sample, each before one answer token: hidden (S, D), labels (S,), gate weights (I, E)."""
     num = len(answers)
     grid = torch.tensor([GRID] * num)
     backbone = model.model
-    seen = {"qwen": pixel_values if qwen_pixels is None else qwen_pixels, "dinov2": pixel_values}
-    features: dict[str, Tensor] = {}
-    for name, pixels in seen.items():
-        features |= backbone.encode_images(pixels, grid, [name])
+    features = backbone.encode_images(pixel_values, grid, ["qwen", "dinov2"])
     fused = backbone.fuse(features, cell_grids(grid, backbone.config.merge_size))
     ids = torch.full((num, NUM_CELLS + 2), tiny.token_id("<|vision_start|>"))
     ids[:, -1] = answers
@@ -55,16 +49,10 @@ def answer_hidden(
     return hidden.flatten(0, 1), labels.flatten(), fused.weights
 
 
-def answer_loss(model: DualVisionModel, pixel_values: Tensor, answers: Tensor, **kwargs: Tensor) -> Tensor:
-    hidden, labels, _ = answer_hidden(model, pixel_values, answers, **kwargs)
+def answer_loss(model: DualVisionModel, pixel_values: Tensor, answers: Tensor) -> Tensor:
+    hidden, labels, _ = answer_hidden(model, pixel_values, answers)
     return sample_losses(hidden, model.lm_head.weight, labels, [NUM_CELLS + 2] * len(answers)).mean()
 
 
-def share_right(model: DualVisionModel, pixel_values: Tensor, answers: Tensor, **kwargs: Tensor) -> float:
-    hidden, _, _ = answer_hidden(model, pixel_values, answers, **kwargs)
-    logits = model.lm_head(hidden.view(len(answers), NUM_CELLS + 2, -1)[:, -2])
-    return float((logits.argmax(-1) == answers).float().mean())
-
-
-__all__ = ["GRID", "NUM_CELLS", "answer_hidden", "answer_loss", "move_fusion", "sample_losses", "share_right",
+__all__ = ["GRID", "NUM_CELLS", "answer_hidden", "answer_loss", "move_fusion", "sample_losses",
            "untied_model"]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What each gate loss does to a gate: by hand, in memory over steps, and to the training of a real fusion."""
+"""What each gate loss does to a gate: by hand, in memory over steps, and to the training of a bare fusion."""
 
 from __future__ import annotations
 
@@ -13,11 +13,8 @@ from torch import Tensor, nn
 from model_core.errors import CheckpointMismatchError, ConfigError
 from model_core.fusion.gated import GatedFusion
 from model_core.training.config import TrainConfig
-from model_core.training.freeze import resolve_freeze
 from model_core.training.losses import GateLoss, build_gate_loss, gate_statistics
-from model_core.training.optim import build_optimizer
 from tests.model_core import tiny
-from tests.model_core.training.tasks import answer_hidden, answer_loss, share_right
 
 
 def _config(name: str, **settings: Any) -> TrainConfig:
@@ -165,8 +162,9 @@ def _train_gate(name: str, seed: int, steps: int = 200, start: float = 0.5) -> t
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(2, marks=pytest.mark.heavy)])
-def test_marginal_kl_avoids_the_collapse_that_none_shows(seed: int) -> None:
-    """Without a loss the gate shuts the noisy encoder out before it has learnt; held open, it learns to route."""
+def test_held_open_a_gate_learns_to_route(seed: int) -> None:
+    """Without a loss it shuts the noisy encoder out before that has learnt. Squared errors are far larger here than a
+    language loss, so the weight is twenty times the default: what that does in a run, test_gate_training.py shows."""
     alone, _ = _train_gate("none", seed)
     assert gate_statistics(alone)["gate_collapsed"]
     held, needs = _train_gate("marginal_kl", seed)
@@ -183,38 +181,3 @@ def test_per_sample_entropy_pushes_every_picture_to_a_half() -> None:
     assert needs.any() and not needs.all()
     alone, _ = _train_gate("none", 0, start=0.8)
     assert float((alone - 0.5).abs().min()) > 0.05
-
-
-def test_fusion_alone_learns_a_task_that_dinov2_alone_can_see() -> None:
-    """A fresh pair, encoders and language model frozen; Qwen's tower sees noise. The gate must turn to DINOv2."""
-    model = tiny.dual_model()
-    config = TrainConfig.model_validate({"training_mode": "fusion_only", "learning_rate": 3e-3})
-    stage = config.stages()[0]
-    table = resolve_freeze(model, stage.freeze, stage.learning_rates)
-    table.apply(model)
-    optimizer = build_optimizer(model, config, table)
-    prototypes = torch.randn(4, 16, 1176, generator=torch.Generator().manual_seed(1))
-
-    def draw(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        kinds = torch.randint(4, (count,), generator=generator)
-        seen = prototypes[kinds] + 0.3 * torch.randn(count, 16, 1176, generator=generator)
-        frames = seen.view(count, 16, 3, 2, 196)
-        frames[:, :, :, 1] = frames[:, :, :, 0]  # a still picture's two frames are the same
-        return seen.flatten(0, 1), kinds + 20, torch.randn(count * 16, 1176, generator=generator)
-
-    pictures, answers, noise = draw(64, 10_000)
-    with torch.no_grad():
-        assert share_right(model.eval(), pictures, answers, qwen_pixels=noise) < 0.4, "one answer in four at best"
-    table.apply(model)
-    for step in range(50):
-        pictures, answers, noise = draw(12, step)
-        answer_loss(model, pictures, answers, qwen_pixels=noise).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    pictures, answers, noise = draw(64, 10_000)
-    with torch.no_grad():
-        _, _, weights = answer_hidden(model.eval(), pictures, answers, qwen_pixels=noise)
-        assert share_right(model, pictures, answers, qwen_pixels=noise) > 0.95
-        assert float(weights[:, 1].mean()) > 0.6
-        assert share_right(model, noise, answers, qwen_pixels=noise) < 0.6, "it was DINOv2 that told"
