@@ -60,7 +60,7 @@ def _build(args: argparse.Namespace) -> int:
     )
     final = args.work / FINAL
     if not final.exists():
-        code = train_recipe(config, args.work if has_begun(args.work) else None)
+        code = train_recipe(config, args.work if has_begun(args.work) else None, go_on="the same command")
         if code != DONE:
             return code
     out, minutes = args.out or default_out(), trained_minutes(args.work)

@@ -155,9 +155,12 @@ def _with_freeze_of_run(config: TrainConfig, args: argparse.Namespace) -> TrainC
 
 def train_recipe(
     config: TrainConfig, resume: Path | None = None, listeners: tuple[Any, ...] = (), control: Control | None = None, *,
-    dry_run: bool = False, wants_verdict: bool = False, peak_tflops: float | None = None,
+    dry_run: bool = False, wants_verdict: bool = False, peak_tflops: float | None = None, go_on: str = "",
 ) -> int:  # fmt: skip
-    """Train a recipe to its end, or until it is told to stop; the exit code. Raises DualVisionError."""
+    """Train a recipe to its end, or until it is told to stop; the exit code. Raises DualVisionError.
+
+    go_on: what the user does to go on with a run that was stopped, where it is not `dve train` that was called.
+    """
     # torch is imported from here on: a wrong recipe is told at once.
     from model_core.checkpoint import quiet_unless_terminal
     from model_core.trainer import run_hooks
@@ -198,8 +201,8 @@ def train_recipe(
             trainer.resume(resume)
         outcome = trainer.train()
     if not outcome.is_finished:
-        print(f"saved on request after {outcome.position.global_step} steps; go on with --resume "
-              f"{trainer.run_folder.path} beside the same --config and --set")  # fmt: skip
+        way = go_on or f"--resume {trainer.run_folder.path} beside the same --config and --set"
+        print(f"saved on request after {outcome.position.global_step} steps; go on with {way}")
         return CHECKPOINTED
     _finish(config, trainer, outcome, wants_verdict=wants_verdict)
     return DONE

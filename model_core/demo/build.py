@@ -18,7 +18,7 @@ from model_core.errors import ConfigError
 from model_core.training.config import TrainConfig, parse_config
 from model_core.training.events import EVENTS_NAME
 from model_core.training.muon import working_dtype
-from model_core.training.runs import LATEST
+from model_core.training.runs import RunFolder
 from model_core.training.strict import read_json
 
 RECIPE_PATH = Path(__file__).parent / "config_demo.json"
@@ -56,7 +56,7 @@ def scaled(recipe: Mapping[str, Any], factor: float) -> dict[str, Any]:
 
 def has_begun(work: Path) -> bool:
     """Is there a step to go on from?"""
-    return (work / LATEST).exists()
+    return bool(RunFolder(work).steps())  # a kill may have come before the newest one was linked
 
 
 def trained_minutes(work: Path) -> float:

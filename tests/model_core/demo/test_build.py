@@ -91,6 +91,20 @@ def test_an_interrupted_build_ends_in_the_same_bits(tmp_path: Path) -> None:
     assert not list((tmp_path / "parts" / "final").glob("auxiliary*")), "read-outs are never published"
 
 
+def test_a_build_killed_before_its_step_was_linked_goes_on(tmp_path: Path) -> None:
+    """Fault: it was begun anew, and that was refused, for there was a step."""
+    config = two_stages(tmp_path)
+    assert not has_begun(tmp_path)
+    stop = Stop(1)
+    stop.trainer = one = trainer_of(config, stop)
+    one.train()
+    (tmp_path / "checkpoint_latest").unlink()
+    assert has_begun(tmp_path)
+    again = trainer_of(config)
+    again.resume(tmp_path)
+    assert again.position.global_step == 1
+
+
 def test_each_stage_trains_what_it_names(tmp_path: Path) -> None:
     """By the hashes that the trainer itself takes: what moved in the first step of each stage."""
     config, moved = small_recipe(tmp_path), {}
