@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _build(args: argparse.Namespace) -> int:
     # The trainer and transformers take seconds to import; --help should not.
     from model_core.cli.train import DONE, load_for_training, train_recipe
-    from model_core.demo.build import demo_recipe, has_begun, trained_minutes
+    from model_core.demo.build import demo_recipe, has_begun, last_ends, trained_minutes
     from model_core.demo.publish import default_out, publish
     from model_core.processing.batch import InputFormat
     from model_core.training.data.source import build_source
@@ -68,7 +68,10 @@ def _build(args: argparse.Namespace) -> int:
     begun = load_for_training(config)
     source: Any = build_source(config, InputFormat.of(begun.processor, begun.model.model.mrope_layout))
     history = f"`dve demo build`, seed {config.seed}, {minutes:.1f} minutes of training."
-    publish(final, out, config, source, history=history, eval_count=args.eval_count, device=str(begun.model.device))
+    ends = last_ends(config, args.work)
+    if len(ends) > 1:
+        history += f" The weights are the mean of the ends of the last {len(ends)} stages."
+    publish(ends, out, config, source, history=history, eval_count=args.eval_count, device=str(begun.model.device))
     print(f"wrote {out}")
     return 0
 

@@ -17,10 +17,13 @@ import torch
 from model_core.errors import ConfigError
 from model_core.training.config import TrainConfig, parse_config
 from model_core.training.events import EVENTS_NAME
+from model_core.training.freeze import trained_components
 from model_core.training.muon import working_dtype
-from model_core.training.runs import RunFolder
+from model_core.training.runs import FINAL, RunFolder
 from model_core.training.strict import read_json
 
+#: The demo's weights are the mean of the ends of so many last stages, those that train the same parts.
+NUM_ENDS = 3
 RECIPE_PATH = Path(__file__).parent / "config_demo.json"
 
 
@@ -57,6 +60,20 @@ def scaled(recipe: Mapping[str, Any], factor: float) -> dict[str, Any]:
 def has_begun(work: Path) -> bool:
     """Is there a step to go on from?"""
     return bool(RunFolder(work).steps())  # a kill may have come before the newest one was linked
+
+
+def last_ends(config: TrainConfig, work: Path) -> list[Path]:
+    """Model folders of a finished run to take the mean of, the newest last: its end and, where they were kept, the ends
+    of the stages before it that train the same parts."""
+    stages = config.stages()
+    trained = [trained_components(stage.freeze) for stage in stages]
+    ends = {step.stage: step.path for step in RunFolder(work).steps() if step.reason == "stage"}
+    found = [work / FINAL]
+    for number in range(len(stages) - 2, len(stages) - 1 - NUM_ENDS, -1):
+        if number < 0 or trained[number] != trained[-1] or number not in ends:
+            break
+        found.insert(0, ends[number])
+    return found
 
 
 def trained_minutes(work: Path) -> float:

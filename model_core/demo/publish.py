@@ -39,7 +39,7 @@ def default_out() -> Path:
 
 
 def publish(
-    run: Path,
+    ends: Sequence[Path],
     out: Path,
     config: TrainConfig,
     source: SceneSource,
@@ -51,11 +51,14 @@ def publish(
     """Score what would be written, then write it with its card: a stop in between leaves `out` as it was.
 
     Args:
-        run: the model folder that a run ended with; config: its recipe; source: its scenes.
+        ends: model folders that a run's last stages ended with, of which the mean is taken, the last one's other files.
+        config: its recipe; source: its scenes.
         history: how the weights came about, for the card.
     """
-    loaded = load_checkpoint(run, LoadOptions(device, torch.float32))
+    loaded = load_checkpoint(ends[-1], LoadOptions(device, torch.float32))
     model = loaded.model.eval()
+    for count, other in enumerate(ends[:-1], start=2):
+        _take_in(model, load_checkpoint(other, LoadOptions(device, torch.float32)).model, 1 / count)
     model.calibrate(_calibration(source, config, model, loaded.processor))
     with torch.no_grad():  # what is stored is what is scored
         for tensor in (*model.parameters(), *model.buffers()):
@@ -72,6 +75,15 @@ def publish(
     sides = [side for size in native_sizes(loaded.processor.patch_spec) for side in size]
     card = write_card(config, arms, scaled, sides=(min(sides), max(sides)), parameters=parameters, history=history)
     _save(model, loaded.processor, out, progress, card=card, scores=scores)
+
+
+@torch.no_grad()
+def _take_in(model: Any, other: Any, share: float) -> None:
+    """Weights between the ends of several decays of the rate are better than any of them: stochastic weight averaging
+    (Izmailov et al. 2018, 1803.05407, section 3)."""
+    others = dict(other.named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.lerp_(others[name], share)
 
 
 def _save(

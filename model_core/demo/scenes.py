@@ -27,15 +27,17 @@ from model_core.demo.canvas import (
     wear,
 )
 from model_core.demo.labels import CELL, CellLabels
+from model_core.demo.places import EDGE, GAP, Item, fit, scatter, set_in_rows
 from model_core.demo.things import THINGS
 from model_core.demo.words import draw_word
 from model_core.errors import ConfigError
 
 Box = tuple[int, int, int, int]
 
-#: A page is several lines of words: many letters to learn from, nothing to ask about. It comes when asked for only.
-KINDS = ("single", "pair", "group", "shapes", "word", "page")
-_KIND_SHARES = (0.32, 0.2, 0.16, 0.16, 0.16, 0.0)
+#: A page is several lines of words and a crowd many things of a few kinds: much to learn from at once, nothing to ask
+#: about. They come when asked for only.
+KINDS = ("single", "pair", "group", "shapes", "word", "page", "crowd")
+_KIND_SHARES = (0.32, 0.2, 0.16, 0.16, 0.16, 0.0, 0.0)
 #: Index 0 is background; then the things, then the shapes.
 CLASS_NAMES: tuple[str, ...] = ("background", *(thing.name for thing in THINGS), *SHAPES)
 COLOUR_NAMES: tuple[str, ...] = tuple(COLOURS)
@@ -43,10 +45,8 @@ COLOUR_NAMES: tuple[str, ...] = tuple(COLOURS)
 HELD_OUT_FIRST_SEED = 2**40
 
 _CLASS_INDEX = {name: index for index, name in enumerate(CLASS_NAMES)}
-_EDGE = 3
-_GAP = 4
 _LEAST_ROOM = 30
-_SPOTS, _DRAWS_BEFORE_SHRINKING = 32, 5
+_CROWD_FIELD = 44
 _MIN_LETTER_PIXELS = 15  # more than 14: every letter then owns at least one half cell
 _THING_DISTANCE, _SHAPE_DISTANCE, _WORD_DISTANCE = 75.0, 105.0, 170.0
 
@@ -96,26 +96,6 @@ class Scene:
 
 
 @dataclass(slots=True)
-class _Item:
-    """An object before it is painted: `reach` is the side of the square it certainly fits into."""
-
-    name: str
-    style: str | None
-    colour: str | None
-    side: float
-    angle: float
-    x: float = 0.0
-    y: float = 0.0
-
-    @property
-    def reach(self) -> float:
-        if self.style is None:
-            return self.side
-        turn = math.radians(abs(self.angle))
-        return self.side * (math.cos(turn) + math.sin(turn)) + 2
-
-
-@dataclass(slots=True)
 class _Letter:
     letter: str
     glyph: Glyph
@@ -152,17 +132,19 @@ def make_scene(seed: int, artwork: Artwork, size: tuple[int, int] = (168, 168), 
     rng = np.random.default_rng((seed, width, height))
     chosen = KINDS[int(rng.choice(len(KINDS), p=_KIND_SHARES))] if kind is None else kind
     lines: list[_Line] = []
-    items: list[_Item] = []
+    items: list[Item] = []
     if chosen == "single":
         items = [_thing(rng, artwork, _log_uniform(rng, 45, 0.98 * min(frame)))]
-        _fit(items, frame)
-        _scatter(rng, items, frame)
+        fit(items, frame)
+        scatter(rng, items, frame)
     elif chosen == "pair":
         items = _pair(rng, artwork, frame)
     elif chosen == "group":
-        items = _group(rng, artwork, frame)
+        items = _group(rng, artwork, frame, held_out=seed >= HELD_OUT_FIRST_SEED)
     elif chosen == "shapes":
         items = _shapes(rng, frame)
+    elif chosen == "crowd":
+        items = _crowd(rng, artwork, frame)
     elif chosen == "word":
         lines = [_line(rng, artwork, frame, held_out=seed >= HELD_OUT_FIRST_SEED)]
         items = _beside_word(rng, artwork, lines[0], frame)
@@ -171,10 +153,10 @@ def make_scene(seed: int, artwork: Artwork, size: tuple[int, int] = (168, 168), 
     return _paint(rng, artwork, items, lines, chosen, frame)
 
 
-def _thing(rng: np.random.Generator, artwork: Artwork, side: float, name: str | None = None) -> _Item:
+def _thing(rng: np.random.Generator, artwork: Artwork, side: float, name: str | None = None) -> Item:
     chosen = name or THINGS[int(rng.integers(len(THINGS)))].name
     style = artwork.styles[int(rng.integers(len(artwork.styles)))]
-    return _Item(chosen, style, None, side, float(rng.uniform(-15, 15)))
+    return Item(chosen, style, None, side, float(rng.uniform(-15, 15)))
 
 
 def _two_names(rng: np.random.Generator) -> tuple[str, str]:
@@ -182,21 +164,21 @@ def _two_names(rng: np.random.Generator) -> tuple[str, str]:
     return THINGS[int(first)].name, THINGS[int(second)].name
 
 
-def _pair(rng: np.random.Generator, artwork: Artwork, frame: tuple[int, int]) -> list[_Item]:
+def _pair(rng: np.random.Generator, artwork: Artwork, frame: tuple[int, int]) -> list[Item]:
     """Two things side by side or one above the other, far more apart along that axis than along the other."""
     axis = int(rng.integers(2))
     along, across = frame[axis], frame[1 - axis]
     items = [_thing(rng, artwork, _log_uniform(rng, 40, 110), name) for name in _two_names(rng)]
     for item in items:
-        room = min(along / 2 - _EDGE - _GAP, across - 2 * _EDGE)
+        room = min(along / 2 - EDGE - GAP, across - 2 * EDGE)
         item.side *= min(1.0, room / item.reach)
     for index, item in enumerate(items):
         half = item.reach / 2
-        low, high = (half + _EDGE, along / 2 - half - _GAP / 2)
+        low, high = (half + EDGE, along / 2 - half - GAP / 2)
         place = float(rng.uniform(low, max(low, high))) + (along / 2 if index else 0)
         if index:
-            place = min(along - half - _EDGE, place)
-        low, high = half + _EDGE, across - half - _EDGE
+            place = min(along - half - EDGE, place)
+        low, high = half + EDGE, across - half - EDGE
         other = float(rng.uniform(low, max(low, high)))
         if index:
             before = (items[0].y if axis == 0 else items[0].x) + items[0].reach / 2
@@ -206,23 +188,39 @@ def _pair(rng: np.random.Generator, artwork: Artwork, frame: tuple[int, int]) ->
     return items
 
 
-def _group(rng: np.random.Generator, artwork: Artwork, frame: tuple[int, int]) -> list[_Item]:
+def _group(rng: np.random.Generator, artwork: Artwork, frame: tuple[int, int], *, held_out: bool) -> list[Item]:
     """One to four copies of a thing; two times in three another thing stands among up to three of them: five would be
-    too small to be told apart."""
+    too small to be told apart. Copies in two styles are what is counted worst, so more are trained on than scored."""
     name, other = _two_names(rng)
     count = int(rng.integers(1, 5))
     side = _log_uniform(rng, 42, 78)
     items = [_thing(rng, artwork, side * float(rng.uniform(0.9, 1.1)), name) for _ in range(count)]
     if count < 4 and rng.random() < 2 / 3:
         items.append(_thing(rng, artwork, _log_uniform(rng, 42, 66), other))
-    if rng.random() < 0.7:
+    if rng.random() < (0.7 if held_out else 0.45):
         for item in items[:count]:
             item.style = items[0].style
-    _scatter(rng, items, frame)
+    scatter(rng, items, frame)
     return items
 
 
-def _shapes(rng: np.random.Generator, frame: tuple[int, int]) -> list[_Item]:
+def _crowd(rng: np.random.Generator, artwork: Artwork, frame: tuple[int, int]) -> list[Item]:
+    """Two or three kinds of things in rows, most fields taken."""
+    fields = math.prod((side - 2 * EDGE) // _CROWD_FIELD for side in frame)
+    names = [THINGS[i].name for i in rng.choice(len(THINGS), int(rng.integers(2, 4)), replace=False)]
+    styles = {name: artwork.styles[int(rng.integers(len(artwork.styles)))] for name in names}
+    items = [
+        _thing(rng, artwork, _log_uniform(rng, 34, 60), names[int(rng.integers(len(names)))])
+        for _ in range(max(2, round(fields * rng.uniform(0.6, 1.0))))
+    ]
+    if rng.random() < 0.5:
+        for item in items:
+            item.style = styles[item.name]
+    set_in_rows(rng, items, frame)
+    return items
+
+
+def _shapes(rng: np.random.Generator, frame: tuple[int, int]) -> list[Item]:
     """One to four shapes: all different, all alike, or alike but for one."""
     count = int(rng.integers(1, 5))
     names = [SHAPES[i] for i in rng.choice(len(SHAPES), count, replace=False)]
@@ -236,11 +234,11 @@ def _shapes(rng: np.random.Generator, frame: tuple[int, int]) -> list[_Item]:
         names = [names[0]] * count
     largest = (0.95 * min(frame), 100.0, 80.0, 68.0)[count - 1]
     items = [
-        _Item(name, None, colour, _log_uniform(rng, 36, largest), float(rng.uniform(-12, 12)))
+        Item(name, None, colour, _log_uniform(rng, 36, largest), float(rng.uniform(-12, 12)))
         for name, colour in zip(names, colours, strict=True)
     ]
-    _fit(items, frame)
-    _scatter(rng, items, frame)
+    fit(items, frame)
+    scatter(rng, items, frame)
     return items
 
 
@@ -250,7 +248,7 @@ def _line(rng: np.random.Generator, artwork: Artwork, frame: tuple[int, int], *,
     shown = word.upper() if rng.random() < 0.5 else word
     fonts = tuple(artwork.fonts)
     font = fonts[int(rng.integers(len(fonts)))]
-    room = frame[0] - 2 * _EDGE
+    room = frame[0] - 2 * EDGE
     pixels = 2 * round(rng.uniform(16, min(36.0, room / len(word))) / 0.62 / 2)
     tracking = int(rng.integers(0, 4))
     while True:
@@ -270,40 +268,40 @@ def _line(rng: np.random.Generator, artwork: Artwork, frame: tuple[int, int], *,
     value = rng.uniform(0, 60) if rng.random() < 0.55 else rng.uniform(205, 255)
     colour = np.clip(value + rng.uniform(-60, 60, 3), 0, 255)
     line = _Line(word, letters, ends[-1], ascent, ascent + descent, colour)
-    line.x = int(rng.integers(_EDGE, frame[0] - _EDGE - line.width + 1))
-    line.y = int(rng.integers(_EDGE, frame[1] - _EDGE - line.height + 1))
+    line.x = int(rng.integers(EDGE, frame[0] - EDGE - line.width + 1))
+    line.y = int(rng.integers(EDGE, frame[1] - EDGE - line.height + 1))
     return line
 
 
 def _page(rng: np.random.Generator, artwork: Artwork, frame: tuple[int, int], *, held_out: bool) -> list[_Line]:
     """Lines of one colour, far enough apart that no two share a row of cells; the first always fits."""
     lines: list[_Line] = []
-    top = _EDGE + int(rng.integers(0, 8))
+    top = EDGE + int(rng.integers(0, 8))
     while True:
         line = _line(rng, artwork, frame, held_out=held_out)
-        if lines and top + line.height > frame[1] - _EDGE:
+        if lines and top + line.height > frame[1] - EDGE:
             return lines
-        line.y = min(top, frame[1] - _EDGE - line.height)
+        line.y = min(top, frame[1] - EDGE - line.height)
         line.colour = lines[0].colour if lines else line.colour
         lines.append(line)
         top = line.y + max(line.height + 2, CELL) + int(rng.integers(0, 5))
 
 
-def _beside_word(rng: np.random.Generator, artwork: Artwork, line: _Line, frame: tuple[int, int]) -> list[_Item]:
+def _beside_word(rng: np.random.Generator, artwork: Artwork, line: _Line, frame: tuple[int, int]) -> list[Item]:
     """Two times in five a thing above or below the word; the word moves to the edge to make room."""
     if rng.random() > 0.4:
         return []
-    room = min(frame[1] - line.height - 2 * _GAP, frame[0]) - 2 * _EDGE
+    room = min(frame[1] - line.height - 2 * GAP, frame[0]) - 2 * EDGE
     if room < _LEAST_ROOM:
         return []
     item = _thing(rng, artwork, _log_uniform(rng, 44, 90))
     item.side *= min(1.0, room / item.reach)
-    item.x = float(rng.uniform(_EDGE, max(_EDGE, frame[0] - item.reach - _EDGE)))
+    item.x = float(rng.uniform(EDGE, max(EDGE, frame[0] - item.reach - EDGE)))
     slack = float(rng.uniform(0, max(0.0, room - item.reach)))
     if rng.random() < 0.5:
-        line.y, item.y = _EDGE + int(slack / 2), _EDGE + slack / 2 + line.height + _GAP
+        line.y, item.y = EDGE + int(slack / 2), EDGE + slack / 2 + line.height + GAP
     else:
-        line.y, item.y = frame[1] - line.height - _EDGE - int(slack / 2), float(_EDGE)
+        line.y, item.y = frame[1] - line.height - EDGE - int(slack / 2), float(EDGE)
     return [item]
 
 
@@ -311,43 +309,8 @@ def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
     return float(math.exp(rng.uniform(math.log(low), math.log(max(low, high)))))
 
 
-def _fit(items: Sequence[_Item], frame: tuple[int, int]) -> None:
-    for item in items:
-        item.side *= min(1.0, (min(frame) - 2 * _EDGE) / item.reach)
-
-
-def _scatter(rng: np.random.Generator, items: Sequence[_Item], frame: tuple[int, int]) -> None:
-    """Random places without overlap; everything shrinks a little when several draws did not work out."""
-    for _ in range(40):
-        for _ in range(_DRAWS_BEFORE_SHRINKING):
-            placed: list[_Item] = []
-            for item in sorted(items, key=lambda one: -one.reach):
-                if not _find_place(rng, item, placed, frame):
-                    break
-                placed.append(item)
-            if len(placed) == len(items):
-                return
-        for item in items:
-            item.side *= 0.95
-    raise ConfigError("the objects do not fit the picture", value=(len(items), frame), allowed="a larger picture",
-                      fix="Ask for a larger size")  # fmt: skip
-
-
-def _find_place(rng: np.random.Generator, item: _Item, placed: Sequence[_Item], frame: tuple[int, int]) -> bool:
-    """The first of some random places that is free."""
-    reach = item.reach
-    spots = _EDGE + rng.random((_SPOTS, 2)) * (np.asarray(frame) - 2 * _EDGE - reach)
-    free = np.ones(len(spots), bool)
-    for other in placed:
-        at = np.array((other.x, other.y))
-        free &= ((spots + reach + _GAP <= at) | (at + other.reach + _GAP <= spots)).any(axis=1)
-    if free.any():
-        item.x, item.y = spots[free.argmax()].tolist()
-    return bool(free.any())
-
-
 def _paint(
-    rng: np.random.Generator, artwork: Artwork, items: Sequence[_Item], lines: Sequence[_Line], kind: str,
+    rng: np.random.Generator, artwork: Artwork, items: Sequence[Item], lines: Sequence[_Line], kind: str,
     frame: tuple[int, int],
 ) -> Scene:  # fmt: skip
     patches, avoid, distance = [], [], _THING_DISTANCE

@@ -16,8 +16,9 @@ from model_core.cli import demo as command
 from model_core.cli.train import load_for_training
 from model_core.demo.artwork import Artwork
 from model_core.demo.batches import SceneSource
-from model_core.demo.build import demo_recipe, has_begun, scaled
+from model_core.demo.build import demo_recipe, has_begun, last_ends, scaled
 from model_core.demo.scenes import HELD_OUT_FIRST_SEED
+from model_core.demo.tokenizer import build_tokenizer
 from model_core.encoder import DualVisionEncoder
 from model_core.errors import CheckpointMismatchError, ConfigError
 from model_core.processing.batch import InputFormat
@@ -129,6 +130,22 @@ def test_a_pack_is_a_function_of_its_number(tmp_path: Path) -> None:
     assert len(one.targets["class"]) == 4 * 16, "a target for each image token"
 
 
+def test_a_tenth_of_the_questions_and_no_answer_is_in_capitals(tmp_path: Path) -> None:
+    """A word in capitals is spelt letter by letter: asked so, the model was wrong two times in five."""
+    pack = answering_pack(tmp_path, 0, batch_size=256)
+    tokenizer = build_tokenizer()
+    questions, answers = [], []
+    columns = (pack.input_ids, pack.labels, pack.blocks)
+    for ids, labels, blocks in zip(*(x.split(list(pack.sample_lengths)) for x in columns), strict=True):
+        for number in range(1, int(blocks.max()) + 1):
+            own, is_answer = blocks == number, labels != -100
+            questions.append(tokenizer.decode(ids[own & ~is_answer], skip_special_tokens=True).split("assistant")[0])
+            answers.append(tokenizer.decode(ids[own & is_answer], skip_special_tokens=True))
+    assert len(questions) > 300 and not any(answer.isupper() for answer in answers)
+    share = sum(question.strip().isupper() for question in questions) / len(questions)
+    assert 0.08 < share < 0.18, "that many and the few that are typed so anyhow"
+
+
 def test_questions_behind_one_picture_do_not_see_each_other(tmp_path: Path) -> None:
     """Trained on conversations, the model copied answers from earlier turns and, asked alone, guessed."""
     pack = answering_pack(tmp_path, 0, batch_size=8)
@@ -164,6 +181,13 @@ def test_the_command_builds_a_folder_that_answers_and_tells_its_scores(
     assert "fused, scaled pictures" in json.loads((out / "scores.json").read_text())
     stored = sum(f.stat().st_size for f in out.glob("*.safetensors"))
     assert stored < 2.3 * encoder.info.num_parameters, "two bytes a weight"
+    ends = last_ends(small_recipe(work), work)
+    assert [end.name for end in ends] == ["step-24", "step-25", "final"] and "the ends of the last 3 stages" in card
+    *before, last, written = (load_file(folder / "model.safetensors") for folder in (*ends, out))
+    for name in ("model.language_model.norm.weight", "model.visual.merger.mlp.0.weight"):
+        mean = sum((end[name] for end in before), last[name]) / 3
+        torch.testing.assert_close(written[name].float(), mean, rtol=2**-8, atol=1e-6)
+    assert not torch.equal(last["model.language_model.norm.weight"], before[0]["model.language_model.norm.weight"])
     monkeypatch.setattr("model_core.demo.publish.write_card", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         command.main([*call, *sets])
@@ -200,7 +224,20 @@ def test_products_are_in_bfloat16_where_a_processor_has_units_for_it(
 
 
 def test_scaling_shortens_every_stage_and_ends_where_it_says(tmp_path: Path) -> None:
-    assert [stage.steps for stage in small_recipe(tmp_path, scale=0.01).stages()] == [30, 24, 2, 8, 6, 10, 12, 8]
+    assert [stage.steps for stage in small_recipe(tmp_path, scale=0.01).stages()] == [
+        30,
+        24,
+        2,
+        8,
+        6,
+        10,
+        12,
+        8,
+        10,
+        4,
+        4,
+        3,
+    ]
     with pytest.raises(ConfigError, match="can't be scaled"):
         scaled({}, 0.0)
 

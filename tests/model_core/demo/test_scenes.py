@@ -50,6 +50,32 @@ def test_objects_lie_inside_and_apart(artwork: Artwork, size: tuple[int, int]) -
                 assert x1 <= a0 or a1 <= x0 or y1 <= b0 or b1 <= y0, (seed, boxes)
 
 
+def test_what_finds_no_place_by_chance_stands_in_rows_and_does_not_shrink(artwork: Artwork) -> None:
+    """Four things of 42 pixels and more find no place by chance in many pictures of 140; turned, they take 54 there."""
+    sides = []
+    for seed in range(200):
+        scene = make_scene(seed, artwork, (140, 140), "group")
+        if len(scene.objects) == 4:
+            sides += [max(x1 - x0, y1 - y0) for x0, y0, x1, y1 in (one.box for one in scene.objects)]
+    assert len(sides) > 200 and np.quantile(sides, 0.05) >= 38 and np.median(sides) >= 45, np.quantile(
+        sides, (0.05, 0.5)
+    )
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_crowd_is_many_things_of_two_or_three_kinds_inside_and_apart(artwork: Artwork, size: tuple[int, int]) -> None:
+    fields = [(side - 6) // 44 for side in size]
+    for seed in range(40):
+        scene = make_scene(seed, artwork, size, "crowd")
+        assert 0.5 * fields[0] * fields[1] <= len(scene.objects) <= fields[0] * fields[1]
+        assert len({one.name for one in scene.objects}) <= 3
+        for i, one in enumerate(scene.objects):
+            x0, y0, x1, y1 = one.box
+            assert 0 <= x0 < x1 <= size[1] and 0 <= y0 < y1 <= size[0] and max(x1 - x0, y1 - y0) >= 24, (seed, one)
+            for a0, b0, a1, b1 in (other.box for other in scene.objects[:i]):
+                assert x1 <= a0 or a1 <= x0 or y1 <= b0 or b1 <= y0, (seed, one)
+
+
 def test_every_object_is_labelled_in_the_cell_of_its_centre(artwork: Artwork) -> None:
     for seed in range(80):
         scene = make_scene(seed, artwork)
@@ -140,6 +166,19 @@ def test_counts_and_kinds_are_balanced(artwork: Artwork) -> None:
         scene = make_scene(seed, artwork, (112, 112), "group")
         counts[sum(one.name == scene.objects[0].name for one in scene.objects)] += 1
     assert all(30 <= count <= 70 for count in counts[1:]), counts
+
+
+def test_copies_in_two_styles_are_trained_on_more_often_than_scored(artwork: Artwork) -> None:
+    shares = []
+    for first in (0, HELD_OUT_FIRST_SEED):
+        mixed = count = 0
+        for seed in range(first, first + 300):
+            scene = make_scene(seed, artwork, (112, 112), "group")
+            styles = [one.style for one in scene.objects if one.name == scene.objects[0].name]
+            mixed, count = mixed + (len(set(styles)) > 1), count + (len(styles) > 1)
+        shares.append(mixed / count)
+    # By chance three in four of two to four copies differ, of those that are not made alike.
+    assert shares[0] == pytest.approx(0.55 * 0.71, abs=0.08) and shares[1] == pytest.approx(0.3 * 0.71, abs=0.08)
 
 
 def test_reserved_words_are_never_trained_on(artwork: Artwork) -> None:
