@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,18 @@ def quiet_unless_terminal() -> None:
     """transformers' loading bars belong on a terminal, not in a log or a pipe."""
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Without transformers' bars, for whoever shows progress of its own or none."""
+    was_shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            transformers_logging.enable_progress_bar()
 
 
 def save_checkpoint(

@@ -17,7 +17,7 @@ import torch
 
 from model_core.analysis.flops import tower_flops
 from model_core.analysis.peaks import peak_flops_per_second
-from model_core.checkpoint import Loaded
+from model_core.checkpoint import Loaded, no_bars
 from model_core.encoder import DualVisionEncoder
 from model_core.engine.config import EngineConfig
 from model_core.training import trainer as loop
@@ -85,8 +85,9 @@ class DualVisionTrainer(loop.DualVisionTrainer):
             NonFiniteLossError, TrainingMemoryError, StorageFullError, DataError, FreezeViolationError.
         """
         if self._display is None:
-            return super().train()
-        with self._display:
+            with no_bars():
+                return super().train()
+        with no_bars(), self._display:
             outcome = super().train()
         if outcome.is_finished:
             self._display.say(summary_text(outcome, stops_early=self.config.early_stopping is not None))

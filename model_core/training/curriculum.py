@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from model_core.errors import ConfigError
-from model_core.training.config import TrainConfig
+from model_core.training.config import FreezeConfig, TrainConfig
 
 if TYPE_CHECKING:
     from model_core.training.data.packs import BatchSource
@@ -104,3 +104,12 @@ class Curriculum:
     def progress(self, stage: int, step: int) -> float:
         """The share of all steps that is done: what the gate's losses are annealed by."""
         return min(1.0, self.global_step(stage, step) / max(1, self.total_steps))
+
+
+def is_over(freeze: FreezeConfig, position: Position) -> ConfigError:
+    """A switch that would train nothing."""
+    return ConfigError(
+        "the run is over, so nothing would train in another mode", value=f"{position.global_step} steps are done",
+        allowed="a switch before the last step", param="training_mode",
+        fix=f"Make another trainer, with {freeze.mode or 'that'} as its mode and an output_dir of its own",
+    )  # fmt: skip

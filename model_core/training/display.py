@@ -129,6 +129,8 @@ def summary_text(outcome: Outcome, *, stops_early: bool) -> str:
     """What came of a run. stops_early: the result is the best step and not the last one."""
     summary = outcome.summary
     lines = [f"trained: {s['training_mode'] or 'custom'}, {s['steps']} steps" for s in summary["stages"]]
+    for switch in summary["switches"]:
+        lines.append(f"switched: to {switch['training_mode'] or 'custom'}, after {switch['step']} steps")
     start, end = summary["scores"]["start"], summary["scores"]["latest"]
     if stops_early and outcome.best is not None:
         end = summary["scores"]["best"] or end

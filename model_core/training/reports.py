@@ -14,6 +14,7 @@ from model_core.training.cost import PackShape, TowerFlops, train_flops, utilisa
 from model_core.training.curriculum import Curriculum, Position
 from model_core.training.data.packs import PackedBatch
 from model_core.training.freeze import FreezeTable
+from model_core.training.saving import RunState
 from model_core.training.scores import Scores
 from model_core.training.step import StepResult
 
@@ -76,14 +77,15 @@ def step_data(
 
 
 def run_summary(
-    reason: str, position: Position, curriculum: Curriculum, scores: Scores, trained_tokens: int
+    reason: str, position: Position, curriculum: Curriculum, scores: Scores, state: RunState
 ) -> dict[str, Any]:
-    """What was trained, and the scores at the end beside those of the start and of the unfused floor."""
+    """What was trained, and the scores at the end beside those of the start and of the unfused floor. `stages` are the
+    recipe's; what was switched to within them is in `switches`."""
     stages = [
         {"training_mode": stage.training_mode, "steps": steps, "description": stage.description}
         for stage, steps in zip(curriculum.stages, curriculum.steps, strict=True)
     ]
     return {
-        "reason": reason, "steps": position.global_step, "trained_tokens": trained_tokens, "stages": stages,
-        "scores": scores.to_json(),
+        "reason": reason, "steps": position.global_step, "trained_tokens": state.trained_tokens, "stages": stages,
+        "switches": state.switches, "scores": scores.to_json(),
     }  # fmt: skip

@@ -93,6 +93,9 @@ class RunFolder:
         if not taken:
             return
         what, fix = "another run", f"Go on with it by --resume {self.path}, or name"
+        if resume is not None:
+            what = "another run than the one to go on with"
+            fix = f"Give --set output_dir={_run_of(resume)} to go on where that lies, or name"
         if not self.steps():
             if self._is_held():
                 what, fix = "a run that a process is working at", "Wait for it or end it, or name"

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from model_core.checkpoint import LoadOptions, load_checkpoint, save_checkpoint
 from model_core.errors import CheckpointError, CheckpointMismatchError, StorageFullError
 from model_core.training.auxiliary import AuxiliaryLoss
-from model_core.training.config import TrainConfig, parse_config
+from model_core.training.config import FreezeConfig, TrainConfig, parse_config
+from model_core.training.curriculum import Position
 from model_core.training.data.packs import BatchSource, PackedBatch
 from model_core.training.data.source import restore_quarantine
 from model_core.training.freeze import FreezeTable
@@ -52,7 +53,7 @@ class RunState:
     position: steps done, by epoch, stage and in all. live_freeze: settings that a switch brought in, until the stage
     ends. freeze: the table in force, for readers. freeze_check: where the look at a stage's first steps is not over.
     untold_samples: trained on since a step was last told of, by data set. set_aside: samples that went bad in the run,
-    of training and held-out data (`data.source.quarantine_of`).
+    of training and held-out data (`data.source.quarantine_of`). switches: stage, step and mode of each switch so far.
     """
 
     position: dict[str, int] = field(default_factory=dict)
@@ -67,11 +68,12 @@ class RunState:
     skipped_in_a_row: int = 0
     untold_samples: Counter[str] = field(default_factory=Counter)
     set_aside: list[list[dict[str, Any]]] = field(default_factory=list)
+    switches: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], folder: Path) -> Self:
         """Of a `trainer.json`, which lies there. Raises CheckpointError: a field is missing."""
-        came_later: dict[str, Any] = {"untold_samples": {}, "set_aside": []}  # older runs can still be gone on with
+        came_later: dict[str, Any] = {"untold_samples": {}, "set_aside": [], "switches": []}  # older runs go on as well
         content = came_later | dict(content)
         try:
             state = cls(**{one.name: content[one.name] for one in fields(cls)})
@@ -82,6 +84,12 @@ class RunState:
             ) from error  # fmt: skip
         state.untold_samples = Counter(state.untold_samples)
         return state
+
+    def switched(self, freeze: FreezeConfig, position: Position) -> None:
+        """Keep what trains from this step on, until the stage ends."""
+        self.live_freeze = freeze.model_dump(mode="json")
+        switch = {"stage": position.stage, "step": position.global_step, "training_mode": freeze.mode}
+        self.switches.append(switch)
 
     def check_gate_loss(self, gate_loss: object | None) -> None:
         """Raises CheckpointMismatchError: the run had one and this one has none, or the other way round."""
@@ -210,11 +218,21 @@ def _check_recipe(content: Mapping[str, Any], config: TrainConfig) -> None:
     changed = [key for key in sorted(now) if now[key] != then.get(key) and key not in TrainConfig.HARMLESS]
     raise CheckpointMismatchError(
         "the recipe is not the one that the run began with",
-        value="; ".join(f"{key}={now[key]!r}, was {then.get(key)!r}" for key in changed) or "another version's recipe",
+        value="; ".join(part for key in changed for part in _differences(now[key], then.get(key), key))
+        or "another version's recipe",
         allowed="the same recipe; " + ", ".join(sorted(TrainConfig.HARMLESS)) + " may differ",
         fix="Resume with the run's own recipe.json, or start a new run with this checkpoint as 'start_from'",
         param=changed[0] if changed else "resume",
     )
+
+
+def _differences(now: Any, then: Any, at: str) -> Iterator[str]:
+    """What differs and nothing beside it: of a section's twenty keys the one that was changed."""
+    if isinstance(now, dict) and isinstance(then, dict):
+        for key in sorted({*now, *then}):
+            yield from _differences(now.get(key), then.get(key), f"{at}.{key}")
+    elif now != then:
+        yield f"{at}={now!r}, was {then!r}"
 
 
 def save_result(run: RunFolder, model: nn.Module, processor: Any, config: TrainConfig, summary: dict[str, Any]) -> Path:

@@ -17,7 +17,7 @@ from model_core.processing.batch import InputFormat
 from model_core.training.auxiliary import build_auxiliary, check_loss_weights
 from model_core.training.config import FreezeConfig, Stage, TrainConfig, TrainingMode, parse_config
 from model_core.training.context import ProcessContext, require_one_process
-from model_core.training.curriculum import Curriculum, Position, stage_steps
+from model_core.training.curriculum import Curriculum, Position, is_over, stage_steps
 from model_core.training.data.packs import BatchSource, PackedBatch
 from model_core.training.data.source import as_source, problems_of, quarantine_of, set_aside_of, unused_of
 from model_core.training.evaluation import Evaluation, Evaluator, check_evaluation, require_evaluator
@@ -135,13 +135,15 @@ class DualVisionTrainer:
         """Change flags, rules or mode of what trains now, from the next step on, until the stage ends.
 
         Raises:
-            ConfigError: an unknown name, or nothing would train; the run goes on as it was.
+            ConfigError: an unknown name, nothing would train, or the run is over; it goes on as it was.
         """
         return self._switch(self.table.freeze.changed(settings))
 
     def _switch(self, freeze: FreezeConfig) -> FreezeTable:
+        if self.position.stage == len(self.curriculum.stages) or self._stops_early:
+            raise is_over(freeze, self.position)
         table = self._resolve(freeze)
-        self._state.live_freeze = freeze.model_dump(mode="json")
+        self._state.switched(freeze, self.position)
         self._use(table)
         self._tell("switched", table.render(), table.to_json())
         return table
@@ -248,8 +250,9 @@ class DualVisionTrainer:
         if self._state.live_freeze is None:  # else someone switched before the first step
             self._use(self._resolve(stage.freeze))
         steps = self.curriculum.steps[stage.index]
-        data = {"training_mode": stage.training_mode, "epochs": stage.epochs, "steps": steps}
-        self._tell("stage", stage.description or stage.training_mode or "custom", data)
+        mode = self.table.freeze.mode
+        data = {"training_mode": mode, "epochs": stage.epochs, "steps": steps}
+        self._tell("stage", stage.description or mode or "custom", data)
         self._tell("freeze", self.table.render(), self.table.to_json())
 
     def _run_epoch(self, stage: Stage) -> str | None:
@@ -386,7 +389,7 @@ class DualVisionTrainer:
             return Outcome(reason, self.position, self.scores.latest, best)
         if reason == "early_stopping":
             self._save("final")
-        summary = run_summary(reason, self.position, self.curriculum, self.scores, self._state.trained_tokens)
+        summary = run_summary(reason, self.position, self.curriculum, self.scores, self._state)
         summary["quarantined"], final = set_aside_of(*self._sources), None
         if self._writes:
             final = save_result(self.run_folder, self.model, self.processor, self.config, summary)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from torch.utils.data import DataLoader
+from transformers.utils import logging as transformers_logging
 
 from model_core import DualVisionDataset, DualVisionTrainer
 from model_core.cli import configs
@@ -61,6 +62,39 @@ def test_it_shows_and_measures_like_dve_train(tmp_path: Path, capsys: pytest.Cap
     assert said.out.endswith(f"model: {outcome.final}\n")
     steps = [event.data for event in read_events(tmp_path / "run") if event.kind == "step"]
     assert len(steps) == 2 and all(one["seconds"] > 0 and one["tokens_per_second"] > 0 for one in steps)
+
+
+def test_a_switch_before_the_first_step_is_told_as_what_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever reads the run's files later is told no other mode than the one that moved the weights."""
+    run = trainer(recipe(training_mode="fusion_only", output_dir=str(tmp_path / "run")))
+    run.switch_training_mode("encoders_only")
+    summary = run.train().summary
+    assert summary["switches"] == [{"stage": 0, "step": 0, "training_mode": "encoders_only"}]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["switches"] == summary["switches"]
+    (stage,) = (event for event in read_events(tmp_path / "run") if event.kind == "stage")
+    assert (stage.message, stage.data["training_mode"]) == ("encoders_only", "encoders_only")
+    said = capsys.readouterr().out
+    assert "step 0: stage: encoders_only" in said and "switched: to encoders_only, after 0 steps" in said
+
+
+def test_a_switch_after_the_end_is_refused_instead_of_training_nothing() -> None:
+    run = trainer(recipe(), write=False, verbose=False)
+    assert run.train().reason == "done"
+    for switch in (lambda: run.switch_training_mode("llm_only"), lambda: run.change_freeze_settings({"mode": "full"})):
+        with pytest.raises(ConfigError, match=r"the run is over.*2 steps are done.*Make another trainer") as caught:
+            switch()
+        assert caught.value.param == "training_mode"
+    assert run.train().reason == "done", "as it was"
+
+
+def test_quiet_is_quiet_on_stderr_too_and_bars_come_back(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """transformers draws a bar for every shard that it writes."""
+    transformers_logging.enable_progress_bar()
+    trainer(recipe(output_dir=str(tmp_path / "run")), verbose=False).train()
+    assert capfd.readouterr() == ("", "")
+    assert transformers_logging.is_progress_bar_enabled()
 
 
 def test_it_is_quiet_where_that_is_asked_or_somebody_else_listens(capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,7 +82,7 @@ def test_what_else_is_said_on_the_command_line_is_not_overheard(
     """Other flags than the run's are refused, and so is another recipe: by its name, not by that of the flags."""
     assert run_until_sigterm(monkeypatch, 1, BEGIN) == train.CHECKPOINTED
     for more, says in (
-        (["--freeze_dinov2"], "freeze_config"),
+        (["--freeze_dinov2"], "Got: freeze_config.freeze_dinov2=True, was "),
         (["--training_mode", "full"], "freeze_config"),
         (["--set", "training_mode=full"], "freeze_config"),
         (["--set", "freeze_config.freeze_llm=false"], "freeze_config"),

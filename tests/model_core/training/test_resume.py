@@ -87,8 +87,10 @@ def test_a_resume_into_a_third_runs_folder_is_refused_before_weights_are_read(
 ) -> None:
     killed_after(saving_each(tmp_path, seed=9), "checkpoint", 1)
     monkeypatch.setattr("model_core.training.trainer.load_step", lambda *_: pytest.fail("weights were read"))
-    with pytest.raises(ConfigError, match="holds another run"):
+    with pytest.raises(ConfigError, match="holds another run than the one to go on with") as caught:
         trainer(saving_each(tmp_path)).resume(begun)
+    assert f"Give --set output_dir={begun} to go on where that lies" in str(caught.value)
+    assert f"--resume {tmp_path}" not in str(caught.value), "that is the other run"
 
 
 # Steps that are not whole
