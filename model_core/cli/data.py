@@ -97,7 +97,7 @@ def _show(path: Path, report: ScanReport, *, num_all: int, has_tokens: bool) -> 
     others: dict[tuple[str, str], list[RowProblem]] = {}
     for problem in report.problems:
         if problem.severity != "error":
-            key = problem.message if problem.severity == "note" else ""
+            key = "" if problem.code == "duplicate" else problem.message  # that one names another row each time
             others.setdefault((problem.code, key), []).append(problem)
     for (code, message), found in others.items():
         rows = ", ".join(str(one.row) for one in found[:10]) + (", ..." if len(found) > 10 else "")

@@ -6,6 +6,7 @@ What comes of it is judged here, so that nothing that can't be trained on goes f
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +15,17 @@ from typing import Any, TypeGuard
 from model_core.errors import DataError, InputError, RecordError
 from model_core.processing.sources import LazyImage
 from model_core.training.data.formats import read_record
+from model_core.training.data.keys import near_keys
 from model_core.training.data.opening import open_data
 from model_core.training.data.stores import Store, StoredImage
 from model_core.types import ChatMessage, ImagePart, TextPart, VideoPart, messages_from_dicts
 
 DEFAULT_CAPTION_PROMPT = "Describe this image."
+#: What somebody's own formatting of a row may stumble over.
+_FAULTS = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, NameError, OSError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+_MESSAGES = 'a list of at least one message: {"role", "content"} each, or ChatMessage'
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +115,38 @@ class DualVisionDataset:
         rows, store, local = self._find(index)
         turns = read_record(rows.record(local))
         shown = [store.shown(one) if _is_name(one) else one for one in turns.images]
-        try:
-            messages = self.format_conversations(turns.turns, shown if len(shown) > 1 else shown[0] if shown else None)
-        except Exception as error:
-            error.add_note(f"in {type(self).__name__}.format_conversations, {rows.name} row {rows.number(local)}")
-            raise
+        messages = self._formatted(turns.turns, shown, f"{rows.name} row {rows.number(local)}")
         sample = _to_sample(messages, store)
         _check(sample, needs_image=self.needs_image)
         return sample
+
+    def _formatted(self, turns: list[dict[str, Any]], shown: list[str | bytes], where: str) -> Sequence[Any]:
+        """What `format_conversations` makes of a row. Raises RecordError: it failed, or gave no messages."""
+        method = f"{type(self).__name__}.format_conversations"
+        try:
+            found: Any = self.format_conversations(turns, shown if len(shown) > 1 else shown[0] if shown else None)
+        except (InputError, RecordError):  # said of the row on purpose
+            raise
+        except _FAULTS as error:
+            raise RecordError(
+                "format_failed", f"{method} raised {type(error).__name__} for {where}", value=_raised(error),
+                allowed=_MESSAGES, fix=f"Correct {method} for such a row, or leave the row out",
+            ) from error  # fmt: skip
+        if not isinstance(found, Sequence) or isinstance(found, str | bytes) or not found:
+            raise RecordError(
+                "format_failed", f"{method} returned no messages for {where}",
+                value=f"{type(found).__name__} {found!r}", allowed=_MESSAGES,
+                fix=f"Have {method} return the row's messages, or leave the row out",
+            )  # fmt: skip
+        return found
+
+    def near_keys(self, index: int) -> list[str]:
+        """Warnings about the row's keys that are not read, and near to one that is; none where it can't be read."""
+        rows, _, local = self._find(index)
+        try:
+            return near_keys(rows.record(local))
+        except RecordError:
+            return []
 
     def place(self, index: int) -> Place:
         rows, _, local = self._find(index)
@@ -145,6 +176,12 @@ class CaptioningDataset(DualVisionDataset):
     """Pictures with their descriptions; the question is `caption_prompt` where a row has none."""
 
     needs_image = True
+
+
+def _raised(error: Exception) -> str:
+    """The error with the line that raised it: reports keep no traceback."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(last.filename).name} line {last.lineno})"
 
 
 def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -212,7 +249,7 @@ def _check(sample: Sample, *, needs_image: bool) -> None:
         text = "".join(part.text for part in message.parts if isinstance(part, TextPart))
         if is_trained and not text.strip():
             raise RecordError(
-                "empty_answer", f"the answer in turn {number} is empty", value=text, allowed="words",
+                "empty_answer", f"the answer in turn {number} is empty", value=repr(text), allowed="words",
                 fix="Write the answer, or leave the row out",
             )  # fmt: skip
     if needs_image and not any(isinstance(part, ImagePart) for one in sample.messages for part in one.parts):

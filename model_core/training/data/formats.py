@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from model_core.errors import RecordError
+from model_core.training.data.keys import IMAGE_KEYS, near_key
 
 #: Names of roles in the formats that are read -> ours.
 ROLE_NAMES: Mapping[str, str] = {
@@ -23,7 +24,6 @@ FORMATS = (
     "question with answer, or caption"
 )
 
-_IMAGE_KEYS = ("image_path", "image_paths", "image", "images")
 _PLACEHOLDER = "<image>"
 _SLOT = re.compile(r"[ \t]*\n?<image>\n?")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:/|data:", re.IGNORECASE)
@@ -47,7 +47,7 @@ def read_record(record: Any) -> Turns:
             fix="Write the row as an object with these names",
         )  # fmt: skip
     _refuse_tools(record)
-    images = [one for key in _IMAGE_KEYS for one in _images_of(record.get(key), key)]
+    images = [one for key in IMAGE_KEYS for one in _images_of(record.get(key), key)]
     raw, is_llava = _raw_turns(record)
     if not raw:
         raise RecordError(
@@ -99,9 +99,10 @@ def _turn(where: str, turn: Any) -> dict[str, Any]:
     said = turn.get("role", turn.get("from"))
     role = ROLE_NAMES.get(said) if isinstance(said, str) else None
     if role is None:
-        raise RecordError("invalid_role", f"{where} has an unknown role", value=said, allowed=", ".join(ROLE_NAMES),
-                          fix="Give it one of these")  # fmt: skip
-    found: dict[str, Any] = {"role": role, "content": _content(where, turn.get("content", turn.get("value")))}
+        raise RecordError("invalid_role", f"{where} has an unknown role", value=_seen(turn, "role", "from"),
+                          allowed=", ".join(ROLE_NAMES),
+                          fix=_meant(turn, "role", "from", otherwise="Give it one of these"))  # fmt: skip
+    found: dict[str, Any] = {"role": role, "content": _content(where, turn)}
     if (weight := turn.get("weight")) is not None:
         if weight not in (0, 1) or role != "assistant":
             raise RecordError("invalid_record", f"{where} has a weight that means nothing", value=weight,
@@ -111,15 +112,29 @@ def _turn(where: str, turn: Any) -> dict[str, Any]:
     return found
 
 
-def _content(where: str, content: Any) -> str | list[dict[str, Any]]:
+def _content(where: str, turn: Mapping[str, Any]) -> str | list[dict[str, Any]]:
+    content = turn.get("content", turn.get("value"))
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence) or isinstance(content, bytes) or not content:
         raise RecordError(
-            "invalid_record", f"{where} has no content", value=content, allowed="a text, or a list of parts",
-            fix="Write what is said in it, or leave the turn out",
+            "invalid_record", f"{where} has no content", value=_seen(turn, "content", "value"),
+            allowed="a text, or a list of parts",
+            fix=_meant(turn, "content", "value", otherwise="Write what is said in it, or leave the turn out"),
         )  # fmt: skip
     return [_part(f"{where}, part {i + 1}", part) for i, part in enumerate(content)]
+
+
+def _seen(turn: Mapping[str, Any], *names: str) -> str:
+    """What stands under the first of the names that the turn has; else the keys that stand in their place."""
+    found = [turn[name] for name in names if name in turn]
+    return repr(found[0]) if found else "keys " + (", ".join(map(str, turn)) or "none")
+
+
+def _meant(turn: Mapping[str, Any], *names: str, otherwise: str) -> str:
+    """What to do about a turn without any of these keys; `otherwise` where none is misspelt."""
+    near = [] if any(name in turn for name in names) else [(key, near_key(key, names)) for key in turn]
+    return next((f"Write '{known}' for {key!r}" for key, known in near if known), otherwise)
 
 
 def _part(where: str, part: Any) -> dict[str, Any]:

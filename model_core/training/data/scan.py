@@ -177,6 +177,7 @@ def _examine_all(dataset: DualVisionDataset, checks: Checks, indices: Sequence[i
 
 def examine(dataset: DualVisionDataset, index: int, checks: Checks) -> RowScan:
     """Everything about one row that can be known without its pixels."""
+    near: list[tuple[Severity, str, str]] = [("warning", "near_key", text) for text in dataset.near_keys(index)]
     try:
         sample = dataset.sample(index)
         spec = checks.fmt.patches if checks.fmt else PatchSpec()
@@ -189,9 +190,10 @@ def examine(dataset: DualVisionDataset, index: int, checks: Checks) -> RowScan:
                 decode_source(source, checks.limits)
         length, num_labels = _measure(sample, planned, checks)
     except (InputError, RecordError) as error:
-        return RowScan(0, 0, b"", (("error", reason_of(error), str(error)),))
+        return RowScan(0, 0, b"", (("error", reason_of(error), str(error)), *near))
     notes = dict.fromkeys(note for source in sources if (note := _note(source)))
-    return RowScan(length, num_labels, _digest(sample, sources), tuple(("note", "converted", note) for note in notes))
+    found = (*near, *(("note", "converted", note) for note in notes))
+    return RowScan(length, num_labels, _digest(sample, sources), found)
 
 
 def _media(sample: Sample) -> list[tuple[str, Medium]]:

@@ -50,6 +50,19 @@ def test_bad_rows_are_named_and_end_with_78(tmp_path: Path, model: Path, capsys:
     assert [(one["row"], one["code"]) for one in report["problems"]] == [(n, found[1]) for n, found in FOUND.items()]
 
 
+def test_a_misspelt_key_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Such a row is a question without its picture, and would be trained on as one."""
+    path = write_corpus(tmp_path / "corpus", 3)
+    rows = json.loads(path.read_text())
+    for one in rows[1:]:
+        one["image_pth"] = next(one.pop(key) for key in ("image", "image_path") if key in one)
+    path.write_text(json.dumps(rows))
+    assert dve(["data", "validate", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "warning: 2 rows: near_key: the row has a key 'image_pth', which is not read" in said
+    assert "Write 'image_path' if that is meant: rows 2, 3" in said
+
+
 def test_image_root_and_type_are_heeded(tmp_path: Path) -> None:
     path = str(write_rows(tmp_path / "data.json", [row("1.jpg"), row("2.jpg", None)]))
     pictures = str(write_corpus(tmp_path / "pictures", 3).parent)

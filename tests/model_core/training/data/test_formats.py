@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from model_core import CaptioningDataset, DualVisionDataset, MedicalVQADataset, VQADataset
 from model_core.errors import DataError, DataFormatError, RecordError
+from model_core.processing.images import ImageLimits
+from model_core.training.data.scan import Checks, scan
 from model_core.training.data.stores import StoredImage
 from model_core.types import ChatMessage, ImagePart, TextPart
 from tests.model_core.training.data.corpus import jpeg, row, write_rows
@@ -186,14 +188,43 @@ def test_format_conversations_can_be_overridden_as_in_the_readme(tmp_path: Path)
     assert messages[0].parts[1].image.read(10**6) == jpeg()
 
 
-def test_a_fault_in_a_format_of_ones_own_tells_its_row(tmp_path: Path) -> None:
+def test_a_fault_in_a_format_of_ones_own_is_a_bad_row(tmp_path: Path) -> None:
     class Broken(DualVisionDataset):
         def format_conversations(self, conversations, image_path):
-            return conversations[7]
+            return conversations[len(conversations) - 1 :] if len(conversations) > 2 else conversations[7]
 
-    with pytest.raises(IndexError) as caught:
+    with pytest.raises(RecordError) as caught:
         read(tmp_path, row("1.jpg"), Broken)
-    assert caught.value.__notes__ == ["in Broken.format_conversations, data.json row 1"]
+    assert caught.value.reason == "format_failed"
+    assert isinstance(caught.value.__cause__, IndexError)
+    said = str(caught.value)
+    assert "Broken.format_conversations raised IndexError for data.json row 1" in said
+    assert "list index out of range (test_formats.py line " in said
+    assert "a list of at least one message" in said
+    assert "leave the row out" in said
+    assert [one.code for one in scan(Broken(tmp_path / "data.json"), Checks(ImageLimits())).errors] == ["format_failed"]
+
+
+@pytest.mark.parametrize("returned", [None, 7, "words", {"role": "user", "content": "x"}, []])
+def test_a_format_of_ones_own_that_returns_no_messages_is_a_bad_row(returned: Any, tmp_path: Path) -> None:
+    class Broken(DualVisionDataset):
+        def format_conversations(self, conversations, image_path):
+            return returned
+
+    with pytest.raises(RecordError, match=r"Broken.format_conversations returned no messages for data.json row 1") as e:
+        read(tmp_path, row("1.jpg"), Broken)
+    assert f"Got: {type(returned).__name__} {returned!r}. Allowed: a list" in str(e.value)
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt(), MemoryError(), RecordError("mine", "not this one")])
+def test_what_is_not_a_fault_of_the_format_goes_through(raised: BaseException, tmp_path: Path) -> None:
+    class Stopped(DualVisionDataset):
+        def format_conversations(self, conversations, image_path):
+            raise raised
+
+    with pytest.raises(type(raised)) as caught:
+        read(tmp_path, row("1.jpg"), Stopped)
+    assert caught.value is raised
 
 
 WORDS = [
@@ -253,6 +284,7 @@ RECORDS = JSON | st.fixed_dictionaries({"messages": TURNS}, optional={"image": J
 @given(record=RECORDS)
 def test_no_record_is_worse_than_a_bad_row(record: Any, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "data.json", [record])
+    assert all(DualVisionDataset(path).near_keys(0))
     try:
         sample = DualVisionDataset(path).sample(0)
     except RecordError as error:
