@@ -23,7 +23,8 @@ from model_core.types import ChatMessage, ImagePart, TextPart, VideoPart, messag
 DEFAULT_CAPTION_PROMPT = "Describe this image."
 #: What somebody's own formatting of a row may stumble over.
 _FAULTS = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, NameError, OSError, RuntimeError, TypeError, ValueError,
+    ArithmeticError, AssertionError, AttributeError, LookupError, NameError, OSError, RuntimeError, TypeError,
+    ValueError,
 )  # fmt: skip
 _MESSAGES = 'a list of at least one message: {"role", "content"} each, or ChatMessage'
 
