@@ -75,6 +75,13 @@ class SceneSource:
                 "a stage mixes kinds of scenes that there are not", value=", ".join(unknown), allowed=", ".join(KINDS),
                 fix="Name some of these in dataset_weights", param="curriculum_training.stages",
             )  # fmt: skip
+        if stage.loss_weights.get("language", 1.0) and (stage.dataset_weights or {}).get("page"):
+            raise ConfigError(
+                "a stage that asks questions mixes in pages, about which there is none", value="page",
+                allowed=", ".join(kind for kind in KINDS if kind != "page"),
+                fix="Leave page out of dataset_weights, or give loss_weights.language 0",
+                param="curriculum_training.stages",
+            )  # fmt: skip
         steps = stage.steps or stage.epochs * self._steps_per_epoch
         most = _SEEDS_OF_STAGE // (self._seeds_of_pack * self._config.gradient_accumulation_steps)
         if steps > most:  # the next ones are another stage's, and at last those of the scores

@@ -146,6 +146,18 @@ def test_a_tenth_of_the_questions_and_no_answer_is_in_capitals(tmp_path: Path) -
     assert 0.08 < share < 0.18, "that many and the few that are typed so anyhow"
 
 
+def test_pages_are_refused_where_questions_are_asked(tmp_path: Path) -> None:
+    """There is nothing to ask about them; crowds have their questions."""
+    config = small_recipe(tmp_path)
+    source, answering = source_of(config), config.stages()[-1]
+    with pytest.raises(ConfigError, match=r"mixes in pages.*Leave page out"):
+        source.prepare_stage(replace(answering, dataset_weights={"page": 0.5, "word": 0.5}))
+    source.prepare_stage(replace(answering, dataset_weights={"page": 0.5}, loss_weights={"language": 0.0}))
+    crowds = replace(answering, dataset_weights={"crowd": 1.0})
+    source.prepare_stage(crowds)
+    assert source.pack(crowds, 0).num_label_tokens > 0
+
+
 def test_questions_behind_one_picture_do_not_see_each_other(tmp_path: Path) -> None:
     """Trained on conversations, the model copied answers from earlier turns and, asked alone, guessed."""
     pack = answering_pack(tmp_path, 0, batch_size=8)
