@@ -84,8 +84,7 @@ longer texts and conversation are beyond it: it will answer, and the answer will
 ## What it can be asked
 
 What is it, what colour, how many, where (left, right, above, below), is there a ...?, what does it say?,
-describe the picture; in free phrasings, with or without a capital at the beginning. Questions all in capitals,
-which it has to spell letter by letter, it answers worse.
+describe the picture; in free phrasings, with or without a capital at the beginning.
 
 Things: {things}.
 
@@ -120,8 +119,8 @@ The loss on cells asks each encoder, cell by cell, which thing and colour is the
 Qwen's tower also which letter, and which of its word; DINOv2 how many such objects there are. So one eye reads and the
 other counts, as one was taught to read in life and the other was not. In the answering stages a fused token is drawn
 towards the words for what it shows; one attention head of the first layer is taught to look from a noun to its cells,
-another to look as much at each thing as at the first token (a number that it gets right for half of the groups; answers
-do not hang on it), and one of the third layer to look for a word's next letter where it stands. `language` is the loss
+another to look as much at each thing as at the first token, so that a number may be read from it, and one of the third
+layer to look for a word's next letter where it stands. `language` is the loss
 on the answers' words; a loss that a stage does not name counts once. Optimizer: Muon for the matrices inside blocks,
 AdamW for the rest; bfloat16 products where the machine has units for it. The gate learns at a twentieth of the rate and
 has a marginal KL loss.

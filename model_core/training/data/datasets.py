@@ -126,9 +126,7 @@ class DualVisionDataset:
         method = f"{type(self).__name__}.format_conversations"
         try:
             found: Any = self.format_conversations(turns, shown if len(shown) > 1 else shown[0] if shown else None)
-        except (InputError, RecordError):  # said of the row on purpose
-            raise
-        except _FAULTS as error:
+        except _FAULTS as error:  # what is said of the row on purpose, a RecordError, is none of these
             raise RecordError(
                 "format_failed", f"{method} raised {type(error).__name__} for {where}", value=_raised(error),
                 allowed=_MESSAGES, fix=f"Correct {method} for such a row, or leave the row out",
