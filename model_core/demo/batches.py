@@ -7,7 +7,6 @@ for the losses of guidance.py. It trains nothing and keeps no generator: step n 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import random
@@ -19,10 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model_core.checkpoint import LoadOptions
 from model_core.demo.artwork import Artwork, load_artwork
 from model_core.demo.labels import cell_counts, cell_places
 from model_core.demo.rows import Row, answer_weights, blank_row, scene_row
 from model_core.demo.scenes import KINDS, Scene, make_scene
+from model_core.demo.turns import ByTurns
 from model_core.errors import ConfigError
 from model_core.processing.batch import InputFormat
 from model_core.training.config import Stage, TrainConfig
@@ -66,6 +67,7 @@ class SceneSource:
     ) -> None:  # fmt: skip
         self._config, self._fmt, self._steps_per_epoch = config, fmt, steps_per_epoch
         self._sizes = tuple((int(height), int(width)) for height, width in sizes)
+        self._by_turns: ByTurns[tuple[Stage, int], PackedBatch] | None = None
         self.artwork = artwork if isinstance(artwork, Artwork) else load_artwork(Path(artwork) if artwork else None)
 
     def prepare_stage(self, stage: Stage) -> None:
@@ -102,9 +104,21 @@ class SceneSource:
         size = self._config.gradient_accumulation_steps
         begin = epoch * self._steps_per_epoch
         numbers = range((begin + first) * size, (begin + self._steps_per_epoch) * size)
-        made = in_order(functools.partial(self.pack, stage), numbers, self._config.num_workers)
+        made = self._made([(stage, number) for number in numbers])
         for _ in range(first, self._steps_per_epoch):
             yield [next(made) for _ in range(size)]
+
+    def _made(self, asked: Sequence[tuple[Stage, int]]) -> Iterator[PackedBatch]:
+        """Ahead of the steps where an accelerator computes them, by turns with them where the cores do."""
+        workers = self._config.num_workers
+        if workers == 0 or LoadOptions(device=self._config.device).resolve_device().type != "cpu":
+            return in_order(self._pack_of, asked, workers)
+        if self._by_turns is None:
+            self._by_turns = ByTurns(self._pack_of, workers)
+        return self._by_turns.in_order(asked)
+
+    def _pack_of(self, asked: tuple[Stage, int]) -> PackedBatch:
+        return self.pack(*asked)
 
     def pack(self, stage: Stage, number: int) -> PackedBatch:
         """Pack `number` of a stage, counted over its epochs."""

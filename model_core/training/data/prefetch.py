@@ -38,11 +38,11 @@ def in_order(work: Callable[[T], R], items: Sequence[T], num_workers: int) -> It
     # Its own generator: a loader that draws its seed from torch's global one would change what a resumed run draws.
     yield from DataLoader(
         _Work(work, items), batch_size=None, num_workers=min(num_workers, len(items)), collate_fn=_same,
-        generator=torch.Generator(), worker_init_fn=_stay_with_the_trainer,
+        generator=torch.Generator(), worker_init_fn=stay_with_the_trainer,
     )  # fmt: skip
 
 
-def _stay_with_the_trainer(_: int) -> None:
+def stay_with_the_trainer(_: int) -> None:
     """A stop is often sent to the whole process group: the trainer saves on it, and needs its workers until then.
 
     But a killed trainer's workers would stay for ever, half a gigabyte each: torch lets them end of themselves, after a

@@ -130,6 +130,19 @@ def test_a_pack_is_a_function_of_its_number(tmp_path: Path) -> None:
     assert len(one.targets["class"]) == 4 * 16, "a target for each image token"
 
 
+def test_packs_made_by_turns_are_those_made_by_the_trainer_itself(tmp_path: Path) -> None:
+    config = small_recipe(tmp_path)
+    alone, two = source_of(config), source_of(config.model_copy(update={"num_workers": 2}))
+    for stage in (config.stages()[0], config.stages()[-1]):
+        steps = [source.steps(stage, 1, first=246) for source in (alone, two)]
+        for (one,), (other,) in zip(*steps, strict=True):
+            assert one.samples == other.samples
+            assert (one.pixels == other.pixels).all()
+            assert torch.equal(one.input_ids, other.input_ids)
+            assert all(torch.equal(one.targets[name], other.targets[name]) for name in one.targets)
+    assert two._by_turns is not None and alone._by_turns is None
+
+
 def test_a_tenth_of_the_questions_and_no_answer_is_in_capitals(tmp_path: Path) -> None:
     """A word in capitals is spelt letter by letter: asked so, the model was wrong two times in five."""
     pack = answering_pack(tmp_path, 0, batch_size=256)

@@ -141,24 +141,27 @@ def test_a_stop_sent_to_the_whole_group_leaves_workers_at_their_work() -> None:
 
 
 _TAKES_ONE_AND_WAITS = """
-import os, time
+import os, sys, time
+from model_core.demo.turns import ByTurns
 from model_core.training.data.prefetch import in_order
 
 def work(number):
+    time.sleep(0.2)  # so that neither makes both
     return os.getpid(), bytes(1 << 20)  # more than a pipe holds
 
-made = in_order(work, range(40), 2)
+made = in_order(work, range(40), 2) if sys.argv[1] == "ahead" else ByTurns(work, 2).in_order(range(40))
 print(next(made)[0], next(made)[0], flush=True)
 time.sleep(600)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks /proc")
-def test_workers_of_a_killed_trainer_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["ahead", "by turns"])
+def test_workers_of_a_killed_trainer_end(tmp_path: Path, when: str) -> None:
     """torch's own stayed for ever: woken by the death, they waited to be rid of a result that nobody took."""
     script = tmp_path / "trainer.py"
     script.write_text(_TAKES_ONE_AND_WAITS)
-    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as trainer:
+    with subprocess.Popen([sys.executable, str(script), when], stdout=subprocess.PIPE, text=True) as trainer:
         workers = [int(pid) for pid in trainer.stdout.readline().split()]
         trainer.kill()
     assert len(set(workers)) == 2

@@ -1,0 +1,35 @@
+"""Work by turns: none is done while the caller computes, and processes outlive a stop but not their trainer."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+from model_core.demo.turns import ByTurns
+
+
+def test_by_turns_as_many_are_made_as_there_are_processes_and_then_none_until_they_are_used(tmp_path: Path) -> None:
+    """What is made while the caller computes takes its cores."""
+
+    def work(number: int) -> tuple[int, int]:
+        (tmp_path / str(number)).touch()
+        return os.getpid(), number * number
+
+    before = set(multiprocessing.active_children())
+    turns = ByTurns(work, 2)
+    results = turns.in_order(range(5))
+    found = [next(results)]
+    time.sleep(0.2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "1"]
+    found += [next(results), next(results)]
+    time.sleep(0.2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "1", "2", "3"]
+    workers = {child.pid for child in set(multiprocessing.active_children()) - before}
+    assert {pid for pid, _ in found} <= workers and len(workers) == 2
+    for worker in workers:
+        os.kill(worker, signal.SIGTERM)
+    assert [square for _, square in (*found, *results)] == [0, 1, 4, 9, 16]
+    assert {pid for pid, _ in turns.in_order(range(8))} <= workers, "forked once"
