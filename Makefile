@@ -95,9 +95,11 @@ fmt: $(VENV)/.dev ## format, and mend what can be mended
 	@$(BIN)/ruff format .
 
 # Of glibc's heap a long run's steps get slower (DECISIONS.md, 2026-11-30); where jemalloc is installed, that is taken.
-ALLOCATOR ?= $(firstword $(wildcard /usr/lib/*/libjemalloc.so.2))
+# A library that the caller preloads already, and its settings, stay.
+ALLOCATOR ?= $(or $(LD_PRELOAD),$(firstword $(wildcard /usr/lib/*/libjemalloc.so.2)))
+MALLOC_CONF ?= dirty_decay_ms:-1,muzzy_decay_ms:-1,narenas:1
 demo: $(VENV)/.runtime ## build the demo model anew (long) [ARGS="..."] [ALLOCATOR=library]
-	@LD_PRELOAD="$(ALLOCATOR)" MALLOC_CONF=dirty_decay_ms:-1,muzzy_decay_ms:-1,narenas:1 $(BIN)/dve demo build $(ARGS)
+	@LD_PRELOAD="$(ALLOCATOR)" MALLOC_CONF="$(MALLOC_CONF)" $(BIN)/dve demo build $(ARGS)
 
 $(VENV)/.bench: $(VENV)/.runtime
 	@$(PIP) --no-build-isolation -e '.[bench]'

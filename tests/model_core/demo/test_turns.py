@@ -1,4 +1,7 @@
-"""Work by turns: none is done while the caller computes, and processes outlive a stop but not their trainer."""
+"""Work by turns: none is done while the caller computes, and a stop sent to all leaves the processes at their work.
+
+That they end with a killed trainer is asked beside those that work ahead, in training/data/test_source.py.
+"""
 
 from __future__ import annotations
 

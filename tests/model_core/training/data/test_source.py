@@ -141,15 +141,18 @@ def test_a_stop_sent_to_the_whole_group_leaves_workers_at_their_work() -> None:
 
 
 _TAKES_ONE_AND_WAITS = """
-import os, sys, time
+import multiprocessing, os, sys, time
 from model_core.demo.turns import ByTurns
 from model_core.training.data.prefetch import in_order
 
+is_ahead, both = sys.argv[1] == "ahead", multiprocessing.Barrier(2)
+
 def work(number):
-    time.sleep(0.2)  # so that neither makes both
+    if not is_ahead:
+        both.wait()  # neither makes two of a turn
     return os.getpid(), bytes(1 << 20)  # more than a pipe holds
 
-made = in_order(work, range(40), 2) if sys.argv[1] == "ahead" else ByTurns(work, 2).in_order(range(40))
+made = in_order(work, range(40), 2) if is_ahead else ByTurns(work, 2).in_order(range(40))
 print(next(made)[0], next(made)[0], flush=True)
 time.sleep(600)
 """
