@@ -98,7 +98,7 @@ fmt: $(VENV)/.dev ## format, and mend what can be mended
 # A library that the caller preloads already, and its settings, stay.
 ALLOCATOR ?= $(or $(LD_PRELOAD),$(firstword $(wildcard /usr/lib/*/libjemalloc.so.2)))
 MALLOC_CONF ?= dirty_decay_ms:-1,muzzy_decay_ms:-1,narenas:1
-demo: $(VENV)/.runtime ## build the demo model anew (long) [ARGS="..."] [ALLOCATOR=library]
+demo: $(VENV)/.runtime ## build a demo model anew (90 minutes) [ARGS="..."] [ALLOCATOR=library]
 	@LD_PRELOAD="$(ALLOCATOR)" MALLOC_CONF="$(MALLOC_CONF)" $(BIN)/dve demo build $(ARGS)
 
 $(VENV)/.bench: $(VENV)/.runtime

@@ -11,7 +11,7 @@ def demo_folder() -> Path:
     """The embedded `dve-demo` checkpoint.
 
     Raises:
-        CheckpointIncompleteError: this installation has none (a source tree before `dve demo build`).
+        CheckpointIncompleteError: this installation has none.
     """
     folder = Path(__file__).parent / "demo" / "weights"
     if not (folder / "manifest.json").exists():
@@ -19,6 +19,6 @@ def demo_folder() -> Path:
             "the demo model is not in this installation",
             value=str(folder),
             allowed="a folder with a manifest",
-            fix="Build it with 'dve demo build', or name a model: --model FOLDER",
+            fix="Install it anew, build one with 'dve demo build' and name its folder, or name another: --model FOLDER",
         )
     return folder

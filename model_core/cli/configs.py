@@ -19,8 +19,8 @@ from model_core.training.config import COMPONENTS, Stage, TrainConfig, load_conf
 from model_core.training.freeze import trained_components
 
 SCENARIOS = Path(__file__).parents[1] / "training" / "scenarios"
-#: The recipe of the demo model. It is listed, and not among those to begin one's own from: its data are generated.
-DEMO_RECIPE = Path(__file__).parents[1] / "demo" / "config_demo.json"
+#: The recipes of the demo model. Listed, and not among those to begin one's own from: their data are generated.
+DEMO_RECIPES = tuple(SCENARIOS.parents[1] / "demo" / f"config_{name}.json" for name in ("demo", "demo_long"))
 BAD_CONFIG = 78
 
 
@@ -87,7 +87,7 @@ def _create(out: Path, *, force: bool) -> int:
 
 
 def _list() -> int:
-    for path in (*sorted(SCENARIOS.glob("*.json")), DEMO_RECIPE):
+    for path in (*sorted(SCENARIOS.glob("*.json")), *DEMO_RECIPES):
         note = load_config(path).note
         print(f"{path.name}\n  {note.purpose}\n  cost: {note.cost}\n  expected: {note.expected}")
     return 0

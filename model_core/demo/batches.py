@@ -117,6 +117,18 @@ class SceneSource:
             self._by_turns = ByTurns(self._pack_of, workers)
         return self._by_turns.in_order(asked)
 
+    def make_one_size(self) -> None:
+        """From now on packs have the size nearest to the mean of all, for who times a few steps."""
+        areas = {size: size[0] * size[1] for size in self._sizes}
+        mean = sum(areas[size] for size in self._sizes) / len(self._sizes)
+        self._sizes = (min(areas, key=lambda size: abs(areas[size] - mean)),)
+
+    def close(self) -> None:
+        """End the processes that make packs, if there are any; whoever asks for more gets new ones."""
+        if self._by_turns is not None:
+            self._by_turns.close()
+            self._by_turns = None
+
     def _pack_of(self, asked: tuple[Stage, int]) -> PackedBatch:
         return self.pack(*asked)
 

@@ -1,7 +1,7 @@
-"""The demo's recipe as `dve demo build` runs it: the shipped scenario, scaled and placed where it was asked for.
+"""The demo's recipes as `dve demo build` runs them: a shipped scenario, scaled and placed where it was asked for.
 
 In: a work folder, a scale, overrides; out: a TrainConfig, and what a finished run says of its duration. The run itself
-is the trainer's, the same as `dve train --config config_demo.json`.
+is the trainer's, the same as `dve train --config`.
 """
 
 from __future__ import annotations
@@ -15,27 +15,31 @@ from typing import Any
 import torch
 
 from model_core.errors import ConfigError
-from model_core.training.config import TrainConfig, parse_config
+from model_core.training.config import Stage, TrainConfig, parse_config
 from model_core.training.events import EVENTS_NAME
 from model_core.training.freeze import trained_components
 from model_core.training.muon import working_dtype
 from model_core.training.runs import FINAL, RunFolder
 from model_core.training.strict import read_json
 
-#: The demo's weights are the mean of the ends of so many last stages, those that train the same parts.
+#: The mean of the ends of so many last stages, those that train the same parts, may be better than the last one.
 NUM_ENDS = 3
-RECIPE_PATH = Path(__file__).parent / "config_demo.json"
+#: What `make demo` runs, and what the embedded weights were made by.
+RECIPES = {
+    name: Path(__file__).parent / f"config_{file}.json" for name, file in (("short", "demo"), ("long", "demo_long"))
+}
 
 
 def demo_recipe(
-    work: Path, *, scale: float = 1.0, device: str = "auto", artwork: Path | None = None, overrides: Iterable[str] = ()
-) -> TrainConfig:
-    """The scenario with its run in `work`; its products in bfloat16 where the processor has units for it, as on a GPU.
+    work: Path, recipe: str = "short", *, scale: float = 1.0, device: str = "auto", artwork: Path | None = None,
+    overrides: Iterable[str] = (),
+) -> TrainConfig:  # fmt: skip
+    """One of RECIPES with its run in `work`; its products in bfloat16 where a processor is fast at them, as on a GPU.
 
     Raises:
         ConfigError: an override that does not fit, or a scale that is none.
     """
-    data = read_json(RECIPE_PATH) | {"output_dir": str(work), "device": device}
+    data = read_json(RECIPES[recipe]) | {"output_dir": str(work), "device": device}
     if working_dtype(torch.device("cpu")) == torch.bfloat16:
         data["precision"] = "bfloat16"
     if artwork is not None:
@@ -55,6 +59,12 @@ def scaled(recipe: Mapping[str, Any], factor: float) -> dict[str, Any]:
         stage["steps"] = max(1, round(stage.get("steps", stage["epochs"] * per_epoch) * factor))
         stage["epochs"] = math.ceil(stage["steps"] / per_epoch)
     return copy
+
+
+def num_steps(stage: Stage, config: TrainConfig) -> int:
+    """Of a stage of scenes, which have no end."""
+    per_epoch = config.batch_source.options["steps_per_epoch"] if config.batch_source else 1
+    return stage.steps or stage.epochs * int(per_epoch)
 
 
 def has_begun(work: Path) -> bool:

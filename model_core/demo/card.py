@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from model_core.demo.artwork import STYLES
+from model_core.demo.build import num_steps
 from model_core.demo.scenes import COLOUR_NAMES, SHAPES
 from model_core.demo.scoring import Scores, render_table
 from model_core.demo.things import THINGS
@@ -47,12 +48,10 @@ def write_card(
 
 
 def _stage_row(stage: Stage, config: TrainConfig) -> str:
-    per_epoch = config.batch_source.options["steps_per_epoch"] if config.batch_source else 1
-    steps = stage.steps or stage.epochs * per_epoch
     weights = {"language": 1.0, **stage.loss_weights}
     losses = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
     trains = ", ".join(sorted(trained_components(stage.freeze)))
-    return f"| {stage.description} | {trains} | {steps} | {stage.learning_rate:g} | {losses} |"
+    return f"| {stage.description} | {trains} | {num_steps(stage, config)} | {stage.learning_rate:g} | {losses} |"
 
 
 def _verdicts(fused: Scores) -> str:
@@ -109,7 +108,7 @@ the gate; `unfused` is Qwen's own tokens, for which this language model was neve
 
 {history}
 
-Weights are stored in bfloat16 and computed in float32. The recipe (`config_demo.json`), steps of {batch} pictures:
+Weights are stored in bfloat16 and computed in float32. The recipe, steps of {batch} pictures:
 
 | stage | trains | steps | learning rate | losses and their weights |
 |---|---|---|---|---|
@@ -122,7 +121,7 @@ towards the words for what it shows; one attention head of the first layer is ta
 another to look as much at each thing as at the first token, so that a number may be read from it, and one of the third
 layer to look for a word's next letter where it stands. `language` is the loss
 on the answers' words; a loss that a stage does not name counts once. Optimizer: Muon for the matrices inside blocks,
-AdamW for the rest; bfloat16 products where the machine has units for it. The gate learns at a twentieth of the rate and
+AdamW for the rest; bfloat16 products where the machine is fast at them. The gate learns at a twentieth of the rate and
 has a marginal KL loss.
 
 Data: scenes composed from emoji artwork ({styles}) on varied backgrounds, plain shapes, and words in

@@ -32,6 +32,10 @@ class ByTurns(Generic[T, R]):
             num_workers, mp_context=multiprocessing.get_context("fork"), initializer=_take_up, initargs=(work,)
         )
 
+    def close(self) -> None:
+        """End the processes; there are no more results."""
+        self._pool.shutdown()
+
     def in_order(self, items: Sequence[T]) -> Iterator[R]:
         """work(item) of each; as many results as there are processes are made at a time, none while one is in use."""
         for begin in range(0, len(items), self._num_workers):

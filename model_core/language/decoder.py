@@ -156,14 +156,21 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 
 
 def decode_layer(
-    layer: nn.Module, number: int, hidden: Tensor, cos: Tensor, sin: Tensor, *, attend: Attend, rotate: Rotate = rotate
-) -> Tensor:
-    """One decoder layer, module by module, over packed tokens (S, D); cos, sin: (1, S, dh)."""
+    layer: nn.Module, number: int, hidden: Tensor, cos: Tensor, sin: Tensor, *, attend: Attend, rotate: Rotate = rotate,
+    keep: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """One decoder layer, module by module, over packed tokens (S, D); cos, sin: (1, S, dh).
+
+    keep: (R,) places to compute to the end, which is most of the work; all are looked at. -> (S or R, D)
+    """
     x, attention = layer.input_layernorm(hidden), layer.self_attn
     query, key, value = (
         proj(x).unflatten(-1, (-1, attention.head_dim))
         for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
     )  # (S, H or K, dh)
     query, key = rotate(query, key, cos, sin)
-    hidden = hidden + attention.o_proj(attend(number, query, key, value))
+    found = attend(number, query, key, value)
+    if keep is not None:
+        hidden, found = hidden[keep], found[keep]
+    hidden = hidden + attention.o_proj(found)
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))

@@ -41,6 +41,7 @@ def packed_hidden(
     recompute: Callable[[], tuple[Any, Any]] | None = None,
     use_flash_attention: bool = False,
     rotate: Rotate = rotate,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """Hidden states of samples that can't see each other.
 
@@ -50,8 +51,10 @@ def packed_hidden(
         recompute: activations inside a layer are computed again in the backward pass instead of kept, under the
             contexts that it gives for the first time and for the second.
         rotate: how queries and keys get their positions.
+        keep: (R,) the places whose states are wanted, in order; None: all. The last layer computes no others to their
+            end: nobody looks at them any more.
     Returns:
-        (S, D) after the final norm.
+        (S, D), or (R, D), after the final norm.
     """
     cos, sin = language_model.rotary_emb(embeds[None], positions[:, None])
     attention = packed_attention(lengths, embeds.device, blocks=blocks, use_flash_attention=use_flash_attention)
@@ -63,7 +66,8 @@ def packed_hidden(
 
     hidden = embeds
     for number, layer in enumerate(language_model.layers):
-        run = partial(decode_layer, layer, number, attend=attend, rotate=rotate)
+        is_last = number == len(language_model.layers) - 1
+        run = partial(decode_layer, layer, number, attend=attend, rotate=rotate, keep=keep if is_last else None)
         if recompute is not None and torch.is_grad_enabled():
             hidden = checkpoint(run, hidden, cos, sin, use_reentrant=False, context_fn=recompute)
         else:

@@ -48,7 +48,11 @@ def passes(table: FreezeTable) -> dict[str, int]:
 
 
 def forward_flops(config: Any, shape: PackShape, tower_flops: TowerFlops) -> dict[str, int]:
-    """Operations of one forward pass over a pack, by part: each tower, fusion, the language model."""
+    """Operations of one forward pass over a pack, by part: each tower, fusion, the language model.
+
+    Of the architecture, as MFU is counted (PaLM, 2204.02311, appendix B): that the last layer is not computed to
+    its end where no label reads it (`keep` of `decode_layer`) is left out.
+    """
     found = {"qwen": 0, "dinov2": 0}
     for grid in shape.grids:
         for name, flops in tower_flops(config, grid).items():

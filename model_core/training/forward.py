@@ -27,7 +27,7 @@ from model_core.training.cpu_kernels import cpu_kernels
 from model_core.training.cpu_passes import fewer_passes, rotate_tokens
 from model_core.training.data.packs import PackedBatch
 from model_core.training.freeze import FreezeTable
-from model_core.training.losses import sample_losses
+from model_core.training.losses import label_rows, sample_losses
 from model_core.types import Arm
 from model_core.vision_tokens import cell_grids
 
@@ -123,6 +123,7 @@ class PackForward:
                 self.model.model.language_model, embeds, pack.position_ids.to(self.device), pack.sample_lengths,
                 blocks=pack.blocks, watch=watch if self._watched else None, recompute=recompute,
                 use_flash_attention=self._flash, rotate=rotate_tokens if self.device.type == "cpu" else rotate,
+                keep=label_rows(pack.labels, pack.sample_lengths)[0].to(self.device),
             )  # fmt: skip
             if self._autocasts:
                 hidden = hidden.to(torch.bfloat16)  # the head is the largest product of all

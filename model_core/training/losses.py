@@ -44,6 +44,13 @@ def next_token_labels(labels: Tensor, sample_lengths: Sequence[int]) -> Tensor:
     return shifted.index_fill(0, ends, IGNORE)
 
 
+def label_rows(labels: Tensor, sample_lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(S,) labels -> (R,) the places from which one is foretold, and (R,) the tokens foretold there."""
+    targets = next_token_labels(labels, sample_lengths)
+    rows = (targets != IGNORE).nonzero()[:, 0]
+    return rows, targets[rows]
+
+
 def sample_losses(
     hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, sample_lengths: Sequence[int],
     label_weights: Tensor | None = None,
@@ -51,16 +58,18 @@ def sample_losses(
     """Cross entropy summed over each sample's label tokens.
 
     Args:
-        hidden: (S, D) after the final norm; lm_head_weight: (V, D), computed in hidden's dtype.
+        hidden: (S, D) after the final norm, or (R, D), of `label_rows` alone; lm_head_weight: (V, D), computed in
+            hidden's dtype.
         labels: (S,), the token at each place or -100; the shift by one is made here.
         label_weights: (S,), what each label's loss is multiplied by, at the label's own place.
     Returns:
         (num_samples,) float32. The (S, V) logits of a large vocabulary never exist: rows without a label are left
         out, the rest goes through torch's chunked `linear_cross_entropy`, or a few rows at a time where torch has none.
     """
-    targets = next_token_labels(labels, sample_lengths).to(hidden.device)
-    rows = (targets != IGNORE).nonzero()[:, 0]
-    each = _token_losses(hidden[rows], lm_head_weight.to(hidden.dtype), targets[rows])
+    rows, targets = label_rows(labels.to(hidden.device), sample_lengths)
+    if len(hidden) == len(labels):  # a sample's last place has no label, so there are always fewer of these
+        hidden = hidden[rows]
+    each = _token_losses(hidden, lm_head_weight.to(hidden.dtype), targets)
     if label_weights is not None:
         each = each * label_weights.to(hidden.device)[rows + 1]
     lengths = torch.tensor(list(sample_lengths), device=hidden.device)

@@ -61,13 +61,20 @@ class BlockShape:
     def kept_bytes(self, *, width: int, trains: bool) -> int:
         """For one token of one layer. width: bytes of an activation. A frozen product keeps only its weight."""
         whole = 1 if trains else 0
+        attention = width * (2 * self.query + 2 * self.key) + whole * width * self.query
+        scales = 0 if self.is_rms else 2 * width * self.hidden * whole  # DINOv2's layer scale
+        return self._norm_bytes(width, whole) + attention + self.mlp_bytes(width=width, trains=trains) + scales
+
+    def mlp_bytes(self, *, width: int, trains: bool) -> int:
+        """Of these the MLP's and its norm's: what a last layer has only where somebody reads what it says."""
+        whole = 1 if trains else 0
+        middles = (3 if self.is_gated else 1) + whole
+        return self._norm_bytes(width, whole) + width * self.middle * middles
+
+    def _norm_bytes(self, width: int, whole: int) -> int:
         # RMSNorm computes in float32 and keeps that copy; LayerNorm keeps its input, two numbers a row beside.
         norm = 4 * self.hidden + whole * width * self.hidden if self.is_rms else width * self.hidden
-        norms = 2 * (norm + whole * width * self.hidden)
-        attention = width * (2 * self.query + 2 * self.key) + whole * width * self.query
-        middles = (3 if self.is_gated else 1) + whole
-        scales = 0 if self.is_rms else 2 * width * self.hidden * whole  # DINOv2's layer scale
-        return norms + attention + width * self.middle * middles + scales
+        return norm + whole * width * self.hidden
 
 
 def training_need(
@@ -99,6 +106,9 @@ def activation_bytes(
     if not trained:
         return 0
     llm = _kept(llm_block(config), limits.max_tokens, width, trains="llm" in trained, recompute="llm" in recompute)
+    if "llm" not in recompute:  # where it is computed again, the layer held at one time may be any
+        unread = max(0, limits.max_tokens - limits.label_tokens)
+        llm -= unread * llm_block(config).mlp_bytes(width=width, trains="llm" in trained)
     total = llm + _logits_bytes(config, limits, width, trains="llm" in trained)
     merge = config.merge_size**2
     patches = limits.vision_tokens * merge

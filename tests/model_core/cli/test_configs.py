@@ -100,5 +100,5 @@ def test_list_says_what_each_is_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in README_NAMES)
-    assert shown.count("cost: ") == len(list(SCENARIOS.glob("*.json"))) + 1, "the demo's own beside them"
-    assert "config_demo.json" in shown
+    assert shown.count("cost: ") == len(list(SCENARIOS.glob("*.json"))) + 2, "the demo's own beside them"
+    assert "config_demo.json" in shown and "config_demo_long.json" in shown

@@ -53,7 +53,7 @@ def answering_pack(tmp_path: Path, number: int, batch_size: int = 4) -> PackedBa
 def two_stages(work: Path) -> TrainConfig:
     config = small_recipe(work)
     curriculum = config.curriculum_training
-    chosen = tuple(curriculum.stages[i].model_copy(update={"steps": 2}) for i in (0, 3))
+    chosen = tuple(curriculum.stages[i].model_copy(update={"steps": 2}) for i in (0, 2))
     return config.model_copy(update={"curriculum_training": curriculum.model_copy(update={"stages": chosen})})
 
 
@@ -207,17 +207,26 @@ def test_the_command_builds_a_folder_that_answers_and_tells_its_scores(
     stored = sum(f.stat().st_size for f in out.glob("*.safetensors"))
     assert stored < 2.3 * encoder.info.num_parameters, "two bytes a weight"
     ends = last_ends(small_recipe(work), work)
-    assert [end.name for end in ends] == ["step-24", "step-25", "final"] and "the ends of the last 3 stages" in card
+    assert [end.name for end in ends] == ["step-20", "step-21", "final"]
+    assert "of 7 held-out questions that are not those of the scores below" in card
     *before, last, written = (load_file(folder / "model.safetensors") for folder in (*ends, out))
+    is_mean = "The weights are the mean of the ends of the last 3 stages" in card
+    assert is_mean != ("The weights are the last stage's end" in card)
     for name in ("model.language_model.norm.weight", "model.visual.merger.mlp.0.weight"):
-        mean = sum((end[name] for end in before), last[name]) / 3
-        torch.testing.assert_close(written[name].float(), mean, rtol=2**-8, atol=1e-6)
+        expected = sum((end[name] for end in before), last[name]) / 3 if is_mean else last[name]
+        torch.testing.assert_close(written[name].float(), expected, rtol=2**-8, atol=1e-6)
     assert not torch.equal(last["model.language_model.norm.weight"], before[0]["model.language_model.norm.weight"])
     monkeypatch.setattr("model_core.demo.publish.write_card", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         command.main([*call, *sets])
     assert (out / "README.md").read_text() == card, "stopped while it scores, a build has written nothing"
     assert "step" not in capsys.readouterr().out, "a finished build has nothing left to train"
+    for other in (["--recipe", "long"], ["--set", "seed=5"]):
+        assert command.main([*call, *sets, *other]) == 2
+        assert "is done, and was another" in capsys.readouterr().err, (
+            "its card would tell of a recipe that it is not of"
+        )
+    assert (out / "README.md").read_text() == card
     monkeypatch.setattr("model_core.demo.artwork.load_artwork", lambda _: artwork)
     assert command.main(["eval", "--model", str(out), "--count", "1", "--arms", "fused,blind", "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)
@@ -239,8 +248,16 @@ def test_a_build_goes_on_only_under_its_own_recipe(tmp_path: Path) -> None:
         trainer_of(small_recipe(tmp_path, "max_steps=1", "seed=5")).resume(tmp_path)
 
 
-@pytest.mark.parametrize(("units", "precision"), [({"amx_bf16": True}, "bfloat16"), ({"avx2": True}, "auto")])
-def test_products_are_in_bfloat16_where_a_processor_has_units_for_it(
+@pytest.mark.parametrize(
+    ("units", "precision"),
+    [
+        ({"avx512_bf16": True, "avx512_fp16": True, "amx_bf16": True}, "bfloat16"),
+        ({"avx512_bf16": True}, "bfloat16"),
+        ({"avx512_bf16": True, "avx512_fp16": True, "amx_bf16": False}, "auto"),
+        ({"avx2": True}, "auto"),
+    ],
+)
+def test_products_are_in_bfloat16_where_a_processor_is_fast_at_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, units: dict[str, bool], precision: str
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
@@ -249,20 +266,11 @@ def test_products_are_in_bfloat16_where_a_processor_has_units_for_it(
 
 
 def test_scaling_shortens_every_stage_and_ends_where_it_says(tmp_path: Path) -> None:
-    assert [stage.steps for stage in small_recipe(tmp_path, scale=0.01).stages()] == [
-        30,
-        24,
-        2,
-        8,
-        6,
-        10,
-        12,
-        8,
-        10,
-        4,
-        4,
-        3,
-    ]
+    def steps(recipe: str) -> list[int | None]:
+        return [stage.steps for stage in demo_recipe(tmp_path, recipe, scale=0.01).stages()]
+
+    assert steps("short") == [47, 33, 20, 3, 3]
+    assert steps("long") == [30, 24, 2, 8, 6, 10, 12, 8, 10, 4, 4, 3]
     with pytest.raises(ConfigError, match="can't be scaled"):
         scaled({}, 0.0)
 

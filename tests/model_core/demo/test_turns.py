@@ -36,3 +36,5 @@ def test_by_turns_as_many_are_made_as_there_are_processes_and_then_none_until_th
         os.kill(worker, signal.SIGTERM)
     assert [square for _, square in (*found, *results)] == [0, 1, 4, 9, 16]
     assert {pid for pid, _ in turns.in_order(range(8))} <= workers, "forked once"
+    turns.close()
+    assert not workers & {child.pid for child in multiprocessing.active_children()}

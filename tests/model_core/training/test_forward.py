@@ -11,6 +11,7 @@ import torch
 from model_core.errors import ConfigError, InvalidRequestError
 from model_core.model import DualVisionModel
 from model_core.processing.batch import normalise_pixels
+from model_core.training import forward as forward_module
 from model_core.training.data.packs import PackedBatch
 from model_core.training.forward import PackForward, resolve_precision
 from model_core.training.freeze import resolve_freeze
@@ -97,6 +98,35 @@ def test_in_bfloat16_the_towers_hold_16_bits_for_a_pass_and_the_weights_get_the_
     assert float(torch.cosine_similarity(*flat, dim=0)) > 0.99
     for hook in hooks:
         hook.remove()
+
+
+def test_the_last_layer_ends_for_places_with_a_label_and_no_gradient_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the last layer makes of a prompt nobody looks at: its output projection and MLP are left out there."""
+    run, pack = forward(tiny.trained_model("gated")), pack_of(SAMPLES)
+    seen: list[int] = []
+    layers = run.model.model.language_model.layers
+    hooks = [layer.mlp.register_forward_hook(lambda _, args, __: seen.append(len(args[0]))) for layer in layers]
+    losses, grads = gradients(run, [pack])
+    assert seen == [*[len(pack.input_ids)] * (len(layers) - 1), pack.num_label_tokens]
+    whole = forward_module.packed_hidden
+    monkeypatch.setattr(forward_module, "packed_hidden", lambda *args, **more: whole(*args, **more | {"keep": None}))
+    losses_of_all, grads_of_all = gradients(run, [pack])
+    assert seen[len(layers) :] == [len(pack.input_ids)] * len(layers)
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(losses_of_all), rtol=1e-5, atol=0)
+    assert grads.keys() == grads_of_all.keys()
+    largest = max(float(gradient.abs().max()) for gradient in grads_of_all.values())
+    for name, gradient in grads_of_all.items():
+        torch.testing.assert_close(grads[name], gradient, rtol=1e-4, atol=1e-6 * largest, msg=name)
+
+
+def test_a_pack_without_a_label_has_no_loss_and_gradients_of_nothing() -> None:
+    run, pack = forward(tiny.trained_model("gated")), pack_of(SAMPLES)
+    pack = dataclasses.replace(pack, labels=torch.full_like(pack.labels, -100), num_label_tokens=0)
+    losses, grads = gradients(run, [pack])
+    assert losses == [0.0] * len(SAMPLES)
+    assert not any(bool(gradient.any()) for gradient in grads.values())
 
 
 def test_a_sample_never_sees_its_neighbour() -> None:
