@@ -1,4 +1,4 @@
-"""`dve demo build` trains the embedded demo model from nothing; `dve demo eval` scores it on held-out pictures."""
+"""`dve demo build` trains a demo model from nothing; `dve demo eval` scores the embedded one, or another."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Two commands, build and eval."""
     parser = argparse.ArgumentParser(prog="dve demo", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    build = commands.add_parser("build", help="train the demo model; a second call continues where one stopped")
+    build = commands.add_parser("build", help="train a demo model; a second call continues where one stopped")
     build.add_argument("--recipe", choices=("short", "long"), default="short",
                        help="short: in one go; long: that of the embedded weights, hours on two cores")  # fmt: skip
     build.add_argument("--out", type=Path, help="checkpoint folder (default: `model` in the folder of --work)")

@@ -12,7 +12,7 @@ from model_core.demo.things import THINGS
 from model_core.training.config import Stage, TrainConfig
 from model_core.training.freeze import trained_components
 
-_TARGETS = {"name": 0.90, "colour": 0.97, "count": 0.95, "position": 0.95, "presence": 0.95, "read": 0.85}
+TARGETS = {"name": 0.90, "colour": 0.97, "count": 0.95, "position": 0.95, "presence": 0.95, "read": 0.85}
 
 
 def write_card(
@@ -57,7 +57,7 @@ def _stage_row(stage: Stage, config: TrainConfig) -> str:
 def _verdicts(fused: Scores) -> str:
     """Each target with what was reached, met or not."""
     lines = []
-    for kind, target in _TARGETS.items():
+    for kind, target in TARGETS.items():
         share = fused.by_kind[kind].share
         word = "met" if share >= target else "NOT met"
         lines.append(f"- {kind}: target {100 * target:.0f} %, reached {100 * share:.1f} %: {word}")
