@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -87,6 +89,17 @@ def test_fresh_qwen_only_is_qwen_and_trained_is_not(fusion: str) -> None:
     fresh, trained = tiny.dual_model(fusion), tiny.trained_model(fusion)
     assert torch.equal(fused(fresh, "qwen-only"), fused(fresh, "unfused"))
     assert not torch.allclose(fused(trained, "qwen-only"), fused(trained, "unfused"), atol=1e-3)
+
+
+@pytest.mark.parametrize("fusion", IDENTITY)
+def test_a_fresh_qwen_only_has_qwens_logits_to_the_bit(fusion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh, trained = tiny.dual_model(fusion), tiny.trained_model(fusion)
+    for model in (fresh, trained):
+        embed = partial(model.model.embed_images, arms=["qwen-only"])
+        monkeypatch.setattr(model.model, "embed_images", embed)
+    expected = logits(tiny.qwen_model(), CASES["one image"])
+    assert torch.equal(logits(fresh, CASES["one image"]), expected)
+    assert not torch.allclose(logits(trained, CASES["one image"]), expected, atol=1e-3), "the arm is taken"
 
 
 @pytest.mark.parametrize("fusion", list(STRATEGIES))

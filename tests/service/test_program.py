@@ -212,6 +212,28 @@ def test_a_checkpoint_that_does_not_load_ends_the_program():
     assert run(SERVE_BROKEN % "RuntimeError('boom')").returncode == 1
 
 
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ("broken", r"could not be loaded: .*Got: \S*broken\S*\. Allowed: a complete folder of safetensors"),
+        ("nobody/nothing", r"could not be loaded: .*the hub did not give it\. Got: nobody/nothing\. Allowed: "),
+    ],
+)
+def test_the_command_says_what_is_wrong_with_a_model_and_ends(model: str, told: str, tmp_path: Path):
+    """A folder without its weights, and a hub that can't be reached."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text('{"model_type": "dual_vision"}')
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "DVE_DATA_DIR": str(tmp_path / "data")}
+    command = [sys.executable, "-m", "service.cli", "serve", "--port", "0", "--model"]
+    name = str(tmp_path / model) if model == "broken" else model
+    done = subprocess.run(
+        [*command, name], cwd=ROOT, env=os.environ | offline, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert re.search(told, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @contextmanager
 def running_program(*assignments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The program with a FakeEngine, once it is ready, and its address."""

@@ -8,12 +8,15 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from model_core.cli import demo as command
 from model_core.cli.train import load_for_training
 from model_core.demo import pace as pace_module
 from model_core.demo import publish
 from model_core.demo.artwork import Artwork
+from model_core.demo.build import RECIPES
 from model_core.demo.pace import Pace, has_other_allocator, measure
 from model_core.demo.scoring import Scores
 from model_core.errors import ConfigError
@@ -106,6 +109,23 @@ def test_a_build_goes_on_with_the_share_that_it_was_begun_with(
     assert command.main([*call, "--minutes", "2000"]) == 0
     assert "going on with " in capsys.readouterr().out
     assert [stage.steps for stage in publish_.call_args.args[2].stages()] == steps
+
+
+def test_a_timed_build_is_the_one_that_its_scale_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timed, trained, scored and written; what was trained to take the time leaves nothing in what is built."""
+    recipe = json.loads(RECIPES["short"].read_text())
+    stages = recipe["curriculum_training"]["stages"]
+    recipe["curriculum_training"]["stages"] = [stage | {"steps": 2, "epochs": 1} for stage in stages[:3]]
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    monkeypatch.setitem(RECIPES, "short", tmp_path / "recipe.json")
+    sets = [part for setting in SMALL for part in ("--set", setting)]
+    for name, length in (("timed", ["--minutes", "60"]), ("told", ["--scale", "1"])):
+        call = ["build", "--work", str(tmp_path / name), "--device", "cpu", "--eval-count", "1", *length, *sets]
+        assert command.main(call) == 0
+    assert json.loads((tmp_path / "timed" / "pace.json").read_text())["scale"] == 1.0
+    assert not (tmp_path / "told" / "pace.json").exists()
+    one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("timed", "told"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.parametrize(
