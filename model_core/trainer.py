@@ -82,7 +82,8 @@ class DualVisionTrainer(loop.DualVisionTrainer):
         """Run what is left of the recipe.
 
         Raises:
-            NonFiniteLossError, TrainingMemoryError, StorageFullError, DataError, FreezeViolationError.
+            NonFiniteLossError, TrainingMemoryError, StorageFullError, DataError, FreezeViolationError; TrainingError: a
+            process that makes packs ended.
         """
         if self._display is None:
             with no_bars():

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from typing import Any, Generic, TypeVar
 
 import torch
 
-from model_core.training.data.prefetch import stay_with_the_trainer
+from model_core.training.data.prefetch import stay_with_the_trainer, worker_ended
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -37,9 +37,17 @@ class ByTurns(Generic[T, R]):
         self._pool.shutdown()
 
     def in_order(self, items: Sequence[T]) -> Iterator[R]:
-        """work(item) of each; as many results as there are processes are made at a time, none while one is in use."""
+        """work(item) of each; as many results as there are processes are made at a time, none while one is in use.
+
+        Raises:
+            TrainingError: one of the processes was killed.
+        """
         for begin in range(0, len(items), self._num_workers):
-            yield from list(self._pool.map(_do, items[begin : begin + self._num_workers]))
+            try:
+                found = list(self._pool.map(_do, items[begin : begin + self._num_workers]))
+            except BrokenExecutor as error:
+                raise worker_ended(str(error)) from error
+            yield from found
 
 
 _work_of_this_process: Callable[[Any], Any]

@@ -27,7 +27,7 @@ from model_core.training.cpu_kernels import cpu_kernels
 from model_core.training.cpu_passes import fewer_passes, rotate_tokens
 from model_core.training.data.packs import PackedBatch
 from model_core.training.freeze import FreezeTable
-from model_core.training.losses import label_rows, sample_losses
+from model_core.training.losses import LabelRows, sample_losses
 from model_core.types import Arm
 from model_core.vision_tokens import cell_grids
 
@@ -119,17 +119,18 @@ class PackForward:
                 features, fused = self._embed_images(pack, removed, arm)
                 embeds = self._splice(ids, embeds, fused.tokens)
             recompute = self._recompute_contexts if self._recompute_llm else None
+            rows = LabelRows.of(pack.labels, pack.sample_lengths).to(self.device)
             hidden = packed_hidden(
                 self.model.model.language_model, embeds, pack.position_ids.to(self.device), pack.sample_lengths,
                 blocks=pack.blocks, watch=watch if self._watched else None, recompute=recompute,
                 use_flash_attention=self._flash, rotate=rotate_tokens if self.device.type == "cpu" else rotate,
-                keep=label_rows(pack.labels, pack.sample_lengths)[0].to(self.device),
+                keep=rows.places,
             )  # fmt: skip
             if self._autocasts:
                 hidden = hidden.to(torch.bfloat16)  # the head is the largest product of all
             head = self.model.lm_head.weight
             weights = pack.label_weights if arm is None else None  # an evaluation counts every label once
-            losses = sample_losses(hidden, head, pack.labels, pack.sample_lengths, weights)
+            losses = sample_losses(hidden, head, rows, weights)
         view = None if self._watched is None else PackView(pack, features, fused, attention)
         return PackOutput(losses, None if fused is None else fused.weights, view)
 

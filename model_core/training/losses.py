@@ -44,39 +44,51 @@ def next_token_labels(labels: Tensor, sample_lengths: Sequence[int]) -> Tensor:
     return shifted.index_fill(0, ends, IGNORE)
 
 
-def label_rows(labels: Tensor, sample_lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(S,) labels -> (R,) the places from which one is foretold, and (R,) the tokens foretold there."""
-    targets = next_token_labels(labels, sample_lengths)
-    rows = (targets != IGNORE).nonzero()[:, 0]
-    return rows, targets[rows]
+@dataclass(frozen=True)
+class LabelRows:
+    """The places of a pack from which a label is foretold, in order; there is none at a sample's last token.
+
+    places: (R,) into the pack; targets: (R,) the token that follows each; owners: (R,) the number of its sample, below
+    num_samples.
+    """
+
+    places: Tensor
+    targets: Tensor
+    owners: Tensor
+    num_samples: int
+
+    @classmethod
+    def of(cls, labels: Tensor, sample_lengths: Sequence[int]) -> LabelRows:
+        """labels: (S,), the token at each place or -100; the shift by one is made here."""
+        targets = next_token_labels(labels, sample_lengths)
+        places = (targets != IGNORE).nonzero()[:, 0]
+        lengths = torch.tensor(list(sample_lengths), device=labels.device)
+        owners = torch.arange(len(lengths), device=labels.device).repeat_interleave(lengths)
+        return cls(places, targets[places], owners[places], len(lengths))
+
+    def to(self, device: torch.device) -> LabelRows:
+        return LabelRows(self.places.to(device), self.targets.to(device), self.owners.to(device), self.num_samples)
 
 
 def sample_losses(
-    hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, sample_lengths: Sequence[int],
-    label_weights: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    hidden: Tensor, lm_head_weight: Tensor, rows: LabelRows, label_weights: Tensor | None = None
+) -> Tensor:
     """Cross entropy summed over each sample's label tokens.
 
     Args:
-        hidden: (S, D) after the final norm, or (R, D), of `label_rows` alone; lm_head_weight: (V, D), computed in
+        hidden: (R, D) after the final norm, at `rows.places`, on their device; lm_head_weight: (V, D), computed in
             hidden's dtype.
-        labels: (S,), the token at each place or -100; the shift by one is made here.
         label_weights: (S,), what each label's loss is multiplied by, at the label's own place.
     Returns:
-        (num_samples,) float32. The (S, V) logits of a large vocabulary never exist: rows without a label are left
-        out, the rest goes through torch's chunked `linear_cross_entropy`, or a few rows at a time where torch has none.
+        (num_samples,) float32. The (R, V) logits of a large vocabulary never exist: they go through torch's chunked
+        `linear_cross_entropy`, or a few rows at a time where torch has none.
     """
-    rows, targets = label_rows(labels.to(hidden.device), sample_lengths)
-    if len(hidden) == len(labels):  # a sample's last place has no label, so there are always fewer of these
-        hidden = hidden[rows]
-    each = _token_losses(hidden, lm_head_weight.to(hidden.dtype), targets)
+    each = _token_losses(hidden, lm_head_weight.to(hidden.dtype), rows.targets)
     if label_weights is not None:
-        each = each * label_weights.to(hidden.device)[rows + 1]
-    lengths = torch.tensor(list(sample_lengths), device=hidden.device)
-    owner = torch.arange(len(lengths), device=hidden.device).repeat_interleave(lengths)[rows]
+        each = each * label_weights.to(hidden.device)[rows.places + 1]
     # A one-hot product instead of a scatter: the same sum every time, on CUDA too; in float32, whatever autocast says.
     with torch.autocast(hidden.device.type, enabled=False):
-        return F.one_hot(owner, len(lengths)).to(each.dtype).T @ each
+        return F.one_hot(rows.owners, rows.num_samples).to(each.dtype).T @ each
 
 
 def _token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

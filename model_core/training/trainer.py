@@ -19,6 +19,7 @@ from model_core.training.config import FreezeConfig, Stage, TrainConfig, Trainin
 from model_core.training.context import ProcessContext, require_one_process
 from model_core.training.curriculum import Curriculum, Position, is_over, stage_steps
 from model_core.training.data.packs import BatchSource, PackedBatch
+from model_core.training.data.prefetch import ends_of_workers_told
 from model_core.training.data.source import as_source, problems_of, quarantine_of, set_aside_of, unused_of
 from model_core.training.evaluation import Evaluation, Evaluator, check_evaluation, require_evaluator
 from model_core.training.events import Event, EventLog
@@ -53,17 +54,9 @@ class DualVisionTrainer:
     """
 
     def __init__(
-        self,
-        model: Any,
-        train_loader: Any,
-        val_loader: Any,
-        config: TrainConfig | Mapping[str, Any],
-        *,
-        processor: Any = None,
-        hooks: RunHooks | None = None,
-        context: ProcessContext | None = None,
-        write: bool = True,
-    ) -> None:
+        self, model: Any, train_loader: Any, val_loader: Any, config: TrainConfig | Mapping[str, Any], *,
+        processor: Any = None, hooks: RunHooks | None = None, context: ProcessContext | None = None, write: bool = True,
+    ) -> None:  # fmt: skip
         require_one_process(context)
         self.config = config = config if isinstance(config, TrainConfig) else parse_config(config)
         self.processor = processor if processor is not None else getattr(model, "processor", None)
@@ -150,11 +143,13 @@ class DualVisionTrainer:
 
     # The run
 
+    @ends_of_workers_told()
     def train(self) -> Outcome:
         """Run what is left of the recipe.
 
         Raises:
-            NonFiniteLossError, TrainingMemoryError, StorageFullError, DataError, FreezeViolationError.
+            NonFiniteLossError, TrainingMemoryError, StorageFullError, DataError, FreezeViolationError; TrainingError: a
+            process that makes packs ended.
         """
         self._begin()
         while self.position.stage < len(self.curriculum.stages):

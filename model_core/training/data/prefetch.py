@@ -8,11 +8,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+
+from model_core.errors import TrainingError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -39,6 +42,27 @@ def in_order(work: Callable[[T], R], items: Sequence[T], num_workers: int) -> It
     yield from DataLoader(
         _Work(work, items), batch_size=None, num_workers=min(num_workers, len(items)), collate_fn=_same,
         generator=torch.Generator(), worker_init_fn=stay_with_the_trainer,
+    )  # fmt: skip
+
+
+@contextmanager
+def ends_of_workers_told() -> Iterator[None]:
+    """Around all of a training: torch tells of a worker's end from a signal handler, so in the midst of anything."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise worker_ended(str(error)) from error
+
+
+def worker_ended(seen: str) -> TrainingError:
+    """What a run ends with whose packs are made no more."""
+    return TrainingError(
+        "a process that makes packs has ended before its trainer", value=seen.rstrip(". "),
+        allowed="processes that live as long as it", fix="Look whether the system killed it for memory (dmesg), or a "
+        "container's /dev/shm is small; lower num_workers, and go on: the last checkpoint is intact",
+        param="num_workers",
     )  # fmt: skip
 
 

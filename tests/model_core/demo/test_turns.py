@@ -11,7 +11,10 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from model_core.demo.turns import ByTurns
+from model_core.errors import TrainingError
 
 
 def test_by_turns_as_many_are_made_as_there_are_processes_and_then_none_until_they_are_used(tmp_path: Path) -> None:
@@ -38,3 +41,13 @@ def test_by_turns_as_many_are_made_as_there_are_processes_and_then_none_until_th
     assert {pid for pid, _ in turns.in_order(range(8))} <= workers, "forked once"
     turns.close()
     assert not workers & {child.pid for child in multiprocessing.active_children()}
+
+
+def test_a_killed_process_is_told_with_a_sentence() -> None:
+    turns = ByTurns(lambda number: (os.getpid(), number), 2)
+    results = turns.in_order(range(40))
+    os.kill(next(results)[0], signal.SIGKILL)
+    with pytest.raises(TrainingError, match=r"has ended before its trainer\. Got: A process") as caught:
+        list(results)
+    assert caught.value.param == "num_workers"
+    turns.close()

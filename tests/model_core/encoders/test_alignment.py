@@ -99,6 +99,34 @@ def test_token_ij_moves_when_cell_ij_does(name: str, grid: tuple[int, int, int],
             assert int(moved.argmax()) == i * columns + j
 
 
+@pytest.mark.parametrize("name", ["qwen", "dinov2"])
+def test_the_same_patches_in_another_shape_are_another_picture(name: str) -> None:
+    """Fault of earlier attempts: `visual()` called without its grid, so that a picture's shape was lost."""
+    encoder = build_encoders(tiny.dual_config())[name]
+    torch.manual_seed(5)
+    module = encoder.build().eval()
+    pixel_values, wide = tiny.pixels((1, 4, 8))
+    with torch.no_grad():
+        found = [encoder.encode(module, pixel_values, grid).tokens for grid in (wide, torch.tensor([[1, 8, 4]]))]
+    assert (found[0] - found[1]).norm(dim=-1).min() > 1e-3
+
+
+@pytest.mark.parametrize("budget", [16, 1369])
+def test_no_token_is_padding(budget: int) -> None:
+    """Fault of earlier attempts: the shorter of the two encoders' tokens filled up with zeros."""
+    encoders = build_encoders(tiny.dual_config(dinov2_max_patches=budget))
+    first, grid = tiny.pixels((1, 4, 4), (1, 6, 10), (2, 4, 6))
+    lengths = []
+    for encoder in encoders.values():
+        torch.manual_seed(6)
+        module = encoder.build().eval()
+        with torch.no_grad():
+            found, other = (encoder.encode(module, pixels, grid) for pixels in (first, -first))
+        assert (found.tokens - other.tokens).norm(dim=-1).min() > 1e-3, "every token comes of the picture"
+        lengths.append(found.lengths)
+    assert lengths == [[4, 15, 12]] * 2
+
+
 def test_video_cells_see_the_first_frame_of_each_pair() -> None:
     encoder = build_encoders(tiny.dual_config())["dinov2"]
     module = encoder.build().eval()

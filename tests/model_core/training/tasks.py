@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from model_core.model import DualVisionModel
-from model_core.training.losses import sample_losses
+from model_core.training.losses import LabelRows, sample_losses
 from model_core.vision_tokens import cell_grids
 from tests.model_core import tiny
 
@@ -51,7 +51,8 @@ def answer_hidden(
 
 def answer_loss(model: DualVisionModel, pixel_values: Tensor, answers: Tensor) -> Tensor:
     hidden, labels, _ = answer_hidden(model, pixel_values, answers)
-    return sample_losses(hidden, model.lm_head.weight, labels, [NUM_CELLS + 2] * len(answers)).mean()
+    rows = LabelRows.of(labels, [NUM_CELLS + 2] * len(answers))
+    return sample_losses(hidden[rows.places], model.lm_head.weight, rows).mean()
 
 
 __all__ = ["GRID", "NUM_CELLS", "answer_hidden", "answer_loss", "move_fusion", "sample_losses",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,8 +109,12 @@ def test_the_last_layer_ends_for_places_with_a_label_and_no_gradient_changes(mon
     hooks = [layer.mlp.register_forward_hook(lambda _, args, __: seen.append(len(args[0]))) for layer in layers]
     losses, grads = gradients(run, [pack])
     assert seen == [*[len(pack.input_ids)] * (len(layers) - 1), pack.num_label_tokens]
-    whole = forward_module.packed_hidden
-    monkeypatch.setattr(forward_module, "packed_hidden", lambda *args, **more: whole(*args, **more | {"keep": None}))
+    packed_hidden = forward_module.packed_hidden
+
+    def of_all(*args: Any, keep: torch.Tensor, **more: Any) -> torch.Tensor:
+        return packed_hidden(*args, **more)[keep]
+
+    monkeypatch.setattr(forward_module, "packed_hidden", of_all)
     losses_of_all, grads_of_all = gradients(run, [pack])
     assert seen[len(layers) :] == [len(pack.input_ids)] * len(layers)
     for hook in hooks:

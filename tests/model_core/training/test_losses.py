@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model_core.errors import InvalidRequestError
 from model_core.training import losses
-from model_core.training.losses import encoder_dropout, next_token_labels, sample_losses
+from model_core.training.losses import LabelRows, encoder_dropout, next_token_labels, sample_losses
 
 
 def _by_hand(hidden: Tensor, weight: Tensor, labels: Tensor, lengths: list[int]) -> Tensor:
@@ -18,6 +18,11 @@ def _by_hand(hidden: Tensor, weight: Tensor, labels: Tensor, lengths: list[int])
         each = F.cross_entropy((h[:-1] @ weight.T).float(), y[1:], reduction="none", ignore_index=-100)
         sums.append(each.sum())
     return torch.stack(sums)
+
+
+def _losses(hidden: Tensor, weight: Tensor, labels: Tensor, lengths: list[int]) -> Tensor:
+    rows = LabelRows.of(labels, lengths)
+    return sample_losses(hidden[rows.places], weight, rows)
 
 
 def _pack(rows: int = 40, vocabulary: int = 50) -> tuple[Tensor, Tensor, Tensor, list[int]]:
@@ -45,25 +50,25 @@ def test_the_loss_and_its_gradients_by_any_way(way: str, monkeypatch: pytest.Mon
         monkeypatch.setattr(losses, "_CHUNK_ABOVE_LOGITS", 200)
     if way == "own":
         monkeypatch.delattr(F, "linear_cross_entropy")
-    found = sample_losses(hidden, weight, labels, lengths)
+    found = _losses(hidden, weight, labels, lengths)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found.sum(), (hidden, weight)), gradients, atol=1e-5, rtol=1e-5)
 
 
 def test_a_neighbour_changes_nothing_and_a_frozen_head_is_no_obstacle() -> None:
     hidden, weight, labels, lengths = _pack()
-    alone = sample_losses(hidden, weight, labels, lengths)
+    alone = _losses(hidden, weight, labels, lengths)
     changed = labels.clone()
     changed[lengths[0]] = 7  # the first token of the second sample is nobody's target
-    torch.testing.assert_close(sample_losses(hidden, weight, changed, lengths), alone)
-    loss = sample_losses(hidden, weight.detach(), labels, lengths).sum()
+    torch.testing.assert_close(_losses(hidden, weight, changed, lengths), alone)
+    loss = _losses(hidden, weight.detach(), labels, lengths).sum()
     (gradient,) = torch.autograd.grad(loss, hidden)
     assert not gradient[lengths[0] - 1].any(), "the last place of a sample predicts nothing"
 
 
 def test_a_pack_without_labels_is_zero_and_differentiable() -> None:
     hidden, weight, labels, lengths = _pack()
-    loss = sample_losses(hidden, weight, torch.full_like(labels, -100), lengths).sum()
+    loss = _losses(hidden, weight, torch.full_like(labels, -100), lengths).sum()
     loss.backward()
     assert float(loss.detach()) == 0.0
     assert not hidden.grad.any()
@@ -71,7 +76,7 @@ def test_a_pack_without_labels_is_zero_and_differentiable() -> None:
 
 def test_hidden_states_in_16_bits_have_a_loss_in_32() -> None:
     hidden, weight, labels, lengths = _pack()
-    short = sample_losses(hidden.bfloat16(), weight, labels, lengths)
+    short = _losses(hidden.bfloat16(), weight, labels, lengths)
     assert short.dtype == torch.float32
     torch.testing.assert_close(short, _by_hand(hidden, weight, labels, lengths), rtol=0.02, atol=0.5)
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from model_core.errors import ConfigError, StorageFullError
+from model_core.errors import ConfigError, StorageFullError, TrainingError
 from model_core.training.context import ProcessContext
+from model_core.training.data.packs import PackedBatch
+from model_core.training.data.prefetch import in_order
 from model_core.training.events import Event, read_events
 from model_core.training.hooks import RunHooks
 from model_core.training.trainer import DualVisionTrainer
 from tests.model_core import tiny
 from tests.model_core.training.test_trainer import same, told, trainer, weights
-from tests.model_core.training.toy import recipe
+from tests.model_core.training.toy import ToySource, recipe
 
 #: No gain is enough: the evaluation after the first epoch is the best, and the run stops after the second.
 STOPPING = {"num_epochs": 4, "early_stopping": {"patience": 1, "min_delta": 1e6}}
@@ -163,3 +169,46 @@ def test_a_second_switch_at_a_step_is_told_too(tmp_path: Path) -> None:
     events = read_events(tmp_path)
     assert [e.data["freeze"]["mode"] for e in events if e.kind == "switched"] == list(modes)
     assert len([e for e in events if e.kind == "warning:freeze"]) == 2
+
+
+def _itself(packs: list[PackedBatch]) -> list[PackedBatch]:
+    return packs
+
+
+class AheadSource(ToySource):
+    """Its packs come through torch's worker processes."""
+
+    def steps(self, *args: Any, **kwargs: Any) -> Iterator[list[PackedBatch]]:
+        return in_order(_itself, list(super().steps(*args, **kwargs)), 2)
+
+
+def test_a_killed_worker_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
+    """torch tells of it from a signal handler, wherever the trainer is just then."""
+    config = recipe(output_dir=str(tmp_path), checkpoints={"every_steps": 1})
+
+    def listen(event: Event) -> None:
+        if event.kind == "checkpoint":
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGKILL)
+
+    hooks = RunHooks(listeners=(listen,))
+    run = DualVisionTrainer(
+        tiny.dual_model(), AheadSource(config, 60), None, config, processor=tiny.processor(), hooks=hooks
+    )
+    with pytest.raises(TrainingError, match=r"has ended before its trainer.*DataLoader worker") as caught:
+        run.train()
+    assert caught.value.param == "num_workers" and caught.value.allowed and caught.value.fix
+    resumed = trainer(config, tiny.dual_model(seed=5), num_samples=60)
+    resumed.resume(tmp_path)
+    assert 1 <= resumed.position.global_step < 30
+
+
+def test_other_errors_keep_their_own_words() -> None:
+    class Broken(ToySource):
+        def steps(self, *args: Any, **kwargs: Any) -> Iterator[list[PackedBatch]]:
+            raise RuntimeError("of the source alone")
+
+    config = recipe()
+    run = DualVisionTrainer(tiny.dual_model(), Broken(config), None, config, processor=tiny.processor(), write=False)
+    with pytest.raises(RuntimeError, match="of the source alone"):
+        run.train()
