@@ -161,11 +161,12 @@ class DualVisionTrainer:
             self._state.live_freeze = None
         return self._end("done")
 
+    @ends_of_workers_told()
     def evaluate(self) -> Evaluation:
         """Held-out losses, answers and gate, now.
 
         Raises:
-            ConfigError: there is no val_loader.
+            ConfigError: there is no val_loader. TrainingError: a process that makes packs ended.
         """
         return require_evaluator(self.evaluator).run()
 
