@@ -22,6 +22,7 @@ from model_core.cli import checkpoints, train
 from model_core.manifest import recover
 from model_core.training import curves
 from model_core.training.config import TrainConfig, parse_config
+from model_core.training.data.prefetch import worker_ended
 from model_core.training.events import read_events
 from model_core.training.saving import whole_model
 from model_core.variant import publish_variant
@@ -308,6 +309,21 @@ def test_an_error_is_the_last_event(corpus: Path, tmp_path: Path) -> None:
     told = read_until(read, "never")
     os.close(read)
     assert told[-1]["kind"] == "error" and told[-1]["data"]["retry"] is False
+
+
+def test_after_a_killed_data_process_a_supervisor_may_try_again(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(*_: Any, **__: Any) -> int:
+        raise worker_ended("process 7 with exit code -9")
+
+    monkeypatch.setattr(train, "train_recipe", ended)
+    read, write = os.pipe()
+    assert run(corpus, tmp_path / "run", "--events-fd", str(write)) == train.FAILED
+    os.close(write)
+    told = read_until(read, "never")
+    os.close(read)
+    assert told[-1]["data"] == {"code": "training_failed", "retry": True} and "num_workers" in told[-1]["message"]
 
 
 def test_a_run_begins_from_another_ones_step_with_its_adapters_folded_in(corpus: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from service.supervisor.workshop import describe_shortage
         (79, None, "retry", "worker_lost"),
         (1, {"code": "out_of_memory", "retry": True}, "retry", "out_of_memory"),
         (1, {"code": "nan_loss", "retry": False}, "failed", "nan_loss"),
+        (1, {"code": "training_failed", "retry": True}, "retry", "worker_lost"),
         (1, {"code": "storage_full", "retry": True}, "failed", "storage_full"),
         (78, {"code": "checkpoint_incomplete"}, "failed", "checkpoint_corrupt"),
         (1, None, "retry", "worker_lost"),
